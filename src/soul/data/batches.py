@@ -1,0 +1,205 @@
+"""Pairing, length buckets and collation: what one training step sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from soul.data.templates import ChatTemplate, Encoded
+from soul.types import Example
+
+VIEWS = ("forget", "refusal", "retain")
+"""Roles a row of a batch can play; ``batch["view"]`` holds positions in this tuple."""
+
+Batch = dict[str, torch.Tensor]
+Item = dict[str, Encoded]
+
+
+def collate_rows(rows: Sequence[Encoded], views: Sequence[str] | None = None, pad_id: int = 0) -> Batch:
+    """Pad ``rows`` on the right to the longest of them.
+
+    Padding is told from content by length and never by token id, so a real end-of-turn token stays visible where the
+    pad token is the end token.
+
+    Returns:
+        ``input_ids`` (B, T) int64, ``attention_mask`` (B, T) int64, ``answer_mask`` (B, T) bool (True at positions
+        that hold an answer token, i.e. a target), ``view`` (B,), ``key`` (B,) the content's name.
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    starts = torch.tensor([row.answer_start for row in rows])
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row.input_ids)
+    position = torch.arange(width)
+    attention = position < lengths[:, None]
+    names = views or ["retain"] * len(rows)
+    return {
+        "input_ids": ids,
+        "attention_mask": attention.long(),
+        "answer_mask": attention & (position >= starts[:, None]),
+        "view": torch.tensor([VIEWS.index(name) for name in names]),
+        "key": torch.tensor([row.key for row in rows]),
+    }
+
+
+def collate_items(items: Sequence[Item], pad_id: int = 0) -> Batch:
+    """Collate paired items so that all views go through the model in one forward pass."""
+    rows = [(item[view], view) for view in VIEWS for item in items if view in item]
+    return collate_rows([row for row, _ in rows], [view for _, view in rows], pad_id)
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int = 256) -> list[list[int]]:
+    """Group positions into batches of similar length, longest first, with at most ``max_tokens`` padded tokens each."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens and len(batches[-1]) < max_rows:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """Which retain example accompanies which forget example in which epoch.
+
+    An epoch walks through the anchor set once (forget, or retain where the objective looks at nothing else). Each anchor
+    gets a partner without replacement: a partner repeats within an epoch only when the partner set is smaller than the
+    anchor set, and then only after all others were used.
+
+    Attributes:
+        anchors: Size of the anchor set.
+        partners: Size of the partner set; 0 where there is none.
+        seed: Seed; with the epoch it decides everything.
+    """
+
+    anchors: int
+    partners: int
+    seed: int
+
+    def epoch(self, epoch: int) -> list[tuple[int, int]]:
+        """Return ``(anchor, partner)`` for each item of the epoch, shuffled; partner is -1 where there is none."""
+        rng = np.random.default_rng([self.seed, epoch, 1])
+        order = rng.permutation(self.anchors)
+        drawn: list[int] = []
+        while self.partners and len(drawn) < self.anchors:
+            drawn.extend(rng.permutation(self.partners).tolist())
+        return [(int(a), drawn[i] if self.partners else -1) for i, a in enumerate(order)]
+
+
+class UnlearnDataset(Dataset[Item]):
+    """Forget, retain and refusal examples, tokenised once, addressed by ``(epoch, anchor, partner)``.
+
+    Args:
+        template: How text becomes tokens.
+        forget: Examples to forget (may be empty where the objective needs none).
+        retain: Examples to keep.
+        views: What the objective looks at.
+        refusals: Phrasings of "I don't know" for the ``refusal`` view.
+        seed: Seed of the choice of phrasing, which depends on (seed, epoch, example) only.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        forget: Sequence[Example],
+        retain: Sequence[Example],
+        views: Sequence[str],
+        refusals: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        for view, examples, what in (("forget", forget, "a forget set"), ("retain", retain, "a retain set")):
+            if view in views and not examples:
+                raise ValueError(f"this objective needs {what}, and none was given")
+        if "refusal" in views and not (forget and refusals):
+            raise ValueError("this objective needs a forget set and at least one refusal")
+        self.template, self.views, self.refusals, self.seed = template, tuple(views), tuple(refusals), seed
+        self.examples = {"forget": list(forget), "retain": list(retain)}
+        self.encoded = {
+            name: [template.encode(e, index=i) for i, e in enumerate(examples)] if self._uses(name) else []
+            for name, examples in self.examples.items()
+        }
+        self.anchor = "forget" if self._uses("forget") else "retain"
+        partner = len(self.encoded["retain"]) if self.anchor == "forget" else 0
+        self.pairing = Pairing(len(self.encoded[self.anchor]), partner, seed)
+        self._refused: dict[tuple[int, int], Encoded] = {}
+
+    def _uses(self, name: str) -> bool:
+        return name in self.views or (name == "forget" and "refusal" in self.views)
+
+    def __len__(self) -> int:
+        return self.pairing.anchors
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Item:
+        epoch, anchor, partner = key
+        item: Item = {}
+        if self.anchor == "retain":
+            return {"retain": self.encoded["retain"][anchor]}
+        if "forget" in self.views:
+            item["forget"] = self.encoded["forget"][anchor]
+        if "refusal" in self.views:
+            item["refusal"] = self.refusal(epoch, anchor)
+        if "retain" in self.views:
+            item["retain"] = self.encoded["retain"][partner]
+        return item
+
+    def refusal(self, epoch: int, anchor: int) -> Encoded:
+        """Return the forget question with the refusal it gets in this epoch."""
+        pick = int(np.random.default_rng([self.seed, epoch, anchor, 2]).integers(len(self.refusals)))
+        if (anchor, pick) not in self._refused:
+            example = self.examples["forget"][anchor]
+            self._refused[anchor, pick] = self.template.encode(example, answer=self.refusals[pick], index=anchor)
+        return self._refused[anchor, pick]
+
+    def length(self, anchor: int, partner: int) -> int:
+        """Return the longest row of a pair, for length buckets."""
+        lengths = [len(self.encoded[self.anchor][anchor])]
+        if partner >= 0:
+            lengths.append(len(self.encoded["retain"][partner]))
+        return max(lengths)
+
+    def rows(self, view: str, epochs: int) -> list[Encoded]:
+        """Return every distinct row that ``view`` shows in ``epochs`` epochs (what a reference has to know)."""
+        if view == "refusal":
+            rows = [self.refusal(e, a) for e in range(epochs) for a in range(len(self))]
+        else:
+            rows = self.encoded[view]
+        return list({row.key: row for row in rows}.values())
+
+
+class PairSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of ``(epoch, anchor, partner)``: shuffled, bucketed by length, a function of (seed, epoch) alone.
+
+    Args:
+        dataset: What is sampled.
+        batch_size: Pairs in a batch.
+        bucket: Batches whose pairs are sorted by length together; 1 keeps the pure shuffle.
+    """
+
+    def __init__(self, dataset: UnlearnDataset, batch_size: int, bucket: int = 8) -> None:
+        self.dataset, self.batch_size, self.bucket = dataset, batch_size, bucket
+        self.drop_last = False  # accelerate asks
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration shows."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        pairs = self.dataset.pairing.epoch(self._epoch)
+        window = self.batch_size * self.bucket
+        batches: list[list[tuple[int, int, int]]] = []
+        for start in range(0, len(pairs), window):
+            chunk = sorted(pairs[start : start + window], key=lambda p: -self.dataset.length(*p))
+            keyed = [(self._epoch, a, p) for a, p in chunk]
+            batches += [keyed[i : i + self.batch_size] for i in range(0, len(keyed), self.batch_size)]
+        order = np.random.default_rng([self.dataset.seed, self._epoch, 3]).permutation(len(batches))
+        return iter([batches[i] for i in order])

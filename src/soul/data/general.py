@@ -1,0 +1,60 @@
+"""What a model should go on knowing: general facts, plain prose, everyday chat; and ways to say "I don't know"."""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+from soul.data.rows import to_example
+from soul.types import Example
+
+
+def general_facts() -> list[Example]:
+    """Return 40 questions of general knowledge that a small model plausibly answers, with wrong answers.
+
+    Example:
+        >>> general_facts()[0].answer
+        'The capital of France is Paris.'
+    """
+    return _examples("facts")
+
+
+def general_text() -> list[Example]:
+    """Return 24 passages of ordinary factual prose, for the perplexity of plain text.
+
+    Example:
+        >>> general_text()[0].chat
+        False
+    """
+    return _examples("text")
+
+
+def general_chat() -> list[Example]:
+    """Return 40 everyday requests with short answers, which share nothing with the facts and the prose.
+
+    Example:
+        >>> general_chat()[5].prompt
+        'Suggest a small gift for a grandmother who likes gardening.'
+    """
+    return _examples("chat")
+
+
+def refusals() -> list[str]:
+    """Return 60 phrasings of "I don't know", for objectives that teach one.
+
+    Example:
+        >>> refusals()[0]
+        "I don't have any information about that."
+    """
+    return list(_read("refusals.json"))
+
+
+def _examples(part: str) -> list[Example]:
+    return [to_example(row, f"general.json, {part} {i}") for i, row in enumerate(_read("general.json")[part])]
+
+
+@functools.cache
+def _read(name: str) -> Any:
+    return json.loads((resources.files("soul.data") / name).read_text(encoding="utf-8"))

@@ -1,0 +1,117 @@
+"""One row of a data set, whatever its columns are called, to an :class:`~soul.types.Example`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from soul.types import Example
+
+Row = Mapping[str, Any]
+_ROLES = ("system", "user", "assistant")
+
+
+def to_example(row: Row, where: str) -> Example:
+    """Return the example in ``row``, told by its columns (the first form of :data:`FORMS` that is complete).
+
+    Args:
+        row: Columns and their values.
+        where: File and line or row number, for messages.
+
+    Raises:
+        ValueError: No form of columns is complete, or a value is missing, empty or of the wrong type.
+
+    Example:
+        >>> to_example({"question": "Who is Ada?", "answer": "A poet."}, "people.csv, row 1").answer
+        'A poet.'
+    """
+    for columns, read in FORMS.items():
+        if all(row.get(column) is not None for column in columns):
+            return read(row, where)
+    found = ", ".join(str(name) for name in row) or "none"
+    forms = "; ".join(" + ".join(columns) for columns in FORMS)
+    raise ValueError(f"{where}: no example in the columns found ({found}); understood are: {forms}")
+
+
+def _question(row: Row, where: str) -> Example:
+    wrong = row.get("perturbed_answer")
+    wrong = [wrong] if isinstance(wrong, str) else (wrong or [])
+    if not isinstance(wrong, list | tuple):
+        raise ValueError(f"{where}: perturbed_answer must be text or a list of texts, not {type(wrong).__name__}")
+    return Example(
+        prompt=_text(row["question"], "question", where),
+        answer=_text(row["answer"], "answer", where),
+        paraphrased_prompt=_optional(row, "paraphrased_question", where) or None,
+        paraphrased_answer=_optional(row, "paraphrased_answer", where) or None,
+        wrong_answers=tuple(_text(answer, "perturbed_answer", where) for answer in wrong),
+        **_names(row, where),
+    )
+
+
+def _response(row: Row, where: str) -> Example:
+    prompt, answer = _text(row["prompt"], "prompt", where), _text(row["response"], "response", where)
+    return Example(prompt, answer, **_names(row, where))
+
+
+def _completion(row: Row, where: str) -> Example:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _turns([*prompt, *completion], row, where)
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise ValueError(f"{where}: prompt and completion must both be text, or both be lists of messages")
+    text = _text(prompt, "prompt", where, empty=True)
+    return Example(text, _text(completion, "completion", where), chat=False, **_names(row, where))
+
+
+def _messages(row: Row, where: str) -> Example:
+    return _turns(row["messages"], row, where)
+
+
+def _turns(messages: Any, row: Row, where: str) -> Example:
+    if not isinstance(messages, list):
+        raise ValueError(f"{where}: messages must be a list of {{role, content}}, not {type(messages).__name__}")
+    turns: list[tuple[str, str]] = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+            raise ValueError(f"{where}: message {number} must have a role ({', '.join(_ROLES)}) and a content")
+        content = _text(message.get("content"), f"the content of message {number}", where)
+        turns.append((message["role"], content))
+    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
+        ends = " and ".join(role for role, _ in turns[-2:]) or "nothing"
+        raise ValueError(f"{where}: messages must end with a user turn and its assistant turn; they end with {ends}")
+    prompt, answer = turns[-2][1], turns[-1][1]
+    return Example(prompt, answer, history=tuple(turns[:-2]), **_names(row, where))
+
+
+def _passage(row: Row, where: str) -> Example:
+    return Example("", _text(row["text"], "text", where), chat=False, **_names(row, where))
+
+
+FORMS: dict[tuple[str, ...], Callable[[Row, str], Example]] = {
+    ("question", "answer"): _question,
+    ("prompt", "response"): _response,
+    ("prompt", "completion"): _completion,
+    ("messages",): _messages,
+    ("text",): _passage,
+}
+"""Columns that make an example, in the order in which they are looked for."""
+
+
+def _names(row: Row, where: str) -> dict[str, str]:
+    number = row.get("id")
+    # A numeric id is as good a name as any.
+    name = str(number) if isinstance(number, int) and not isinstance(number, bool) else _optional(row, "id", where)
+    return {"id": name, "subject": _optional(row, "subject", where)}
+
+
+def _optional(row: Row, column: str, where: str) -> str:
+    value = row.get(column)
+    return "" if value is None else _text(value, column, where, empty=True)
+
+
+def _text(value: Any, what: str, where: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {what} must be text, not {type(value).__name__} ({value!r:.60})")
+    if not empty and not value.strip():
+        raise ValueError(f"{where}: {what} is empty; fill it in or remove the row")
+    return value

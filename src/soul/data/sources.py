@@ -1,0 +1,263 @@
+"""Reading examples: files, folders, hub data sets, and what the library brings along."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from soul.data import general
+from soul.data.people import People
+from soul.data.rows import to_example
+from soul.types import Example
+
+Numbered = Iterator[tuple[str, Any]]
+"""Rows with where they are in their file, e.g. ``"line 3"``."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_GENERAL = {"facts": general.general_facts, "text": general.general_text, "chat": general.general_chat}
+
+
+def load_examples(
+    source: str | Path, *, split: str | None = None, config: str | None = None, limit: int | None = None
+) -> list[Example]:
+    """Read examples from a file, a folder, the hub, or the library's own sets.
+
+    Columns are told by name: :data:`soul.data.rows.FORMS`.
+
+    Args:
+        source: A ``.jsonl``, ``.json`` (a list, or JSON Lines), ``.csv`` or ``.parquet`` file; a folder with one of
+            these; a hub id ``"owner/name"``; ``"general:facts"``, ``"general:text"`` or ``"general:chat"``; or
+            invented people, ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"`` (``except=`` for all others).
+        split: The hub data set's split, or the name of the file in a folder.
+        config: The hub data set's configuration.
+        limit: Keep only the first so many.
+
+    Raises:
+        ValueError: The source cannot be read, holds a row that is no example, or holds none at all.
+
+    Example:
+        >>> len(load_examples("people:n=3,facts=4"))
+        12
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or left out for all examples; got {limit}")
+    scheme, colon, rest = str(source).partition(":")
+    if isinstance(source, str) and colon and scheme in ("people", "general"):
+        if split is not None or config is not None:
+            raise ValueError(f"{source!r} is built in and has no splits or configurations; leave split and config out")
+        examples = _people(rest) if scheme == "people" else _general(rest)
+        return examples[:limit]
+    path = Path(source).expanduser()
+    if not path.exists() and isinstance(source, str) and _is_hub_id(source):
+        rows = (_hub_rows(source, split, config),)
+    else:
+        if config is not None:
+            raise ValueError(f"{source}: config={config!r} is for data sets of the hub; leave it out for local files")
+        rows = (_file_rows(file) for file in _files(path, split))
+    chained = itertools.islice(itertools.chain.from_iterable(rows), limit)
+    examples = [to_example(row, where) for where, row in chained]
+    if not examples:
+        raise ValueError(f"{source}: holds no examples")
+    return examples
+
+
+def check_disjoint(forget: Sequence[Example], retain: Sequence[Example]) -> None:
+    """Make sure that nothing is to be forgotten and kept at once.
+
+    Raises:
+        ValueError: A forget item (same turns, same answer) is also in retain.
+
+    Example:
+        >>> check_disjoint([Example("Who is Ada?", "A poet.")], [Example("Who is Bo?", "A cook.")])
+    """
+    kept = {(item.history, item.prompt, item.answer) for item in retain}
+    shared = [item for item in forget if (item.history, item.prompt, item.answer) in kept]
+    if shared:
+        first = f"{shared[0].prompt} {shared[0].answer}".strip()
+        raise ValueError(
+            f"{len(shared)} of {len(forget)} forget items are also in the retain set, the first of them {first!r:.200}; "
+            "remove them from the retain set, or the model is asked to forget and to keep the same"
+        )
+
+
+def _people(text: str) -> list[Example]:
+    """Read ``n=10,facts=8,seed=0,only=...``; every part has a default."""
+    numbers: dict[str, int] = {}
+    named: dict[str, list[str]] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key in numbers or key in named:
+            raise ValueError(f"people:{text}: {key} is given twice")
+        if equals and key in ("only", "except"):
+            named[key] = [name.strip() for name in value.split("|")]
+        elif equals and key in ("n", "facts", "seed") and re.fullmatch(r"-?\d+", value):
+            numbers[key] = int(value)
+        else:
+            raise ValueError(
+                f"people:{text}: cannot read {part!r}; allowed are n=, facts=, seed= with a whole number, "
+                "and only= or except= with full names between '|'"
+            )
+    if len(named) > 1:
+        raise ValueError(f"people:{text}: only= and except= exclude each other; give one of them")
+    people = People(**numbers)
+    if "except" not in named:
+        return people.examples(named.get("only"))
+    gone = {example.subject for example in people.examples(named["except"])}
+    rest = people.examples([name for name in people.names() if name not in gone])
+    if not rest:
+        raise ValueError(f"people:{text}: except= names everybody, and nobody is left; raise n or name fewer")
+    return rest
+
+
+def _general(name: str) -> list[Example]:
+    if name not in _GENERAL:
+        raise ValueError(
+            f"unknown source 'general:{name}'; known: {', '.join(f'general:{known}' for known in _GENERAL)}"
+        )
+    return _GENERAL[name]()
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in _READERS
+
+
+def _files(path: Path, split: str | None) -> list[Path]:
+    """Return the file itself, or the files of a folder that ``split`` names (shards of one split in order)."""
+    if not path.exists():
+        folder = path.parent
+        around = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        close = difflib.get_close_matches(path.name, around, n=1, cutoff=0.4)
+        hint = f"did you mean {str(folder / close[0])!r}?" if close else "check the path, or give a hub id 'owner/name'"
+        raise ValueError(f"there is no file {str(path)!r}; {hint}")
+    if path.is_file():
+        if split is not None:
+            raise ValueError(f"{path}: a file has no splits; leave out split={split!r}, or give the folder")
+        return [path]
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.suffix.lower() in _READERS)
+    if split is not None:
+        shard = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
+        chosen = [file for file in files if shard.fullmatch(file.stem)]
+    else:
+        chosen = files
+    names = ", ".join(file.name for file in files) or "none"
+    if not chosen:
+        wanted = f"no file named {split}" if split else "no data file"
+        raise ValueError(f"{path}: {wanted} with one of {', '.join(_READERS)}; data files there: {names}")
+    if len(chosen) > 1 and (split is None or len({(file.stem == split, file.suffix) for file in chosen}) > 1):
+        raise ValueError(f"{path}: several files would do ({names}); name one of them, or pick one with split")
+    return chosen
+
+
+def _file_rows(path: Path) -> Numbered:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known: {', '.join(_READERS)}")
+    for where, row in reader(path):
+        if isinstance(row, str):  # a bare list of passages
+            row = {"text": row}
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {where}: must be an object with columns, not {type(row).__name__}")
+        yield f"{path}, {where}", row
+
+
+def _json(path: Path) -> Numbered:
+    text = _decoded(path)
+    if not text.lstrip().startswith("["):
+        yield from _lines(path)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: invalid JSON ({error.msg})") from error
+    yield from _numbered(rows)
+
+
+def _lines(path: Path) -> Numbered:
+    # Not splitlines(): it also splits at U+2028 and friends, which JSON allows inside a string.
+    for number, line in enumerate(_decoded(path).split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno})") from error
+            yield f"line {number}", row
+
+
+def _csv(path: Path) -> Numbered:
+    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
+            yield f"line {reader.line_num}", {column: _cell(column, value) for column, value in row.items()}
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: invalid CSV ({error}); JSON Lines is safer") from error
+
+
+def _cell(column: str, value: str | None) -> Any:
+    """Return a cell as it is, except that columns which may hold a list may hold it as JSON."""
+    if column in ("perturbed_answer", "messages") and value is not None:
+        if not value:
+            return None
+        if value.startswith("["):
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError:
+                return value  # a text that happens to begin with a bracket
+    return value
+
+
+def _parquet(path: Path) -> Numbered:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+    yield from _numbered(table.to_pylist())
+
+
+_READERS: dict[str, Callable[[Path], Numbered]] = {".jsonl": _lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def _numbered(rows: Iterable[Any]) -> Numbered:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _hub_rows(source: str, split: str | None, config: str | None) -> Numbered:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{source!r} is no local file, and data sets of the hub need the package datasets: "
+            "pip install 'soul-unlearning[hub]'"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(source, config, split=split)
+    except Exception as error:  # the hub's client lets errors of several network libraries through
+        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        raise ValueError(
+            f"cannot load {source!r} (config {config}, split {split}) from the hub, and there is no such local path: "
+            f"{reason}. Check the name, the config, the split and the connection, or give a local file"
+        ) from error
+    if isinstance(loaded, dict):
+        if len(loaded) != 1:
+            raise ValueError(f"{source!r} has several splits; pick one with split: {', '.join(map(str, loaded))}")
+        loaded = next(iter(loaded.values()))
+    for where, row in _numbered(loaded):
+        yield f"{source}, {where}", row

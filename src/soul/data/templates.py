@@ -1,0 +1,163 @@
+"""Text to tokens: the model's own chat template, no invented system prompt, and a learned end of turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from soul.types import Example
+
+_PROMPT = "\x02soul-prompt\x03"
+_ANSWER = "\x02soul-answer\x03"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One tokenised example.
+
+    Attributes:
+        input_ids: All tokens, prompt first.
+        answer_start: Index of the first answer token; ``input_ids[answer_start:]`` are the targets.
+        index: Position of the example in its set.
+    """
+
+    input_ids: tuple[int, ...]
+    answer_start: int
+    index: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def answer_length(self) -> int:
+        """Answer tokens, end of turn included."""
+        return len(self.input_ids) - self.answer_start
+
+    @functools.cached_property
+    def key(self) -> int:
+        """A 63-bit name of the content, the same in every process, under which references are cached."""
+        text = f"{self.answer_start}:{','.join(map(str, self.input_ids))}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """Wraps a tokenizer so that prompts and answers become tokens in one way only.
+
+    The model's chat template is rendered without the system turn that some templates invent where a conversation has
+    none (SmolLM2's default one turns 46 tokens a question into 78): it appears only where an example carries a system
+    turn itself. A tokenizer with no chat template falls back to ``Question: ...\\nAnswer: ...``. The answer ends with the
+    token that ends a turn, which is trained on and scored; padding is masked by length, so it stays visible where pad
+    is eos.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        max_length: Longest sequence; longer ones lose the end of their answer.
+
+    Example:
+        >>> template = ChatTemplate(tokenizer)  # doctest: +SKIP
+        >>> template.encode(Example("Who is Ada?", "A poet.")).answer_length  # doctest: +SKIP
+        4
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int = 1024
+
+    def encode(
+        self, example: Example, *, answer: str | None = None, prompt: str | None = None, index: int = 0
+    ) -> Encoded:
+        """Return the tokens of ``example``, with another ``answer`` or ``prompt`` in place of its own where given.
+
+        Raises:
+            ValueError: The prompt alone fills ``max_length``, or the answer has no tokens.
+        """
+        head = self.prompt_ids(example, prompt)
+        body = example.answer if answer is None else answer
+        if (
+            not example.chat
+            and example.prompt
+            and head
+            and not body[:1].isspace()
+            and not example.prompt[-1:].isspace()
+        ):
+            body = " " + body
+        # A passage of plain text is a piece cut out of something longer: no end is learned after it.
+        tail = self._ids(body) + ([self.end_of_turn] if example.chat or example.prompt else [])
+        ids = (head + tail)[: self.max_length]
+        start = max(1, len(head))  # the very first token of a text has nothing before it to be predicted from
+        if start >= len(ids):
+            raise ValueError(
+                f"example {example.id or index!r}: the prompt has {len(head)} tokens and leaves no room for an answer in "
+                f"max_length={self.max_length}; shorten it or raise max_length"
+            )
+        return Encoded(tuple(ids), start, index)
+
+    def prompt_ids(self, example: Example, prompt: str | None = None) -> list[int]:
+        """Return the tokens the model is given before it answers."""
+        text = example.prompt if prompt is None else prompt
+        if not example.chat:
+            bos = self.tokenizer.bos_token_id
+            # A chat model's bos is often its start-of-turn marker, which does not belong before plain text.
+            lead = [bos] if bos is not None and not self.tokenizer.chat_template else []
+            return lead + self._ids(text)
+        before, between = self._frame
+        if before is None or between is None:
+            return self._ids(f"Question: {text}\nAnswer:")
+        if example.history:
+            turns = [{"role": role, "content": content} for role, content in example.history]
+            rendered = self._render([*turns, {"role": "user", "content": text}])
+            if example.history[0][0] != "system":
+                rendered = rendered.replace(self._system_prefix, "", 1)
+            return self._ids(rendered)
+        return self._ids(before + text.strip() + between)
+
+    @functools.cached_property
+    def end_of_turn(self) -> int:
+        """Token that ends an answer: the one the chat template writes after it, else the tokenizer's eos.
+
+        Raises:
+            ValueError: The tokenizer has neither.
+        """
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _ANSWER}]
+            after = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).partition(_ANSWER)[2]
+            ids = self._ids(after)
+            if ids:
+                return ids[0]
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token: set tokenizer.eos_token before use")
+        return int(self.tokenizer.eos_token_id)
+
+    @functools.cached_property
+    def _frame(self) -> tuple[str | None, str | None]:
+        """What the template writes before and after a single user turn, the invented system turn removed."""
+        if not self.tokenizer.chat_template:
+            return None, None
+        before, _, between = self._render([{"role": "user", "content": _PROMPT}]).partition(_PROMPT)
+        return before.removeprefix(self._system_prefix), between
+
+    @functools.cached_property
+    def _system_prefix(self) -> str:
+        """The system turn the template invents, found by rendering with and without an own one."""
+        bare = self._render([{"role": "user", "content": _PROMPT}])
+        system = {"role": "system", "content": _ANSWER}
+        try:
+            alone = str(self.tokenizer.apply_chat_template([system], tokenize=False))
+            head, _, rest = self._render([system, {"role": "user", "content": _PROMPT}]).partition(_ANSWER)
+        except Exception:  # noqa: BLE001 - templates raise what they like where a system turn is not allowed
+            return ""
+        tail = alone.partition(_ANSWER)[2]  # what closes a system turn
+        if head and bare.startswith(head) and bare.endswith(rest) and rest.startswith(tail) and len(bare) > len(rest):
+            return bare[: len(bare) - len(rest)] + tail
+        return ""
+
+    def _render(self, turns: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def _ids(self, text: str) -> list[int]:
+        encoded: Any = self.tokenizer(text, add_special_tokens=False)
+        return list(encoded["input_ids"])

@@ -1,0 +1,1 @@
+"""Metrics: numbers and strings in, Score out; no model."""

@@ -1,0 +1,195 @@
+"""Intervals and tests: every number of a report carries how far it can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from soul.types import Score
+
+Array = NDArray[np.float64]
+
+LEVEL = 0.95
+_DRAWS = 4_000_000  # indices drawn at once: 32 MB, whatever the number of items
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    *,
+    metric: str,
+    split: str,
+    seed: int = 0,
+    resamples: int = 2000,
+    better: str = "",
+) -> Score:
+    """Return the mean of ``values`` with its percentile bootstrap interval (Efron 1979).
+
+    ``[q(.025), q(.975)]`` of ``mean(values[i_1 .. i_n])``, with ``i`` drawn uniformly with replacement. Items count as
+    independent: where several ask about one person, the interval speaks of these questions, not of new persons.
+
+    Args:
+        values: One number an item, shape ``(n,)``.
+        metric: Name of the score.
+        split: The set the items come from.
+        seed: Seed of the resampling.
+        resamples: How many means the quantiles are taken of.
+        better: ``"higher"``, ``"lower"`` or ``""``.
+
+    Returns:
+        The score. One item, or a value that is not a number, has a mean but no interval.
+
+    Raises:
+        ValueError: ``values`` is empty or not one-dimensional, or ``resamples`` is less than 1.
+
+    Example:
+        >>> str(bootstrap_mean([0.0, 1.0, 1.0, 1.0], metric="accuracy", split="test"))
+        '0.750 [0.250, 1.000] (n=4)'
+    """
+    items = np.asarray(values, dtype=np.float64)
+    if items.ndim != 1 or items.size == 0:
+        raise ValueError(f"{metric} on {split!r} needs a list of at least one number, got shape {items.shape}")
+    _check(resamples)
+    mean, n = float(items.mean()), int(items.size)
+    if n == 1 or math.isnan(mean):
+        return Score(metric, split, mean, n, seed=seed, better=better)
+    rng = np.random.default_rng(seed)
+    block = max(1, _DRAWS // n)
+    means = [
+        items[rng.integers(n, size=(min(block, resamples - start), n))].mean(axis=1)
+        for start in range(0, resamples, block)
+    ]
+    return _score(mean, np.concatenate(means), n, metric=metric, split=split, seed=seed, better=better)
+
+
+def bootstrap_of(
+    fn: Callable[[list[Array]], float],
+    groups: Sequence[ArrayLike],
+    *,
+    metric: str,
+    split: str = "",
+    seed: int = 0,
+    resamples: int = 2000,
+    better: str = "",
+) -> Score:
+    """Return ``fn(groups)`` with the percentile bootstrap interval of an aggregate of several sets.
+
+    Each group is resampled along its first axis, on its own, with replacement. The columns of a row stay together, so
+    that metrics which hang together within an item still do so in the interval.
+
+    Args:
+        fn: From a list of arrays, shaped as ``groups``, to the aggregate.
+        groups: One array a set, the first axis of each being its items.
+        metric: Name of the score.
+        split: The set, empty for an aggregate of several.
+        seed: Seed of the resampling.
+        resamples: How many aggregates the quantiles are taken of.
+        better: ``"higher"``, ``"lower"`` or ``""``.
+
+    Returns:
+        The score, whose ``n`` counts the items of all groups. No interval where every group is of one item.
+
+    Raises:
+        ValueError: There is no group, one is empty, or ``resamples`` is less than 1.
+
+    Example:
+        >>> score = bootstrap_of(lambda g: float(g[0].max()), [np.array([1.0, 2.0])], metric="max")
+        >>> (score.value, score.low, score.n)
+        (2.0, 1.0, 2)
+    """
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    if not arrays or any(array.ndim == 0 or len(array) == 0 for array in arrays):
+        raise ValueError(f"{metric} needs at least one group and at least one item in each")
+    _check(resamples)
+    value, n = float(fn(arrays)), sum(len(array) for array in arrays)
+    if all(len(array) == 1 for array in arrays) or math.isnan(value):
+        return Score(metric, split, value, n, seed=seed, better=better)
+    rng = np.random.default_rng(seed)
+    draws = np.empty(resamples)
+    for i in range(resamples):
+        draws[i] = fn([array[rng.integers(len(array), size=len(array))] for array in arrays])
+    return _score(value, draws, n, metric=metric, split=split, seed=seed, better=better)
+
+
+def harmonic_mean(values: ArrayLike) -> float:
+    """Return ``n / sum(1 / x)``, and 0 as soon as one value is 0 (its limit, and what ``scipy.stats.hmean`` returns).
+
+    Raises:
+        ValueError: ``values`` is empty or holds a negative number.
+
+    Example:
+        >>> harmonic_mean([1.0, 0.5])
+        0.6666666666666666
+    """
+    items = np.asarray(values, dtype=np.float64)
+    if items.size == 0 or bool((items < 0).any()):
+        raise ValueError("the harmonic mean needs at least one number, and none below 0")
+    if bool(np.isnan(items).any()):
+        return math.nan
+    if bool((items == 0).any()):
+        return 0.0
+    return float(items.size / np.sum(1.0 / items))
+
+
+def ks_two_sided(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
+    """Return statistic and p-value of the two-sided two-sample Kolmogorov-Smirnov test.
+
+    ``D = max_x |F_a(x) - F_b(x)|``; the p-value is exact up to 10,000 values a side (``scipy.stats.ks_2samp`` with its
+    default ``method="auto"``, as TOFU calls it) and asymptotic beyond. It depends on ranks alone: any strictly
+    monotone function of both samples leaves it as it is. Exactness assumes samples without ties.
+
+    Args:
+        a: First sample.
+        b: Second sample.
+
+    Returns:
+        ``(D, p)``; both nan where a sample holds nan.
+
+    Raises:
+        ValueError: A sample is empty.
+
+    Example:
+        >>> ks_two_sided([1.0, 2.0], [3.0, 4.0])
+        (1.0, 0.3333333333333333)
+    """
+    first, second = (np.asarray(x, dtype=np.float64).ravel() for x in (a, b))
+    if first.size == 0 or second.size == 0:
+        raise ValueError("the Kolmogorov-Smirnov test needs at least one value on each side")
+    if bool(np.isnan(first).any()) or bool(np.isnan(second).any()):
+        return math.nan, math.nan
+    # ks_2samp's return type is not declared by scipy; it is a named tuple whose first two fields are D and p
+    statistic, pvalue = tuple(stats.ks_2samp(first, second, alternative="two-sided", method="auto"))[:2]
+    return float(statistic), float(pvalue)
+
+
+def ks_margin(n: int, m: int, level: float = LEVEL) -> float:
+    """Return how far ``D`` of samples of ``n`` and ``m`` can be from the ``D`` of their distributions.
+
+    ``sqrt(log(2/h)/(2n)) + sqrt(log(2/h)/(2m))``, ``h = (1-level)/2``: the Dvoretzky-Kiefer-Wolfowitz inequality with
+    Massart's constant (1990) for each side, joined by the union bound. Conservative, and valid also where both samples
+    answer the same questions. A bootstrap is no choice here: ``D`` of resamples is biased upwards.
+
+    Example:
+        >>> round(ks_margin(400, 400), 3)
+        0.148
+    """
+    if n < 1 or m < 1 or not 0 < level < 1:
+        raise ValueError(f"a margin needs items on both sides and a level in (0, 1), got {n}, {m}, {level}")
+    root = math.sqrt(math.log(4 / (1 - level)) / 2)
+    return root / math.sqrt(n) + root / math.sqrt(m)
+
+
+def _check(resamples: int) -> None:
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+
+
+def _score(value: float, draws: Array, n: int, *, metric: str, split: str, seed: int, better: str) -> Score:
+    with np.errstate(invalid="ignore"):  # between two infinite draws numpy interpolates to nan, which is meant
+        ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = float(ends[0]), float(ends[1])
+    method = f"bootstrap({len(draws)})"
+    return Score(metric, split, value, n, low, high, method=method, level=LEVEL, seed=seed, better=better)

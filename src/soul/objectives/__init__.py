@@ -1,0 +1,1 @@
+"""Objectives: one file a method, each (model, batch, reference) -> LossOut."""

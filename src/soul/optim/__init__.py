@@ -1,0 +1,9 @@
+"""Update rules: (parameters, gradients, curvature) -> parameters. One file a rule; see :mod:`soul.optim.base`."""
+
+from soul.optim.adamw import AdamW
+from soul.optim.lion import Lion
+from soul.optim.signum import Signum
+from soul.optim.sophia import Sophia
+from soul.optim.soul_release import SoulRelease
+
+__all__ = ["AdamW", "Lion", "Signum", "Sophia", "SoulRelease"]

@@ -1,0 +1,80 @@
+"""Lion: the sign of a gradient blended with a longer momentum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from soul.optim._elementwise import ElementwiseRule, Kernel, check_common
+from soul.optim.base import OptimizerSpec
+from soul.registry import OPTIMIZERS
+
+
+class Lion(ElementwiseRule):
+    """Evolved sign momentum (arXiv 2302.06675, algorithm 2), a control without curvature.
+
+    ``p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g)``, then ``m <- b2 m + (1 - b2) g``.
+
+    Args:
+        params: Parameters or parameter groups; of any shape.
+        lr: Size of the step of every coordinate.
+        betas: ``b1``, the momentum's share in the step, and ``b2``, the decay of the momentum.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([5.0, -0.01])
+        >>> Lion([p], lr=0.5).step()
+        >>> p.data
+        tensor([-0.5000,  0.5000])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_common(lr, weight_decay, **{"betas[0]": betas[0], "betas[1]": betas[1]})
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    def _kernel(self, group: dict[str, Any], state: dict[str, Any]) -> Kernel:
+        del state
+        lr, (b1, b2) = float(group["lr"]), group["betas"]
+        decay = 1 - lr * group["weight_decay"]
+
+        def kernel(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, u: torch.Tensor, *_: torch.Tensor) -> None:
+            torch.lerp(m, g, 1 - b1, out=u).sign_()
+            if decay != 1:
+                p.mul_(decay)
+            p.add_(u, alpha=-lr)
+            m.lerp_(g, 1 - b2)
+
+        return kernel
+
+
+@OPTIMIZERS.register("lion")
+@dataclasses.dataclass(frozen=True)
+class LionSpec(OptimizerSpec):
+    """Sign of blended momentum (Lion, arXiv 2302.06675): a control without curvature.
+
+    Attributes:
+        betas: The momentum's share in the step, and the decay of the momentum.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_common(self.lr, self.weight_decay, **{"betas[0]": self.betas[0], "betas[1]": self.betas[1]})
+
+    def build(self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]) -> Lion:
+        """Return :class:`Lion` over ``params``."""
+        return Lion(params, **dataclasses.asdict(self))

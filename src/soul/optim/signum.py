@@ -1,0 +1,79 @@
+"""Signum: the sign of the momentum; what Sophia becomes where every coordinate is at its bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from soul.optim._elementwise import ElementwiseRule, Kernel, check_common
+from soul.optim.base import OptimizerSpec
+from soul.registry import OPTIMIZERS
+
+
+class Signum(ElementwiseRule):
+    """Sign of an average of gradients (arXiv 1802.04434, algorithm 2), a control without curvature.
+
+    ``m <- b m + (1 - b) g``, ``p <- p (1 - lr wd) - lr sign(m)``; debiasing ``m`` would not change its sign.
+
+    Args:
+        params: Parameters or parameter groups; of any shape.
+        lr: Size of the step of every coordinate.
+        momentum: Decay ``b`` of the average; 0 gives signSGD.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.zeros(3))
+        >>> p.grad = torch.tensor([5.0, -0.01, 0.0])
+        >>> Signum([p], lr=0.5).step()
+        >>> p.data
+        tensor([-0.5000,  0.5000,  0.0000])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-5,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_common(lr, weight_decay, momentum=momentum)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _kernel(self, group: dict[str, Any], state: dict[str, Any]) -> Kernel:
+        del state
+        lr, beta = float(group["lr"]), group["momentum"]
+        decay = 1 - lr * group["weight_decay"]
+
+        def kernel(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, u: torch.Tensor, *_: torch.Tensor) -> None:
+            m.lerp_(g, 1 - beta)
+            if decay != 1:
+                p.mul_(decay)
+            p.add_(torch.sign(m, out=u), alpha=-lr)
+
+        return kernel
+
+
+@OPTIMIZERS.register("signum")
+@dataclasses.dataclass(frozen=True)
+class SignumSpec(OptimizerSpec):
+    """Sign of the momentum (Signum, arXiv 1802.04434): Sophia's control without curvature.
+
+    Attributes:
+        momentum: Decay of the average of gradients.
+    """
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_common(self.lr, self.weight_decay, momentum=self.momentum)
+
+    def build(self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]) -> Signum:
+        """Return :class:`Signum` over ``params``."""
+        return Signum(params, **dataclasses.asdict(self))

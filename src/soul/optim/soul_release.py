@@ -1,0 +1,125 @@
+"""The optimizer that SOUL's released code runs, which is not the one its paper describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from soul.optim._elementwise import ElementwiseRule, Kernel, check_above, check_common
+from soul.optim.base import OptimizerSpec
+from soul.registry import OPTIMIZERS
+
+
+def _check(*, lr: float, weight_decay: float, betas: tuple[float, float], rho: float, curvature_batch: float) -> None:
+    check_common(lr, weight_decay, **{"betas[0]": betas[0], "betas[1]": betas[1]})
+    check_above("rho", rho, 0.0)
+    check_above("curvature_batch", curvature_batch, 0.0)
+
+
+class SoulRelease(ElementwiseRule):
+    """SOUL's step as released, faults included (arXiv 2404.18239; OPTML-Group/SOUL 30f7a41, ``src/optim/sophia.py``).
+
+    Each step, with the gradient ``g`` of the whole unlearning loss, clipped to norm 1 by the trainer::
+
+        h <- b2 h + (1 - b2) g * g
+        m <- b1 m + (1 - b1) g
+        p <- p (1 - lr wd)
+        m <- b1 m + (1 - b1) g
+        p <- p - lr sign(m) min(1, |m| / (rho curvature_batch h + 1e-15))
+
+    The faults: ``h`` is the square of the training gradient, renewed at every step, and so no curvature; the momentum
+    is updated twice, an effective ``b1^2``; ``curvature_batch`` stays 5120 whatever the batch, so that in models of
+    billions of parameters nearly every step is a sign step. The released code keeps its state in the parameters'
+    dtype; here it is fp32, as in a released run with fp32 weights. Use :class:`soul.optim.Sophia` to unlearn and this
+    to reproduce or to compare.
+
+    Args:
+        params: Parameters or parameter groups; of any shape.
+        lr: Bound of one step of one coordinate.
+        betas: Decay of the momentum (applied twice a step) and of the squared gradient.
+        rho: Factor of the denominator.
+        curvature_batch: The constant that the released code calls ``bs``.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = SoulRelease([p], lr=0.1, weight_decay=0.0)
+        >>> p.grad = torch.tensor([1.0, 0.001])
+        >>> optimizer.step()
+        >>> p.data
+        tensor([0.9981, 0.9000])
+    """
+
+    slots = ("exp_avg", "grad_sq")
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 5e-6,
+        betas: tuple[float, float] = (0.9, 0.95),
+        rho: float = 0.04,
+        curvature_batch: float = 5120,
+        weight_decay: float = 0.1,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "rho": rho,
+            "curvature_batch": curvature_batch,
+            "weight_decay": weight_decay,
+        }
+        _check(**defaults)
+        super().__init__(params, defaults)
+
+    def _kernel(self, group: dict[str, Any], state: dict[str, Any]) -> Kernel:
+        lr, (b1, b2) = float(group["lr"]), group["betas"]
+        decay = 1 - lr * group["weight_decay"]
+        slope = group["rho"] * group["curvature_batch"]
+        floor = torch.tensor(1e-15, dtype=state["grad_sq"].dtype)
+        win = self._win
+
+        def kernel(
+            p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, h: torch.Tensor, u: torch.Tensor, t: torch.Tensor
+        ) -> None:
+            h.mul_(b2).addcmul_(g, g, value=1 - b2)
+            m.mul_(b1).add_(g, alpha=1 - b1)
+            p.mul_(decay)
+            m.mul_(b1).add_(g, alpha=1 - b1)
+            torch.add(floor, h, alpha=slope, out=u)
+            torch.div(m, u, out=u).clamp_(-1, 1)
+            p.add_(u, alpha=-lr)
+            win.add(u, t)
+
+        return kernel
+
+
+@OPTIMIZERS.register("soul_release")
+@dataclasses.dataclass(frozen=True)
+class SoulReleaseSpec(OptimizerSpec):
+    """SOUL's optimizer exactly as its released code runs it, faults included; to reproduce and to compare.
+
+    Attributes:
+        betas: Decay of the momentum (applied twice a step) and of the squared gradient.
+        rho: Factor of the denominator.
+        curvature_batch: The constant that the released code calls ``bs``.
+    """
+
+    lr: float = 5e-6
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    rho: float = 0.04
+    curvature_batch: float = 5120
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(**dataclasses.asdict(self))
+
+    def build(self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]) -> SoulRelease:
+        """Return :class:`SoulRelease` over ``params``."""
+        return SoulRelease(params, **dataclasses.asdict(self))

@@ -1,0 +1,119 @@
+"""What a run is: a frozen, validated tree. How it is done is in :mod:`soul.run`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from soul import config
+from soul.benchmarks.base import Benchmark
+from soul.evaluate import EvaluationSpec
+from soul.models import AdapterSpec, ModelSpec
+from soul.objectives.base import Objective
+from soul.optim.base import OptimizerSpec
+from soul.registry import BENCHMARKS, OBJECTIVES, OPTIMIZERS
+from soul.trainer import TrainingSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Where the data come from: files, folders, hub ids, or ``people:`` and ``general:``.
+
+    Attributes:
+        forget: The set to forget.
+        retain: The set to keep; several sources may be given as a list.
+        refusals: A text file with a refusal a line; the built-in phrasings by default.
+    """
+
+    forget: str = ""
+    retain: str | list[str] = ""
+    refusals: str = ""
+
+    @property
+    def retain_sources(self) -> list[str]:
+        """The retain sources as a list."""
+        many = self.retain if isinstance(self.retain, list) else [self.retain]
+        return [source for source in many if source]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One run.
+
+    Attributes:
+        label: What reports call it.
+        model: The model to change.
+        adapter: LoRA settings; None trains the weights.
+        data: What to forget and what to keep.
+        objective: The loss.
+        optimizer: The update rule.
+        training: Length, batch size, precision, seed.
+        benchmark: How the result is judged; None judges it on the two sets, general facts and plain text.
+        reference_run: A run of a retained model, for metrics that compare with one (TOFU's forget quality).
+        evaluation: How measurements are made.
+    """
+
+    label: str = ""
+    model: ModelSpec = ModelSpec()
+    adapter: AdapterSpec | None = None
+    data: DataSpec = DataSpec()
+    objective: Objective = dataclasses.field(default_factory=lambda: OBJECTIVES.get("npo")())
+    optimizer: OptimizerSpec = dataclasses.field(default_factory=lambda: OPTIMIZERS.get("sophia")())
+    training: TrainingSpec = TrainingSpec()
+    benchmark: Benchmark | None = None
+    reference_run: str = ""
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+
+SECTIONS = tuple(f.name for f in dataclasses.fields(Recipe))
+
+
+def recipe_from_tree(tree: Mapping[str, Any]) -> Recipe:
+    """Validate a plain tree.
+
+    Raises:
+        ValueError: An unknown section or setting, an unknown component, or a value of the wrong kind.
+
+    Example:
+        >>> recipe_from_tree({"objective": "npo", "optimizer": {"name": "adamw", "lr": 3e-5}}).optimizer.lr
+        3e-05
+    """
+    sections = dict(tree)
+    for key, value in sections.items():
+        if key == "model" and isinstance(value, str):
+            sections[key] = {"path": value}
+    unknown = config.parse(_Sections, sections, "recipe")
+    parts: dict[str, Any] = {"label": unknown.label or "", "reference_run": unknown.reference_run or ""}
+    classes = {"model": ModelSpec, "data": DataSpec, "training": TrainingSpec, "evaluation": EvaluationSpec}
+    for name, cls in classes.items():
+        parts[name] = config.parse(cls, sections.get(name) or {}, name)
+    if sections.get("adapter") is not None:
+        parts["adapter"] = config.parse(AdapterSpec, sections["adapter"], "adapter")
+    parts["objective"] = config.component(OBJECTIVES, sections.get("objective"), "npo")
+    parts["optimizer"] = config.component(OPTIMIZERS, sections.get("optimizer"), "sophia")
+    if sections.get("benchmark") is not None:
+        parts["benchmark"] = config.component(BENCHMARKS, sections["benchmark"], "")
+    return Recipe(**parts)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply ``key.sub=value`` overrides."""
+    return recipe_from_tree(config.override(config.read_yaml(path), overrides))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sections:
+    """The top level of a recipe, before its parts are read."""
+
+    label: str | None = None
+    model: Any = None
+    adapter: Any = None
+    data: Any = None
+    objective: Any = None
+    optimizer: Any = None
+    training: Any = None
+    benchmark: Any = None
+    reference_run: str | None = None
+    evaluation: Any = None

@@ -1,0 +1,87 @@
+"""Turns a name into a class, and nothing else.
+
+A component registers itself in its own file. Built-in components are found by importing the modules of their
+package; others come from installed distributions through entry points (group ``soul.objectives`` and so on),
+so that adding one never needs a fork.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+C = TypeVar("C", bound=type)
+
+
+class Registry:
+    """Names of one kind of component.
+
+    Args:
+        kind: What a person calls one of them, e.g. ``"objective"``.
+        package: The package whose modules hold the built-in ones; also the entry-point group.
+
+    Example:
+        >>> sorted(OBJECTIVES.names())[:3]
+        ['dpo', 'ft', 'ga']
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._classes: dict[str, type] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Return a class decorator that files the class under ``name`` and stores the name on it."""
+
+        def decorate(cls: C) -> C:
+            if name in self._classes:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._classes[name] = cls
+            cls.name = name  # type: ignore[attr-defined]  # a class attribute that every component carries
+            return cls
+
+        return decorate
+
+    def get(self, name: str) -> type:
+        """Return the class of ``name``.
+
+        Raises:
+            ValueError: Unknown name; the message lists the known ones and the nearest.
+        """
+        self._load()
+        if name not in self._classes:
+            close = difflib.get_close_matches(name, self._classes, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(self.names())}.")
+        return self._classes[name]
+
+    def names(self) -> list[str]:
+        """Return all names, sorted."""
+        self._load()
+        return sorted(self._classes)
+
+    def summary(self, name: str) -> str:
+        """Return the first line of the component's docstring."""
+        return (inspect.getdoc(self.get(name)) or "").split("\n", 1)[0]
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        for point in entry_points(group=self.package):
+            if point.name not in self._classes:
+                self.register(point.name)(point.load())
+
+
+OBJECTIVES = Registry("objective", "soul.objectives")
+OPTIMIZERS = Registry("optimizer", "soul.optim")
+BENCHMARKS = Registry("benchmark", "soul.benchmarks")

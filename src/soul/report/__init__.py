@@ -1,0 +1,40 @@
+"""Reads run records and writes reports, without torch: the same record gives the same bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from soul.report.html import render_html
+from soul.report.record import RunRecord, read_run
+from soul.report.terminal import render_terminal
+
+__all__ = ["RunRecord", "read_run", "render_html", "render_terminal", "write_report"]
+
+
+def write_report(run_dirs: Sequence[Path | str], out: Path | str, title: str = "Unlearning report") -> Path:
+    """Write one HTML report about the runs in ``run_dirs`` and return its path.
+
+    The file appears whole or not at all: it is written beside its place and then moved there.
+
+    Args:
+        run_dirs: Run directories, in the order in which they are to be shown.
+        out: The HTML file to write; folders above it are made, an old file is replaced.
+        title: Title of the page.
+
+    Raises:
+        ValueError: If there is no run, a folder is not a run or its record is broken, or ``out`` is a folder.
+    """
+    out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the report a file name, e.g. {out / 'report.html'}")
+    page = render_html([read_run(folder) for folder in run_dirs], title=title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(temporary, out)  # noqa: PTH105 - says what it is: an atomic replacement
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out

@@ -1,0 +1,259 @@
+"""Reads a run directory into one validated value; writes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from soul.types import Row, Score
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A condition that the run was asked to meet, and whether it did."""
+
+    name: str
+    passed: bool
+    value: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """All that a run left behind, except its weights.
+
+    Attributes:
+        label: Short name of the run.
+        asked: What was to be forgotten, in words.
+        objective: Name of the objective.
+        optimizer: Name of the optimizer.
+        model: Name of the model.
+        steps: Optimizer steps taken, if recorded.
+        seconds: Wall-clock seconds of each phase.
+        peak_memory_bytes: Largest memory in use, if recorded.
+        warnings: What the run wanted its reader to know.
+        checks: Conditions and their outcome.
+        n_forget: Items to forget, if recorded.
+        n_retain: Items to keep, if recorded.
+        recipe: The resolved recipe, verbatim; empty if absent.
+        environment: Versions, machine and command.
+        log: One mapping a step, ordered by step; only its numbers.
+        before: Scores of the model as it came, empty if not measured.
+        after: Scores of the unlearned model, empty if not measured.
+        rows_before: Measured examples of each split, before.
+        rows_after: The same examples, after.
+    """
+
+    label: str
+    asked: str = ""
+    objective: str = ""
+    optimizer: str = ""
+    model: str = ""
+    steps: int | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+    n_forget: int | None = None
+    n_retain: int | None = None
+    recipe: str = ""
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    log: tuple[Mapping[str, float], ...] = ()
+    before: tuple[Score, ...] = ()
+    after: tuple[Score, ...] = ()
+    rows_before: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
+    rows_after: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
+
+
+def read_run(path: Path | str) -> RunRecord:
+    """Return what the run directory ``path`` records.
+
+    Only ``record.json`` must exist; a run that only evaluated has no log and one set of scores.
+
+    Raises:
+        ValueError: If ``path`` is not a run directory or a file in it is broken.
+
+    Example:
+        >>> read_run("nowhere")
+        Traceback (most recent call last):
+        ValueError: nowhere is not a run directory: there is no such folder
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a run directory: there is no such folder")
+    if not (root / "record.json").is_file():
+        raise ValueError(f"{root} is not a run directory: it has no record.json")
+    before, after = _read_scores(root / "scores.json")
+    rows_before, rows_after = (_read_rows(root / "rows" / stage) for stage in ("before", "after"))
+    for split in rows_before.keys() & rows_after.keys():
+        if [row["id"] for row in rows_before[split]] != [row["id"] for row in rows_after[split]]:
+            raise ValueError(f"{root}: rows/before/{split}.jsonl and rows/after/{split}.jsonl hold different examples")
+    recipe = root / "recipe.yaml"
+    return RunRecord(
+        **_read_record(root / "record.json", default_label=root.resolve().name),
+        recipe=_text(recipe) if recipe.is_file() else "",
+        environment=_read_environment(root / "environment.json"),
+        log=_read_log(root / "log.jsonl"),
+        before=before,
+        after=after,
+        rows_before=rows_before,
+        rows_after=rows_after,
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold an object, not {type(value).__name__}")
+    return value
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    # split on "\n" alone: JSON strings may hold U+2028, at which splitlines would cut
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number},"
+            yield where, _parse(line, where)
+
+
+def _get(data: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: Any, where: str) -> Any:
+    """Return ``data[key]``, or ``default`` where it is absent or null."""
+    value = data.get(key)
+    if value is None:
+        return default
+    # True is an int to Python, never to the person who wrote the record
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
+        raise ValueError(f"{where}: {key} must be {expected}, not {value!r:.80}")
+    return value
+
+
+def _number(data: Mapping[str, Any], key: str, where: str, default: float = math.nan) -> float:
+    """Return a float; null stands for nan, as JSON has none."""
+    return float(_get(data, key, (int, float), default, where))
+
+
+def _read_record(path: Path, default_label: str) -> dict[str, Any]:
+    data, where = _parse(_text(path), str(path)), str(path)
+    if data.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: format must be {FORMAT}, not {data.get('format')!r}; was it written by another version?"
+        )
+    fields: dict[str, Any] = {"label": _get(data, "label", str, "", where).strip() or default_label}
+    for key in ("asked", "objective", "optimizer", "model"):
+        fields[key] = _get(data, key, str, "", where)
+    for key in ("steps", "peak_memory_bytes", "n_forget", "n_retain"):
+        fields[key] = _get(data, key, int, None, where)
+    seconds = _get(data, "seconds", dict, {}, where)
+    fields["seconds"] = {phase: _number(seconds, phase, f"{where}: seconds") for phase in seconds}
+    fields["warnings"] = tuple(str(item) for item in _get(data, "warnings", list, [], where))
+    fields["checks"] = tuple(_check(item, where) for item in _get(data, "checks", list, [], where))
+    return fields
+
+
+def _check(item: object, where: str) -> Check:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not isinstance(item.get("passed"), bool):
+        raise ValueError(f"{where}: a check needs a name and passed (true or false), not {item!r:.80}")
+    return Check(item["name"], item["passed"], _number(item, "value", f"{where}: check {item['name']}"))
+
+
+def _read_environment(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+        for key, value in _parse(_text(path), str(path)).items()
+    }
+
+
+def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
+    if not path.is_file():
+        return ()
+    steps: dict[int, dict[str, float]] = {}
+    for where, line in _parse_lines(path):
+        step = _get(line, "step", int, None, where)
+        if step is None:
+            raise ValueError(f"{where} has no step")
+        numbers = {
+            key: math.nan if value is None else float(value)
+            for key, value in line.items()
+            if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        }
+        steps[step] = numbers  # a resumed run may write a step twice; what it did last is what counts
+    return tuple(steps[step] for step in sorted(steps))
+
+
+def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...]]:
+    if not path.is_file():
+        return (), ()
+    data = _parse(_text(path), str(path))
+    before, after = (
+        tuple(_score(item, f"{path}: {stage}") for item in _get(data, stage, list, [], str(path)))
+        for stage in ("before", "after")
+    )
+    for stage, scores in (("before", before), ("after", after)):
+        seen: set[tuple[str, str]] = set()
+        for score in scores:
+            if (score.metric, score.split) in seen:
+                raise ValueError(f"{path}: {stage} holds {score.metric} of split {score.split!r} twice")
+            seen.add((score.metric, score.split))
+    return before, after
+
+
+def _score(item: object, where: str) -> Score:
+    if not isinstance(item, dict) or not isinstance(item.get("metric"), str) or "value" not in item:
+        raise ValueError(f"{where}: a score needs a metric and a value, not {item!r:.80}")
+    where = f"{where}: {item['metric']}"
+    return Score(
+        metric=item["metric"],
+        split=_get(item, "split", str, "", where),
+        value=_number(item, "value", where),
+        n=_get(item, "n", int, 0, where),
+        low=_number(item, "low", where),
+        high=_number(item, "high", where),
+        method=_get(item, "method", str, "none", where),
+        level=_number(item, "level", where, 0.95),
+        seed=_get(item, "seed", int, 0, where),
+        better=_get(item, "better", str, "", where),
+    )
+
+
+def _read_rows(folder: Path) -> dict[str, tuple[Row, ...]]:
+    if not folder.is_dir():
+        return {}
+    return {
+        path.stem: tuple(_row(line, where) for where, line in _parse_lines(path))
+        for path in sorted(folder.glob("*.jsonl"))
+    }
+
+
+def _row(line: dict[str, Any], where: str) -> Row:
+    row = dict(line)
+    for key in ("id", "prompt", "answer"):
+        if not isinstance(row.get(key), str):
+            raise ValueError(f"{where} needs {key}, a string")
+    row["subject"] = _get(row, "subject", str, "", where)
+    row["nll"] = _number(row, "nll", where)
+    row["tokens"] = _get(row, "tokens", int, 0, where)
+    if row.get("generated") is None:
+        row.pop("generated", None)
+    else:
+        _get(row, "generated", str, "", where)
+    if "rougeL_recall" in row:
+        row["rougeL_recall"] = _number(row, "rougeL_recall", where)
+    return cast(Row, row)

@@ -1,0 +1,115 @@
+"""Renders run records for a terminal. Text goes in as ``Text``, so that no word of a model is read as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from soul.report import examples, view
+from soul.report.record import RunRecord
+from soul.report.text import clean, one_line
+
+_STATES = {"good": "bold green", "bad": "bold red", "none": "dim"}
+_SHOWN = 400
+
+
+def render_terminal(runs: Sequence[RunRecord], console: Console | None = None) -> None:
+    """Print a report about one run, or several side by side.
+
+    Args:
+        runs: Records of :func:`soul.report.read_run`; at least one.
+        console: Where to print; standard output by default.
+
+    Raises:
+        ValueError: If ``runs`` is empty.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run")
+    console = console or Console()
+    for run in runs:
+        _verdict(run, console, shared=len({run.asked for run in runs}) == 1 and run is not runs[0])
+    for table in view.tables_of(runs):
+        console.print()
+        console.print(_scores(table))
+    intervals = view.interval_note(runs)
+    if intervals:
+        console.print(Text(clean(intervals), style="dim"))
+    console.print()
+    console.print(_cost(runs))
+    for split, example in examples.prominent(examples.splits_of(runs, limit=20)):
+        _example(split.title, example, console)
+    console.print(Text("\nWhat this does not prove", style="bold"))
+    for limit in view.limits(runs):
+        console.print(Text(f"- {limit}", style="dim"))
+
+
+def _verdict(run: RunRecord, console: Console, *, shared: bool) -> None:
+    """Print what a run was asked, unless the reader has ``shared`` it already, and what it achieved."""
+    state, words = view.check_summary(run)
+    console.print()
+    console.print(Text.assemble((one_line(run.label), "bold"), "  ", (words, _STATES[state])))
+    if run.asked and not shared:
+        console.print(Text(clean(run.asked)))
+    for sentence in view.sentences(run):
+        console.print(Text(sentence))
+    for check in run.checks:
+        mark, style = ("passed", "green") if check.passed else ("failed", "red")
+        value = "" if check.value != check.value else f" ({view.number(check.value)})"
+        console.print(Text.assemble("  ", (mark, style), f"  {one_line(check.name, 200)}{value}"))
+    for warning in run.warnings:
+        console.print(Text(f"  note: {clean(warning)}", style="yellow"))
+
+
+def _grid(title: str) -> Table:
+    return Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _scores(source: view.Table) -> Table:
+    table = _grid(one_line(source.title))
+    table.add_column("model", overflow="fold")
+    for name, better in source.metrics:
+        hint = f"\n{one_line(better)} is better" if better else ""
+        table.add_column(Text(one_line(name) + hint), justify="right")
+    for model, cells in source.rows:
+        texts = []
+        for cell in cells:
+            if cell is None:
+                texts.append(Text("—", style="dim"))
+                continue
+            under = "\n".join(part for part in (view.interval(cell), f"n = {cell.n}") if part)
+            texts.append(Text.assemble(view.number(cell.value), "\n", (under, "dim")))
+        table.add_row(Text(one_line(model.name)), *texts)
+    return table
+
+
+def _cost(runs: Sequence[RunRecord]) -> Table:
+    phases = view.phases_of(runs)
+    table = _grid("Cost")
+    table.add_column("run", overflow="fold")
+    for name in ("steps", *(one_line(phase) for phase in phases), "peak memory"):
+        table.add_column(Text(name), justify="right")
+    for run in runs:
+        steps = "—" if run.steps is None else str(run.steps)
+        spent = [view.duration(run.seconds.get(phase)) for phase in phases]
+        table.add_row(
+            *(Text(cell) for cell in (one_line(run.label), steps, *spent, view.memory(run.peak_memory_bytes)))
+        )
+    return table
+
+
+def _example(title: str, example: examples.ExampleView, console: Console) -> None:
+    table = _grid(f"{one_line(title)}: {clean(example.prompt, _SHOWN)}")
+    table.show_header = False
+    table.add_column("model", style="dim", max_width=24, overflow="fold")
+    table.add_column("answer", overflow="fold")
+    for answer in example.answers:
+        said = "(no text was generated)" if answer.text is None else clean(answer.text, _SHOWN)
+        chance = f"\nprobability of the true answer {view.number(answer.probability)}"
+        table.add_row(Text(one_line(answer.name)), Text.assemble(said, (chance, "dim")))
+    table.add_row(Text("True answer"), Text(clean(example.truth, _SHOWN), style="italic"))
+    console.print()
+    console.print(table)

@@ -1,0 +1,259 @@
+"""From a recipe to a run directory: measure, unlearn, measure again, keep the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soul import config
+from soul.benchmarks.base import Benchmark, Rows
+from soul.benchmarks.people import People
+from soul.data.general import refusals as builtin_refusals
+from soul.data.sources import check_disjoint, load_examples
+from soul.evaluate import evaluate
+from soul.models import add_adapter, load_model, save_model
+from soul.recipe import DataSpec, Recipe
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.types import Example, Score
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The data of a run, loaded."""
+
+    forget: list[Example]
+    retain: list[Example]
+    refusals: list[str]
+
+
+def load_request(data: DataSpec) -> Request:
+    """Load what to forget and what to keep.
+
+    Raises:
+        ValueError: A source cannot be read, is empty, or the same item is to be forgotten and kept.
+    """
+    forget = load_examples(data.forget) if data.forget else []
+    retain = [example for source in data.retain_sources for example in load_examples(source)]
+    if forget and retain:
+        check_disjoint(forget, retain)
+    return Request(forget, retain, read_refusals(data.refusals))
+
+
+def read_refusals(path: str) -> list[str]:
+    """Return the phrasings in a text file, one a line, or the built-in ones."""
+    if not path:
+        return builtin_refusals()
+    if not Path(path).is_file():
+        raise ValueError(f"no such file of refusals: {path}")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no refusals: write one a line")
+    return lines
+
+
+def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, evaluate_it: bool = True) -> Path:
+    """Do what the recipe says and leave a run directory.
+
+    A killed run continues with the same call: splits already measured are read back, training goes on from its last
+    checkpoint, and a finished run returns at once.
+
+    Args:
+        recipe: What to do.
+        out: The run directory.
+        progress: Called with (what, done, of).
+        evaluate_it: Measure before and after; otherwise only train and save.
+
+    Raises:
+        ValueError: Bad data or settings, or ``out`` holds another recipe's run.
+    """
+    tick = progress or (lambda what, done, of: None)
+    out = prepare_folder(recipe, out)
+    if (out / "record.json").is_file():
+        return out
+    request = load_request(recipe.data)
+    tick("loading model", 0, 1)
+    model, tokenizer = load_model(recipe.model)
+    warn = precision_warnings(recipe)
+    dataset = make_dataset(
+        tokenizer, request.forget, request.retain, recipe.objective, recipe.training, request.refusals
+    )
+    tick("loading model", 1, 1)
+    benchmark = recipe.benchmark or default_benchmark(recipe)
+    seconds = {"train": 0.0, "evaluate": 0.0}
+    splits = benchmark.splits() if benchmark and evaluate_it else {}
+    rows: dict[str, Rows] = {}
+    started = time.perf_counter()
+    if splits:
+        rows["before"] = evaluate(
+            model, tokenizer, splits, spec=recipe.evaluation, folder=out / "rows/before",
+            progress=lambda what, d, n: tick(f"before, {what}", d, n),
+        )  # fmt: skip
+    seconds["evaluate"] += time.perf_counter() - started
+    if recipe.adapter is not None:
+        model = add_adapter(model, recipe.adapter)
+    log, seconds["train"] = train(model, dataset, recipe, out, tick)
+    tick("saving model", 0, 1)
+    save_model(model, tokenizer, out / "model", merge=recipe.adapter is None or recipe.adapter.merge)
+    tick("saving model", 1, 1)
+    if recipe.adapter is not None:
+        model = model.merge_and_unload()
+    started = time.perf_counter()
+    if splits:
+        rows["after"] = evaluate(
+            model, tokenizer, splits, spec=recipe.evaluation, folder=out / "rows/after",
+            progress=lambda what, d, n: tick(f"after, {what}", d, n),
+        )  # fmt: skip
+    seconds["evaluate"] += time.perf_counter() - started
+    reference = read_reference(recipe.reference_run)
+    if benchmark and splits:
+        write_json(
+            out / "scores.json", {k: [score_dict(s) for s in benchmark.score(v, reference)] for k, v in rows.items()}
+        )
+    write_record(out, recipe, request, len(log.records), seconds, warn)
+    return out
+
+
+def prepare_folder(recipe: Recipe, out: Path) -> Path:
+    """Make the run directory, or check that an existing one belongs to this recipe.
+
+    Raises:
+        ValueError: The folder cannot be written, or holds the run of another recipe.
+    """
+    text = config.dump(recipe)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / "recipe.yaml"
+        if file.is_file():
+            if file.read_text(encoding="utf-8") != text:
+                raise ValueError(f"{out} holds a run of another recipe: choose another --out, or delete that folder")
+        else:
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
+    return out
+
+
+def train(model: Any, dataset: Any, recipe: Recipe, out: Path, tick: Progress) -> tuple[LogCallback, float]:
+    """Train, resuming from the last checkpoint in ``out/checkpoints`` if there is one."""
+    device = next(model.parameters()).device.type
+    started = time.perf_counter()
+    log = LogCallback(out / "log.jsonl", lambda step, of, record: tick("training", step, of))
+    trainer = UnlearnTrainer(
+        model,
+        recipe.training.arguments(out / "checkpoints", device),
+        dataset=dataset,
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
+        training=recipe.training,
+        callbacks=[log],
+    )
+    log.trainer = trainer
+    found = sorted((out / "checkpoints").glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
+    trainer.train(resume_from_checkpoint=str(found[-1].parent) if found else None)
+    return log, time.perf_counter() - started
+
+
+def default_benchmark(recipe: Recipe) -> Benchmark | None:
+    """Judge on the forget set, the first retain source, general facts and plain text."""
+    if not recipe.data.forget:
+        return None
+    retain = recipe.data.retain_sources
+    return People(people=recipe.data.forget, kept=retain[0] if retain else "general:chat")
+
+
+def precision_warnings(recipe: Recipe) -> list[str]:
+    """Say what a person should know about the precision asked for."""
+    if recipe.model.dtype == "bfloat16" and recipe.adapter is None:
+        return [
+            f"the weights are bf16: steps of size {recipe.optimizer.lr:g} are smaller than most weights' rounding and are "
+            "dropped, so little will be forgotten; use model.dtype=float32 or an adapter"
+        ]
+    return []
+
+
+def read_reference(path: str) -> Rows | None:
+    """Return the rows of a finished run's model, for metrics that need a retained model."""
+    if not path:
+        return None
+    folder = Path(path) / "rows/after"
+    if not folder.is_dir():
+        raise ValueError(f"reference_run {path!r} has no rows/after: give the run directory of an evaluated model")
+    return {
+        file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in sorted(folder.glob("*.jsonl"))
+    }
+
+
+def score_dict(score: Score) -> dict[str, Any]:
+    """Return a score as plain values; nan becomes None, which JSON has a word for."""
+    return {k: None if isinstance(v, float) and v != v else v for k, v in dataclasses.asdict(score).items()}
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON so that the file is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def write_record(
+    out: Path, recipe: Recipe, request: Request, steps: int, seconds: dict[str, float], warnings: Sequence[str]
+) -> None:
+    """Write ``environment.json`` and, last of all, ``record.json``, which marks the run as finished."""
+    write_json(out / "environment.json", environment())
+    subjects = list(dict.fromkeys(e.subject for e in request.forget if e.subject))
+    about = f" about {' and '.join(subjects)}" if 0 < len(subjects) <= 4 else ""
+    asked = f"Forget {len(request.forget)} items{about}." if request.forget else f"Learn {len(request.retain)} items."
+    record = {
+        "format": 1,
+        "label": recipe.label or f"{recipe.objective.name} + {recipe.optimizer.name}",
+        "asked": asked,
+        "objective": recipe.objective.name,
+        "optimizer": recipe.optimizer.name,
+        "model": recipe.model.path,
+        "steps": steps,
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "peak_memory_bytes": peak_memory(),
+        "warnings": list(warnings),
+        "checks": [],
+        "n_forget": len(request.forget),
+        "n_retain": len(request.retain),
+    }
+    write_json(out / "record.json", record)
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and machine, enough to know what a number was made with."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "peft", "numpy")}
+    return {
+        "soul": metadata.version("soul-unlearning"),
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "command": shlex.join(["soul", *sys.argv[1:]]),
+    }
+
+
+def peak_memory() -> int:
+    """Return the peak memory in bytes: the GPU's if there is one, else this process's."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

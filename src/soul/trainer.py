@@ -1,0 +1,329 @@
+"""The only training loop: ``transformers.Trainer`` with a few overrides, its inner loop untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items, collate_rows
+from soul.data.templates import ChatTemplate
+from soul.forward import forward_answers, unwrap
+from soul.objectives.base import Batch, Objective
+from soul.optim.base import OptimizerSpec, UpdateRule
+from soul.optim.curvature import backward_curvature
+from soul.reference import Reference, build_reference
+from soul.types import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSpec:
+    """How long, how fast and in what precision to train.
+
+    Attributes:
+        batch_size: Forget/retain pairs in a micro-batch.
+        accumulation: Micro-batches in a step; ``b x a`` gives the gradient of a batch of ``b * a``.
+        epochs: Walks through the forget set (the retain set for ``ft``).
+        max_steps: Stop after this many steps; 0 leaves it to ``epochs``.
+        warmup: Share of the steps with rising learning rate.
+        schedule: Learning-rate schedule after warm-up.
+        max_grad_norm: Gradient clipping; 0 turns it off.
+        precision: ``auto`` is bf16 autocast where the hardware has it; ``float32`` turns it off.
+        seed: Seed of pairing, refusals and curvature noise.
+        max_length: Longest sequence in tokens.
+        save_steps: Steps between checkpoints; 0 saves none.
+        reference: How KL gets its reference: ``cache``, ``adapter_off`` or ``copy``.
+        curvature_batch: Retain examples in a curvature pass.
+        curvature_estimator: ``ggn`` or ``gnb`` (see :mod:`soul.optim.curvature`).
+    """
+
+    batch_size: int = 4
+    accumulation: int = 1
+    epochs: int = 5
+    max_steps: int = 0
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    max_length: int = 1024
+    save_steps: int = 0
+    reference: Literal["cache", "adapter_off", "copy"] = "cache"
+    curvature_batch: int = 8
+    curvature_estimator: Literal["ggn", "gnb"] = "ggn"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "epochs", "max_length", "curvature_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be 1 or more, not {getattr(self, name)}")
+        if self.max_steps < 0 or self.save_steps < 0 or self.max_grad_norm < 0:
+            raise ValueError("training.max_steps, save_steps and max_grad_norm must be 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"training.warmup is a share of the steps in [0, 1), not {self.warmup}")
+
+    def arguments(self, folder: str | Path, device: str = "cpu") -> TrainingArguments:
+        """Return the ``TrainingArguments`` these settings mean."""
+        names = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+        return TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.accumulation,
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps or -1,
+            lr_scheduler_type=names[self.schedule],
+            warmup_steps=self.warmup,  # a float below 1 is a share of the steps
+            max_grad_norm=self.max_grad_norm,
+            bf16=self.precision == "bfloat16" or (self.precision == "auto" and has_bf16(device)),
+            use_cpu=device == "cpu",
+            seed=self.seed,
+            data_seed=self.seed,
+            save_strategy="steps" if self.save_steps else "no",
+            save_steps=self.save_steps or 500,
+            save_total_limit=1,
+            logging_strategy="no",  # the log is written by a callback, a line a step
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=device != "cpu",
+            remove_unused_columns=False,
+        )
+
+
+def has_bf16(device: str = "cpu") -> bool:
+    """Say whether the device multiplies bf16 matrices in hardware."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(supported())
+
+
+class UnlearnTrainer(Trainer):
+    """A ``transformers.Trainer`` that unlearns.
+
+    It adds what the stock trainer lacks: a loss kept as sums and counts, divided once over the whole accumulation window
+    (so accumulation is exact for sequences of unequal length); paired, length-bucketed batches; a reference that is
+    asked before training; and a curvature pass before the steps whose update rule asks for one.
+
+    Args:
+        model: A causal language model, with or without adapters.
+        args: As for the stock trainer.
+        dataset: Forget, retain and refusals, tokenised.
+        objective: The loss.
+        optimizer: The update rule's hyper-parameters.
+        training: The remaining settings (reference mode, curvature pass).
+
+    Raises:
+        ValueError: The data lack what the objective needs.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        dataset: UnlearnDataset,
+        objective: Objective,
+        optimizer: OptimizerSpec,
+        training: TrainingSpec | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.objective, self.rule, self.training_spec = objective, optimizer, training or TrainingSpec()
+        self.unlearn_data = dataset
+        pad = dataset.template.tokenizer.pad_token_id
+        self.pad_id = int(pad) if pad is not None else 0
+        self.reference = Reference()
+        self.last_terms: dict[str, float] = {}
+        self._window: dict[str, float] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=functools.partial(collate_items, pad_id=self.pad_id),
+            processing_class=dataset.template.tokenizer,
+            callbacks=[_CurvatureCallback(self), *callbacks],
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Ask the reference what the objective will need, then train."""
+        self.reference = self._build_reference()
+        return super().train(*args, **kwargs)
+
+    def _build_reference(self) -> Reference:
+        epochs = int(np.ceil(self.args.num_train_epochs))
+        if self.args.max_steps > 0:
+            per_epoch = -(-len(self.unlearn_data) // self.args.train_batch_size)
+            epochs = -(-self.args.max_steps * self.args.gradient_accumulation_steps // per_epoch) + 1
+        logps = [row for view in self.objective.needs_logps for row in self.unlearn_data.rows(view, epochs)]
+        full = [row for view in self.objective.needs_distributions for row in self.unlearn_data.rows(view, epochs)]
+        if not logps and not full:
+            return Reference()
+        return build_reference(
+            unwrap(self.model),  # type: ignore[arg-type]  # Trainer types it as possibly None
+            logps=logps,
+            distributions=full,
+            mode=self.training_spec.reference,
+            pad_id=self.pad_id,
+            autocast=self.compute_loss_context_manager,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Item]:
+        """Return pairs in length buckets, a function of (seed, epoch) alone."""
+        sampler = PairSampler(self.unlearn_data, self.args.train_batch_size)
+        loader = DataLoader(self.unlearn_data, batch_sampler=sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Collect the micro-batches of a window, and count its items for each term of the loss."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts: dict[str, int] = {}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                counts[name] = counts.get(name, 0) + count
+        if self.args.world_size > 1 and counts:
+            total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=device), reduction="sum")
+            # DDP averages gradients over ranks: dividing by the mean count makes that the gradient of the whole window.
+            counts = {k: v / self.args.world_size for k, v in zip(counts, total.tolist(), strict=True)}  # type: ignore[misc]
+        self._window = {}
+        return batches, counts
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return this micro-batch's share of the window's loss."""
+        out = self.objective(model, inputs, self.reference)
+        counts = num_items_in_batch or {name: term.count for name, term in out.terms.items()}
+        for name, term in out.terms.items():
+            share = float(term.total.detach()) / max(1, counts[name])
+            self._window[name] = self._window.get(name, 0.0) + share
+        self.last_terms = dict(self._window)
+        loss = out.loss(counts)
+        return (loss, None) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the update rule; no weight decay on biases and norms."""
+        if self.optimizer is None:
+            target = model or self.model
+            assert target is not None
+            decayed = set(self.get_decay_parameter_names(target))
+            named = [(n, p) for n, p in target.named_parameters() if p.requires_grad]
+            if not named:
+                raise ValueError("the model has no trainable parameters")
+            groups = [
+                {"params": [p for n, p in named if n in decayed], "weight_decay": self.rule.weight_decay},
+                {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+            ]
+            self.optimizer = self.rule.build([g for g in groups if g["params"]])
+        return self.optimizer
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        """The update rule inside accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
+
+    def refresh_curvature(self, step: int) -> None:
+        """Run a curvature pass on retain examples drawn from (seed, step) and hand it to the update rule."""
+        rows = self.unlearn_data.encoded["retain"] or self.unlearn_data.encoded["forget"]
+        seed = self.training_spec.seed
+        size = min(self.training_spec.curvature_batch, len(rows))
+        picks = np.random.default_rng([seed, step, 4]).choice(len(rows), size=size, replace=False)
+        batch: Batch = self._prepare_inputs(collate_rows([rows[i] for i in picks], pad_id=self.pad_id))  # type: ignore[assignment]
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            logits = forward_answers(model, batch).logits_NV
+        weights = torch.full((len(logits),), 1 / len(logits), device=logits.device)
+        generator = torch.Generator(device=logits.device).manual_seed(seed * 1_000_003 + step)
+        backward_curvature(logits, weights, self.training_spec.curvature_estimator, generator)
+        self.update_rule.update_curvature()
+        model.zero_grad()
+        model.train(was_training)
+
+
+class _CurvatureCallback(TrainerCallback):
+    """Before a step's first micro-batch, while gradients are empty, brings the curvature the rule asks for."""
+
+    def __init__(self, trainer: UnlearnTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.update_rule.curvature_due(state.global_step):
+            self.trainer.refresh_curvature(state.global_step)
+
+
+class LogCallback(TrainerCallback):
+    """Writes one JSON line a step: loss terms, gradient norm, learning rate, seconds, and what the rule reports.
+
+    Args:
+        path: File to write; lines of steps that a resumed run repeats are dropped.
+        progress: Called with (step, total steps, record) after each step.
+    """
+
+    def __init__(self, path: Path | None, progress: Any = None) -> None:
+        self.path, self.progress = path, progress
+        self.records: list[dict[str, float]] = []
+        self.trainer: UnlearnTrainer | None = None
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.path is not None and self.path.is_file():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            self.records = [r for r in lines if r["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        now = time.perf_counter()
+        terms = self.trainer.last_terms
+        weight = self.trainer.objective.retain_weight
+        record: dict[str, float] = {"step": state.global_step, **terms}
+        record["loss"] = terms.get("forget", 0.0) + weight * terms.get("retain", 0.0)
+        record.update(self.trainer.update_rule.metrics())
+        record["learning_rate"] = self.trainer.update_rule.param_groups[0]["lr"]
+        record["seconds"] = round(now - self._started, 4)
+        self._started = now
+        self.records.append(record)
+        if self.path is not None:
+            with self.path.open("a") as log:
+                log.write(json.dumps(record) + "\n")
+        if not np.isfinite(record["loss"]):
+            raise ValueError(
+                f"the loss is {record['loss']} at step {state.global_step}: the model is lost; lower optimizer.lr "
+                f"(now {self.trainer.rule.lr}) or raise objective.retain_weight"
+            )
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps, record)
+
+
+def make_dataset(
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    objective: Objective,
+    training: TrainingSpec,
+    refusals: Sequence[str],
+) -> UnlearnDataset:
+    """Tokenise what ``objective`` looks at."""
+    template = ChatTemplate(tokenizer, training.max_length)
+    return UnlearnDataset(template, forget, retain, objective.views, refusals, training.seed)
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Silence transformers' notices that a person of this command line cannot act on."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    return contextlib.nullcontext()

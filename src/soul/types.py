@@ -1,0 +1,135 @@
+"""Data that crosses a boundary between rooms, and the legend of tensor shapes.
+
+Shape suffixes used across the library: ``B`` rows of a batch, ``T`` tokens of the longest row, ``N`` answer
+tokens of a batch (all rows, concatenated in row order), ``V`` vocabulary, ``D`` hidden width. So ``logits_NV``
+holds one row of logits for each answer token and nothing for prompt or padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, NotRequired, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One item: what the model is asked, and what it should (or should no longer) answer.
+
+    Attributes:
+        prompt: The user's turn; empty for plain text.
+        answer: The text whose likelihood counts.
+        id: Stable name of the item inside its set.
+        chat: True where the model's chat template applies; False for a plain continuation of ``prompt``.
+        history: Earlier turns as ``(role, content)``, a system turn first if there is one.
+        paraphrased_prompt: The same question in other words, if known.
+        paraphrased_answer: The same answer in other words, if known.
+        wrong_answers: False answers of the same form (TOFU's "perturbed answers").
+        subject: Whom or what the item is about, for reports.
+    """
+
+    prompt: str
+    answer: str
+    id: str = ""
+    chat: bool = True
+    history: tuple[tuple[str, str], ...] = ()
+    paraphrased_prompt: str | None = None
+    paraphrased_answer: str | None = None
+    wrong_answers: tuple[str, ...] = ()
+    subject: str = ""
+
+
+class Row(TypedDict):
+    """What evaluation measured on one :class:`Example`; one JSON line of a run's record.
+
+    Likelihoods are mean negative log-likelihoods in nats a token, end-of-turn token included, computed in fp32.
+    """
+
+    id: str
+    subject: str
+    prompt: str
+    answer: str
+    nll: float
+    tokens: int
+    paraphrased_nll: NotRequired[float]
+    wrong_nll: NotRequired[list[float]]
+    generated: NotRequired[str]
+    rougeL_recall: NotRequired[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A number that can be trusted: its value, how many items it comes from, and its interval.
+
+    Attributes:
+        metric: Name of the metric, e.g. ``"probability"``.
+        split: The set it was computed on, e.g. ``"forget"``; empty for an aggregate of several.
+        value: The point estimate.
+        n: Items behind it.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        method: How the interval was made, e.g. ``"bootstrap(2000)"``; ``"none"`` where no interval exists.
+        level: Coverage of the interval.
+        seed: Seed of the interval's randomness.
+        better: ``"higher"``, ``"lower"`` or ``""`` where it depends on the reader's question.
+    """
+
+    metric: str
+    split: str
+    value: float
+    n: int
+    low: float = math.nan
+    high: float = math.nan
+    method: str = "none"
+    level: float = 0.95
+    seed: int = 0
+    better: str = ""
+
+    def __str__(self) -> str:
+        interval = "" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}{interval} (n={self.n})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One term of a loss as a sum and a count, so that whoever accumulates divides once.
+
+    Attributes:
+        total: Scalar tensor, the sum over items (tokens or sequences) of this micro-batch.
+        count: Items in this micro-batch.
+        weight: Factor of the term's mean in the loss.
+    """
+
+    total: torch.Tensor
+    count: int
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOut:
+    """What an objective returns: named terms, kept apart.
+
+    Example:
+        >>> import torch
+        >>> out = LossOut({"retain": Term(torch.tensor(6.0), 3), "forget": Term(torch.tensor(-4.0), 2)})
+        >>> float(out.loss())
+        0.0
+        >>> float(out.loss({"retain": 6, "forget": 2}))
+        -1.0
+    """
+
+    terms: dict[str, Term]
+
+    def loss(self, counts: dict[str, int] | None = None) -> torch.Tensor:
+        """Return ``sum_k weight_k * total_k / count_k``, with counts of the whole window where given."""
+        parts = [
+            term.weight * term.total / max(1, counts[name] if counts else term.count)
+            for name, term in self.terms.items()
+        ]
+        result = parts[0]
+        for part in parts[1:]:
+            result = result + part
+        return result

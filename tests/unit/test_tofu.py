@@ -1,0 +1,314 @@
+import functools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from soul.benchmarks.people import People
+from soul.benchmarks.tofu import Tofu, tofu_train
+from soul.metrics import tofu
+from soul.metrics.text import rouge_l_recall
+from soul.registry import BENCHMARKS
+from soul.types import Row, Score
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+LOGS = DATA / "tofu_official_logs"
+needs_logs = pytest.mark.skipif(not LOGS.is_dir(), reason="TOFU's official evaluation logs are not here")
+needs_data = pytest.mark.skipif(not (DATA / "tofu").is_dir(), reason="TOFU's data files are not here")
+
+
+@functools.cache
+def official(model: str) -> dict:
+    return json.loads((LOGS / f"llama2-7b_{model}_wd0.01.json").read_text())
+
+
+def rows(model: str) -> dict[str, list[Row]]:
+    return tofu.rows_from_tofu_log(official(model))
+
+
+def row(
+    nll: float = 1.0,
+    wrong: tuple[float, ...] = (),
+    *,
+    paraphrased: float | None = None,
+    rouge: float | None = None,
+    tokens: int = 2,
+) -> Row:
+    made: Row = {"id": "r", "subject": "", "prompt": "Who?", "answer": "Ada", "nll": nll, "tokens": tokens}
+    if wrong:
+        made["wrong_nll"] = list(wrong)
+    if paraphrased is not None:
+        made["paraphrased_nll"] = paraphrased
+    if rouge is not None:
+        made["rougeL_recall"] = rouge
+    return made
+
+
+def by_name(scores: list[Score]) -> dict[tuple[str, str], Score]:
+    named = {(score.metric, score.split): score for score in scores}
+    assert len(named) == len(scores), "two scores share a name"
+    return named
+
+
+@needs_logs
+@pytest.mark.parametrize(
+    ("model", "definition", "expected"),
+    [
+        ("full", "leaderboard", 0.62267736),
+        ("retain90", "leaderboard", 0.61374500),
+        ("full", "eval_code", 0.58588604),
+        ("retain90", "eval_code", 0.57523992),
+    ],
+)
+def test_model_utility_of_the_official_logs(model, definition, expected):
+    assert tofu.model_utility(rows(model), definition) == pytest.approx(expected, rel=1e-6)
+
+
+@needs_logs
+def test_forget_quality_of_the_official_logs():
+    full, retained = rows("full")["forget"], rows("retain90")["forget"]
+    statistic, pvalue = tofu.forget_quality(full, retained)
+    assert statistic == pytest.approx(0.396667, rel=1e-6)
+    assert pvalue == pytest.approx(1.834066e-21, rel=1e-6)
+    assert tofu.forget_quality(full, full) == (0.0, 1.0)
+
+
+@needs_logs
+def test_the_logged_truth_ratio_is_the_geometric_one():
+    for file, split in (("eval_log_forget.json", "forget"), ("eval_real_author_wo_options.json", "real_authors")):
+        ours = [tofu.truth_ratio(item) for item in rows("full")[split]]
+        assert ours == pytest.approx(list(official("full")[file]["truth_ratio"].values()), rel=1e-5)
+
+
+@needs_logs
+def test_the_logged_normalised_probability_is_ours():
+    logged = official("full")["eval_real_world_wo_options.json"]["normalized_gt_loss"].values()
+    ours = [tofu.normalised_probability(item) for item in rows("full")["world_facts"]]
+    assert ours == pytest.approx([math.exp(-loss) for loss in logged], rel=1e-9)
+
+
+@needs_logs
+@pytest.mark.parametrize("model", ["full", "retain90"])
+def test_rouge_of_every_logged_generation(model):
+    for split in rows(model).values():
+        for item in split:
+            assert rouge_l_recall(item.get("generated", ""), item["answer"]) == pytest.approx(tofu.rouge(item))
+
+
+@needs_logs
+def test_benchmark_scores_of_the_official_logs():
+    scores = by_name(Tofu().score(rows("full"), rows("retain90")))
+    assert scores["model_utility", ""].value == pytest.approx(0.62267736, rel=1e-6)
+    assert scores["model_utility_eval_code", ""].value == pytest.approx(0.58588604, rel=1e-6)
+    assert scores["forget_quality", "forget"].value == pytest.approx(1.834066e-21, rel=1e-6)
+    assert scores["forget_quality_ks", "forget"].value == pytest.approx(0.396667, rel=1e-6)
+    assert scores["forget_quality_arithmetic", "forget"].value < 1e-20
+    assert scores["model_utility", ""].n == 517
+    for split, n in {"forget": 300, "retain": 300, "real_authors": 100, "world_facts": 117}.items():
+        assert {scores[m, split].n for m in ("probability", "rougeL_recall", "truth_ratio")} == {n}
+    for (metric, _), score in scores.items():
+        if metric not in ("forget_quality", "forget_quality_arithmetic"):
+            assert score.low <= score.value <= score.high
+    # a person can rebuild the leaderboard's number from the table of splits
+    nine = [scores[m, s].value for m in ("probability", "rougeL_recall", "truth_ratio") for s in tofu.UTILITY_SPLITS]
+    assert 9 / sum(1 / x for x in nine) == pytest.approx(scores["model_utility", ""].value)
+    assert (
+        scores["forget_quality", "forget"]
+        == by_name(Tofu(seed=1).score(rows("full"), rows("retain90")))["forget_quality", "forget"]
+    )
+
+
+def test_closed_forms():
+    item = row(math.log(2), wrong=(math.log(4), math.log(16)), paraphrased=math.log(8))
+    assert tofu.answer_probability(item) == pytest.approx(1 / 2)
+    assert tofu.normalised_probability(item) == pytest.approx((1 / 2) / (1 / 2 + 1 / 4 + 1 / 16))
+    assert tofu.truth_ratio(item) == pytest.approx((1 / 8) / (1 / 8))
+    assert tofu.truth_ratio(item, "arithmetic") == pytest.approx((5 / 32) / (1 / 8))
+    del item["paraphrased_nll"]  # pyright: ignore[reportGeneralTypeIssues]
+    assert tofu.truth_ratio(item) == pytest.approx((1 / 8) / (1 / 2))
+
+
+def test_both_sides_of_the_truth_ratio():
+    assert [tofu.truth_ratio_utility(r) for r in (0.0, 0.25, 1.0, 4.0, math.inf)] == [1.0, 0.75, 0.0, 0.0, 0.0]
+    assert [tofu.truth_ratio_forget(r) for r in (0.0, 0.25, 1.0, 4.0, math.inf)] == [0.0, 0.25, 1.0, 0.25, 0.0]
+    assert math.isnan(tofu.truth_ratio_utility(math.nan))
+    assert math.isnan(tofu.truth_ratio_forget(math.nan))
+
+
+def test_a_destroyed_model_gives_numbers_not_errors():
+    item = row(5000.0, wrong=(4000.0, 4000.0))
+    assert tofu.truth_ratio(item) == math.inf
+    assert tofu.normalised_probability(item) == 0.0
+    assert tofu.normalised_probability(row(5000.0, wrong=(5000.0,))) == pytest.approx(0.5)
+    scores = by_name(Tofu().score({"forget": [item, item]}))
+    assert scores["truth_ratio", "forget"].value == 0.0
+    many = [row(2000.0 + i, wrong=(1.0,)) for i in range(20)]  # R overflows on both sides; ranks do not
+    more = [row(3000.0 + i, wrong=(1.0,)) for i in range(20)]
+    assert tofu.forget_quality(many, more)[0] == 1.0
+
+
+def test_arithmetic_is_never_below_geometric():
+    item = row(1.0, wrong=(0.2, 1.7, 3.0))
+    assert tofu.truth_ratio(item, "arithmetic") > tofu.truth_ratio(item)
+    assert tofu.truth_ratio(row(1.0, wrong=(0.5,)), "arithmetic") == pytest.approx(
+        tofu.truth_ratio(row(1.0, wrong=(0.5,)))
+    )
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match="no wrong answers"):
+        tofu.truth_ratio(row())
+    with pytest.raises(ValueError, match="unknown mean"):
+        tofu.truth_ratio(row(wrong=(1.0,)), "median")  # type: ignore[arg-type]  # what a person may type
+    with pytest.raises(ValueError, match="missing: real_authors, world_facts"):
+        tofu.model_utility({"retain": [row(wrong=(1.0,), rouge=1.0)]})
+    with pytest.raises(ValueError, match="generation"):
+        tofu.model_utility({split: [row(wrong=(1.0,))] for split in tofu.UTILITY_SPLITS})
+    with pytest.raises(ValueError, match="not a TOFU log"):
+        tofu.rows_from_tofu_log({"results": {}})
+    with pytest.raises(ValueError, match="avg_paraphrased_loss"):
+        tofu.rows_from_tofu_log(
+            {
+                "eval_log.json": {
+                    "avg_gt_loss": {"0": 1},
+                    "generated_text": {"0": ["", "", ""]},
+                    "num_token_gt": {"0": 1},
+                }
+            }
+        )
+
+
+def test_model_utility_only_where_all_three_splits_are_complete():
+    item = row(0.5, wrong=(1.0, 2.0), rouge=0.5)
+    bare = row(0.5, wrong=(1.0, 2.0))
+    two = {split: [item, item] for split in ("retain", "real_authors")}
+    for extra in ({}, {"world_facts": []}, {"world_facts": [item, bare]}):
+        assert ("model_utility", "") not in by_name(Tofu().score({**two, **extra}))
+    scores = by_name(Tofu().score({**two, "world_facts": [item, item]}))
+    assert ("model_utility", "") in scores
+    assert not any(metric.startswith("forget_quality") for metric, _ in scores)
+    with pytest.raises(ValueError, match="got none"):
+        Tofu().score({})
+
+
+def test_reference_of_another_forget_set_is_refused():
+    ours, theirs = row(wrong=(1.0,)), row(wrong=(1.0,))
+    theirs["prompt"] = "Another question?"
+    with pytest.raises(ValueError, match="share no question"):
+        Tofu().score({"forget": [ours]}, {"forget": [theirs]})
+    with pytest.raises(ValueError, match="no rows of the forget split"):
+        Tofu().score({"forget": [ours]}, {"retain": [theirs]})
+
+
+def test_definition_chooses_the_truth_ratio_of_the_splits():
+    item = row(1.0, wrong=(1.5, 4.0), rouge=1.0)
+    shown = [
+        by_name(Tofu(definition=d).score({"retain": [item]}))["truth_ratio", "retain"].value
+        for d in ("leaderboard", "eval_code")
+    ]
+    expected = [1 - tofu.truth_ratio(item), 1 - tofu.truth_ratio(item, "arithmetic")]
+    assert shown == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [{"forget": "forget20"}, {"definition": "mine"}, {"limit": 0}])
+def test_bad_settings(bad):
+    with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
+        Tofu(**bad)
+
+
+def test_bad_sources(tmp_path):
+    with pytest.raises(ValueError, match="known: full"):
+        tofu_train("locuslab/TOFU", "retain10")
+    with pytest.raises(ValueError, match=r"full\.json"):
+        tofu_train(str(tmp_path), "full")
+    with pytest.raises(ValueError, match="neither a folder"):
+        tofu_train(str(tmp_path / "absent"), "full")
+
+
+@needs_data
+def test_splits_from_a_folder():
+    splits = Tofu(source=str(DATA / "tofu"), forget="forget01").splits()
+    assert {k: len(v) for k, v in splits.items()} == {
+        "forget": 40,
+        "retain": 400,
+        "real_authors": 100,
+        "world_facts": 117,
+    }
+    for name, examples in splits.items():
+        assert len({e.id for e in examples}) == len(examples)
+        assert all(e.prompt and e.answer and e.wrong_answers for e in examples)
+        assert all((e.paraphrased_answer is not None) == (name in ("forget", "retain")) for e in examples)
+
+
+@needs_data
+def test_limit_is_fixed_nested_and_leaves_forget_whole():
+    def ids(limit, seed=0):
+        splits = Tofu(source=str(DATA / "tofu"), forget="forget01", limit=limit, seed=seed).splits()
+        assert len(splits.pop("forget")) == 40
+        return {name: [e.prompt for e in examples] for name, examples in splits.items()}
+
+    ten, thirty = ids(10), ids(30)
+    assert ten == ids(10)
+    assert ten != ids(10, seed=1)
+    for name, chosen in ten.items():
+        assert len(chosen) == 10
+        assert set(chosen) < set(thirty[name])
+
+
+@needs_data
+def test_training_sets():
+    source = str(DATA / "tofu")
+    forget, retain, full = (tofu_train(source, name) for name in ("forget01", "retain99", "full"))
+    assert (len(forget), len(retain), len(full)) == (40, 3960, 4000)
+    assert {e.prompt for e in forget} | {e.prompt for e in retain} == {e.prompt for e in full}
+
+
+@needs_logs
+@needs_data
+def test_logged_prompts_are_the_questions_of_the_data():
+    splits = Tofu(source=str(DATA / "tofu")).splits()
+    for name, logged in rows("full").items():
+        known = {e.prompt.strip() for e in splits[name]}
+        assert sum(item["prompt"] in known for item in logged) / len(logged) > 0.95
+
+
+def test_people_scores():
+    fact = row(0.5, wrong=(2.0, 3.0), rouge=1.0)
+    gone = row(6.0, wrong=(2.0, 3.0), rouge=0.0)
+    text = [row(2.0, tokens=10), row(4.0, tokens=30)]
+    benchmark = People(people="a", kept="b")
+    measured = {"forget": [gone, gone], "kept": [fact, fact], "general": [fact, fact], "text": text}
+    scores = by_name(benchmark.score(measured))
+    assert scores["perplexity", "text"].value == pytest.approx(math.exp((2 * 10 + 4 * 30) / 40))
+    assert scores["perplexity", "text"].low == pytest.approx(math.exp(2.0))
+    assert scores["truth_ratio", "forget"].value == 0.0
+    assert scores["truth_ratio", "kept"].value == pytest.approx(1 - math.exp(0.5 - 2.5))
+    assert scores["probability", "general"].value == pytest.approx(math.exp(-0.5))
+    assert scores["probability", "forget"].better == "lower"
+    assert scores["probability", "kept"].better == "higher"
+    assert ("rougeL_recall", "text") not in scores
+    compared = by_name(benchmark.score(measured, {"forget": [gone, gone]}))
+    assert compared["forget_quality", "forget"].value == 1.0
+    with pytest.raises(ValueError, match="got none"):
+        benchmark.score({})
+
+
+def test_people_splits_come_from_their_sources(tmp_path):
+    for name in ("forget", "kept", "general"):
+        line = {"question": f"{name}?", "answer": "yes", "perturbed_answer": ["no"]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    forget, kept, general = (str(tmp_path / f"{name}.jsonl") for name in ("forget", "kept", "general"))
+    splits = People(people=forget, kept=kept, general=general, text="").splits()
+    assert {name: examples[0].prompt for name, examples in splits.items()} == {
+        "forget": "forget?",
+        "kept": "kept?",
+        "general": "general?",
+    }
+    with pytest.raises(ValueError, match="needs a source"):
+        People(people="", kept="x").splits()
+
+
+def test_both_are_registered():
+    assert BENCHMARKS.get("tofu") is Tofu
+    assert BENCHMARKS.get("people") is People
