@@ -51,9 +51,9 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         *parents, last = path.split(".")
         node = tree
         for key in parents:
-            child = node.get(key)
+            child: Any = node.get(key)
             if isinstance(child, str):  # `objective: npo` is short for `objective: {name: npo}`
-                child = {"name": child}
+                child = {"path" if key == "model" else "name": child}  # likewise `model: smollm2-135m`
             elif child is None:
                 child = {}
             elif not isinstance(child, dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def evaluate(
     """
     spec = spec or EvaluationSpec()
     template = ChatTemplate(tokenizer, spec.max_length)
-    report = progress or (lambda what, done, of: None)
+    report = progress or _silent
     was_training = model.training
     model.eval()
     result: dict[str, list[Row]] = {}
@@ -86,12 +85,16 @@ def evaluate(
     return result
 
 
+def _silent(_what: str, _done: int, _of: int) -> None:
+    """Show no progress."""
+
+
 def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write JSON lines so that the file is either whole or absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, file)
+    part.replace(file)
 
 
 def _read_rows(file: Path | None, examples: Sequence[Example]) -> list[Row] | None:
@@ -148,7 +151,7 @@ def sequence_nll(
     device = next(model.parameters()).device
     done = 0
     for group in length_batches([len(row) for row in rows], max_tokens):
-        batch = collate_rows([rows[i] for i in group], pad_id=template.tokenizer.pad_token_id or 0)
+        batch = collate_rows([rows[i] for i in group], pad_id=template.pad)
         answers = forward_answers(model, {k: v.to(device) for k, v in batch.items()})
         sums = answers.sum_rows(-answers.token_logps()).tolist()
         for i, total in zip(group, sums, strict=True):
@@ -174,7 +177,7 @@ def generate(
     done = 0
     for group in length_batches([len(p) for p in prompts], 1 << 30, spec.generation_batch):
         width = max(len(prompts[i]) for i in group)
-        pad = tokenizer.pad_token_id or 0
+        pad = template.pad
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=device)
         out = model.generate(

@@ -92,7 +92,8 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = ("cuda" if torch.cuda.is_available() else "cpu") if spec.device == "auto" else spec.device
-    return model.to(device), tokenizer
+    model.to(torch.device(device))  # type: ignore[arg-type]  # the stub mistakes the method for a bare function
+    return model, tokenizer
 
 
 def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
@@ -159,6 +160,6 @@ def _from_gguf(file: Path) -> str:
             file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
         )
         if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+            delattr(model.config, "quantization_config")
         save_model(model, AutoTokenizer.from_pretrained(file.parent, **source), folder)
     return str(folder)

@@ -56,15 +56,15 @@ class Recipe:
     """
 
     label: str = ""
-    model: ModelSpec = ModelSpec()
+    model: ModelSpec = dataclasses.field(default_factory=ModelSpec)
     adapter: AdapterSpec | None = None
-    data: DataSpec = DataSpec()
+    data: DataSpec = dataclasses.field(default_factory=DataSpec)
     objective: Objective = dataclasses.field(default_factory=lambda: OBJECTIVES.get("npo")())
     optimizer: OptimizerSpec = dataclasses.field(default_factory=lambda: OPTIMIZERS.get("sophia")())
-    training: TrainingSpec = TrainingSpec()
+    training: TrainingSpec = dataclasses.field(default_factory=TrainingSpec)
     benchmark: Benchmark | None = None
     reference_run: str = ""
-    evaluation: EvaluationSpec = EvaluationSpec()
+    evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Recipe))

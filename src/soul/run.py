@@ -40,6 +40,10 @@ class Request:
     refusals: list[str]
 
 
+def _silent(_what: str, _done: int, _of: int) -> None:
+    """Show no progress."""
+
+
 def load_request(data: DataSpec) -> Request:
     """Load what to forget and what to keep.
 
@@ -80,7 +84,7 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     Raises:
         ValueError: Bad data or settings, or ``out`` holds another recipe's run.
     """
-    tick = progress or (lambda what, done, of: None)
+    tick = progress or _silent
     out = prepare_folder(recipe, out)
     if (out / "record.json").is_file():
         return out
@@ -110,7 +114,8 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     save_model(model, tokenizer, out / "model", merge=recipe.adapter is None or recipe.adapter.merge)
     tick("saving model", 1, 1)
     if recipe.adapter is not None:
-        model = model.merge_and_unload()
+        merge: Any = model.merge_and_unload
+        model = merge()
     started = time.perf_counter()
     if splits:
         rows["after"] = evaluate(
@@ -151,7 +156,7 @@ def train(model: Any, dataset: Any, recipe: Recipe, out: Path, tick: Progress) -
     """Train, resuming from the last checkpoint in ``out/checkpoints`` if there is one."""
     device = next(model.parameters()).device.type
     started = time.perf_counter()
-    log = LogCallback(out / "log.jsonl", lambda step, of, record: tick("training", step, of))
+    log = LogCallback(out / "log.jsonl", lambda step, of, _: tick("training", step, of))
     trainer = UnlearnTrainer(
         model,
         recipe.training.arguments(out / "checkpoints", device),
@@ -179,8 +184,8 @@ def precision_warnings(recipe: Recipe) -> list[str]:
     """Say what a person should know about the precision asked for."""
     if recipe.model.dtype == "bfloat16" and recipe.adapter is None:
         return [
-            f"the weights are bf16: steps of size {recipe.optimizer.lr:g} are smaller than most weights' rounding and are "
-            "dropped, so little will be forgotten; use model.dtype=float32 or an adapter"
+            f"the weights are bf16: steps of size {recipe.optimizer.lr:g} are smaller than most weights' rounding and "
+            "are dropped, so little will be forgotten; use model.dtype=float32 or an adapter"
         ]
     return []
 
@@ -208,7 +213,7 @@ def write_json(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    part.replace(file)
 
 
 def write_record(

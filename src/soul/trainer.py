@@ -110,9 +110,9 @@ def has_bf16(device: str = "cpu") -> bool:
 class UnlearnTrainer(Trainer):
     """A ``transformers.Trainer`` that unlearns.
 
-    It adds what the stock trainer lacks: a loss kept as sums and counts, divided once over the whole accumulation window
-    (so accumulation is exact for sequences of unequal length); paired, length-bucketed batches; a reference that is
-    asked before training; and a curvature pass before the steps whose update rule asks for one.
+    It adds what the stock trainer lacks: a loss kept as sums and counts, divided once over the whole accumulation
+    window (so accumulation is exact for sequences of unequal length); paired, length-bucketed batches; a reference that
+    is asked before training; and a curvature pass before the steps whose update rule asks for one.
 
     Args:
         model: A causal language model, with or without adapters.
@@ -141,8 +141,7 @@ class UnlearnTrainer(Trainer):
     ) -> None:
         self.objective, self.rule, self.training_spec = objective, optimizer, training or TrainingSpec()
         self.unlearn_data = dataset
-        pad = dataset.template.tokenizer.pad_token_id
-        self.pad_id = int(pad) if pad is not None else 0
+        self.pad_id = dataset.template.pad
         self.reference = Reference()
         self.last_terms: dict[str, float] = {}
         self._window: dict[str, float] = {}
@@ -240,6 +239,7 @@ class UnlearnTrainer(Trainer):
         picks = np.random.default_rng([seed, step, 4]).choice(len(rows), size=size, replace=False)
         batch: Batch = self._prepare_inputs(collate_rows([rows[i] for i in picks], pad_id=self.pad_id))  # type: ignore[assignment]
         model = self.model_wrapped
+        assert model is not None
         was_training = model.training
         model.eval()
         with self.compute_loss_context_manager():
@@ -258,7 +258,7 @@ class _CurvatureCallback(TrainerCallback):
     def __init__(self, trainer: UnlearnTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
         if self.trainer.update_rule.curvature_due(state.global_step):
             self.trainer.refresh_curvature(state.global_step)
 
@@ -277,14 +277,16 @@ class LogCallback(TrainerCallback):
         self.trainer: UnlearnTrainer | None = None
         self._started = time.perf_counter()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        """Read back the lines of the steps a resumed run has behind it."""
         if self.path is not None and self.path.is_file():
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             self.records = [r for r in lines if r["step"] <= state.global_step]
             self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        """Write the step's line, and stop a run whose loss is no longer a number."""
         assert self.trainer is not None
         now = time.perf_counter()
         terms = self.trainer.last_terms

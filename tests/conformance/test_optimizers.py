@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.registry import OPTIMIZERS
 
 SIZES = [(4, 3), (3,), ()]
+CURVATURE = 1e-3  # gradients as small as a language model's: SoulRelease's constants are made for those
 NAMES = OPTIMIZERS.names()
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
@@ -36,8 +36,8 @@ def targets() -> list[torch.Tensor]:
 
 
 def loss_of(params: list[torch.nn.Parameter]) -> torch.Tensor:
-    """Return a convex quadratic whose curvature is 1 in every direction."""
-    parts = [0.5 * ((p.float() - t) ** 2).sum() for p, t in zip(params, targets(), strict=True)]
+    """Return a convex quadratic whose curvature is CURVATURE in every direction."""
+    parts = [0.5 * CURVATURE * ((p.float() - t) ** 2).sum() for p, t in zip(params, targets(), strict=True)]
     return torch.stack(parts).sum()
 
 
@@ -46,7 +46,7 @@ def advance(rule: UpdateRule, params: list[torch.nn.Parameter], steps: int, star
     for step in range(start, start + steps):
         if rule.curvature_due(step):
             for p in params:
-                p.grad = torch.ones_like(p)
+                p.grad = torch.full_like(p, CURVATURE**0.5)
             rule.update_curvature()
         rule.zero_grad()
         loss_of(params).backward()
@@ -90,8 +90,9 @@ def test_builds_an_update_rule_that_declares_its_needs(name: str) -> None:
 def test_refuses_a_learning_rate_of_zero_or_less(name: str, lr: float) -> None:
     with pytest.raises(ValueError, match="lr must be above 0"):
         make(name, lr=lr)
+    rule: Any = type(make(name).build(parameters()))
     with pytest.raises(ValueError, match="lr must be above 0"):
-        type(make(name).build(parameters()))(parameters(), lr=lr)
+        rule(parameters(), lr=lr)
 
 
 def test_refuses_a_negative_weight_decay(name: str) -> None:
@@ -101,9 +102,9 @@ def test_refuses_a_negative_weight_decay(name: str) -> None:
 
 def test_decreases_a_convex_quadratic(name: str) -> None:
     params = parameters()
-    before = float(loss_of(params))
-    advance(make(name).build(params), params, 300)
-    assert float(loss_of(params)) < 0.05 * before
+    before = loss_of(params).item()
+    advance(make(name).build(params), params, 600)
+    assert loss_of(params).item() < 0.05 * before
 
 
 def test_is_deterministic(name: str) -> None:
@@ -137,10 +138,10 @@ def test_state_survives_a_reload(name: str, dtype: torch.dtype) -> None:
 
 def test_low_precision_parameters_work(name: str) -> None:
     params = parameters(torch.bfloat16)
-    before = float(loss_of(params))
-    advance(make(name).build(params), params, 300)
+    before = loss_of(params).item()
+    advance(make(name).build(params), params, 600)
     assert all(p.dtype == torch.bfloat16 and bool(p.isfinite().all()) for p in params)
-    assert float(loss_of(params)) < 0.3 * before
+    assert loss_of(params).item() < 0.2 * before
 
 
 def test_parameters_without_gradient_stay(name: str) -> None:
@@ -200,9 +201,9 @@ def test_closure_gives_the_loss(name: str) -> None:
         loss.backward()
         return float(loss)
 
-    expected = float(loss_of(params))
+    expected = loss_of(params).item()
     assert rule.step(closure) == pytest.approx(expected)
-    assert float(loss_of(params)) < expected
+    assert loss_of(params).item() < expected
 
 
 def test_strided_parameters_step_like_contiguous_ones(name: str) -> None:
@@ -221,9 +222,8 @@ def test_strided_parameters_step_like_contiguous_ones(name: str) -> None:
 def test_sparse_gradients_are_refused(name: str) -> None:
     p = torch.nn.Parameter(torch.ones(3, 2))
     rule = make(name).build([p])
-    p.grad = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, 2), (3, 2))
-    with pytest.raises((ValueError, RuntimeError), match="(?i)sparse|dense"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, 2), (3, 2), check_invariants=True)
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)sparse|dense"):
         rule.step()
 
 

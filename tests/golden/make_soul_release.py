@@ -1,4 +1,4 @@
-"""Writes soul_release.json: fifty steps of the optimizer that SOUL released, in numpy float64 and from its source's text.
+"""Writes soul_release.json: fifty steps of the optimizer that SOUL released, in numpy float64.
 
 Nothing here comes from the library under test. Run it from anywhere: ``python tests/golden/make_soul_release.py``.
 The gradients are scaled so that some coordinates are clipped, some are not, and one gets no gradient at all.

@@ -7,6 +7,7 @@ import pytest
 
 from soul.benchmarks.people import People
 from soul.benchmarks.tofu import Tofu, tofu_train
+from soul.data.sources import load_examples
 from soul.metrics import tofu
 from soul.metrics.text import rouge_l_recall
 from soul.registry import BENCHMARKS
@@ -307,6 +308,17 @@ def test_people_splits_come_from_their_sources(tmp_path):
     }
     with pytest.raises(ValueError, match="needs a source"):
         People(people="", kept="x").splits()
+
+
+def test_people_built_in_sources():
+    name = load_examples("people:n=3,facts=4")[0].subject
+    splits = People(people=f"people:n=3,facts=4,only={name}", kept=f"people:n=3,facts=4,except={name}").splits()
+    assert (len(splits["forget"]), len(splits["kept"])) == (4, 8)
+    assert {e.subject for e in splits["forget"]}.isdisjoint(e.subject for e in splits["kept"])
+    assert all(e.wrong_answers for name in ("forget", "kept", "general") for e in splits[name])
+    assert all(not e.prompt and not e.chat for e in splits["text"])
+    for examples in splits.values():
+        assert len({e.id for e in examples}) == len(examples)
 
 
 def test_both_are_registered():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from soul.benchmarks.base import Benchmark, Rows
-from soul.benchmarks.tofu import forget_quality_scores, split_scores
+from soul.benchmarks.tofu import forget_quality_scores, numbered, split_scores
 from soul.data.sources import load_examples
 from soul.metrics.stats import Array, bootstrap_of
 from soul.registry import BENCHMARKS
@@ -57,7 +57,7 @@ class People(Benchmark):
         if not self.people or not self.kept:
             raise ValueError("the people benchmark needs a source of facts to forget (people) and one to keep (kept)")
         sources = {"forget": self.people, "kept": self.kept, "general": self.general, "text": self.text}
-        return {split: load_examples(source) for split, source in sources.items() if source}
+        return {split: numbered(load_examples(source), split) for split, source in sources.items() if source}
 
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
         """Aggregate rows; ``reference`` holds the rows of a model that never learned the forget split.

@@ -207,16 +207,21 @@ def forget_quality_scores(
     ]
 
 
+def numbered(examples: Sequence[Example], name: str) -> list[Example]:
+    """Return the examples with ``name:position`` as the id of those that have none, so that rows can be told apart."""
+    return [e if e.id else dataclasses.replace(e, id=f"{name}:{i}") for i, e in enumerate(examples)]
+
+
 def _load(source: str, name: str) -> list[Example]:
     folder = Path(source).expanduser()
     if folder.is_dir():
         path = folder / f"{name}.json"
         if not path.is_file():
             raise ValueError(f"{source!r} holds no {path.name}; TOFU's sets are JSON Lines files named after them")
-        return load_examples(path)
+        return numbered(load_examples(path), name)
     if not _HUB_ID.fullmatch(source):
         raise ValueError(f"{source!r} is neither a folder nor a hub id such as 'locuslab/TOFU'")
-    return load_examples(source, config=name, split="train")
+    return numbered(load_examples(source, config=name, split="train"), name)
 
 
 def _complete(rows: Sequence[Row]) -> bool:

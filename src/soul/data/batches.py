@@ -68,9 +68,9 @@ def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int = 256)
 class Pairing:
     """Which retain example accompanies which forget example in which epoch.
 
-    An epoch walks through the anchor set once (forget, or retain where the objective looks at nothing else). Each anchor
-    gets a partner without replacement: a partner repeats within an epoch only when the partner set is smaller than the
-    anchor set, and then only after all others were used.
+    An epoch walks through the anchor set once (forget, or retain where the objective looks at nothing else). Each
+    anchor gets a partner without replacement: a partner repeats within an epoch only when the partner set is the
+    smaller one, and then only after all others were used.
 
     Attributes:
         anchors: Size of the anchor set.

@@ -121,7 +121,7 @@ def _name(seed: int, index: int) -> str:
     block, place = divmod(index, size)
     cycle, shift = divmod(block, size)
     first, last = material["first"][firsts[place]], material["last"][lasts[(place + shift) % size]]
-    rng = random.Random(f"{seed}/{first}/{last}")
+    rng = _rng(seed, first, last)
     middle = material["middle"][(rng.randrange(len(material["middle"])) + cycle) % len(material["middle"])]
     # Once every pair of first name and surname has been used, only the middle name tells people apart.
     return f"{first} {middle} {last}" if cycle or rng.random() < 0.5 else f"{first} {last}"
@@ -129,7 +129,7 @@ def _name(seed: int, index: int) -> str:
 
 def _example(seed: int, index: int, name: str, kind: str) -> Example:
     fact = _material()["facts"][kind]
-    rng = random.Random(f"{seed}/{name}/{kind}")
+    rng = _rng(seed, name, kind)
     question, paraphrase = rng.choice(fact["questions"]), rng.choice(fact["paraphrased_questions"])
     answer, restated = rng.choice(fact["answers"]), rng.choice(fact["paraphrased_answers"])
     size = _values(kind)
@@ -147,6 +147,10 @@ def _example(seed: int, index: int, name: str, kind: str) -> Example:
     )
 
 
+def _rng(seed: int, *what: str) -> random.Random:
+    return random.Random("/".join((str(seed), *what)))
+
+
 def _sentence(template: str, name: str, value: str = "") -> str:
     text = template.format(name=name, value=value)
     return re.sub(r"\ba\(n\) (?=(\w))", lambda found: "an " if found[1].lower() in "aeiou" else "a ", text)
@@ -155,7 +159,7 @@ def _sentence(template: str, name: str, value: str = "") -> str:
 @functools.cache
 def _shuffled(seed: int, what: str, size: int) -> list[int]:
     order = list(range(size))
-    random.Random(f"{seed}/{what}").shuffle(order)
+    _rng(seed, what).shuffle(order)
     return order
 
 

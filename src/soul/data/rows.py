@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from soul.types import Example
 
-Row = Mapping[str, Any]
+Columns = Mapping[str, Any]
 _ROLES = ("system", "user", "assistant")
 
 
-def to_example(row: Row, where: str) -> Example:
+class _Names(TypedDict):
+    id: str
+    subject: str
+
+
+def to_example(row: Columns, where: str) -> Example:
     """Return the example in ``row``, told by its columns (the first form of :data:`FORMS` that is complete).
 
     Args:
@@ -25,15 +30,17 @@ def to_example(row: Row, where: str) -> Example:
         >>> to_example({"question": "Who is Ada?", "answer": "A poet."}, "people.csv, row 1").answer
         'A poet.'
     """
-    for columns, read in FORMS.items():
-        if all(row.get(column) is not None for column in columns):
-            return read(row, where)
+    present = [columns for columns in FORMS if all(column in row for column in columns)]
+    # Data sets that mix forms leave the columns of the others null.
+    filled = [columns for columns in present if all(row[column] is not None for column in columns)]
+    for columns in filled or present:
+        return FORMS[columns](row, where)
     found = ", ".join(str(name) for name in row) or "none"
     forms = "; ".join(" + ".join(columns) for columns in FORMS)
     raise ValueError(f"{where}: no example in the columns found ({found}); understood are: {forms}")
 
 
-def _question(row: Row, where: str) -> Example:
+def _question(row: Columns, where: str) -> Example:
     wrong = row.get("perturbed_answer")
     wrong = [wrong] if isinstance(wrong, str) else (wrong or [])
     if not isinstance(wrong, list | tuple):
@@ -48,12 +55,12 @@ def _question(row: Row, where: str) -> Example:
     )
 
 
-def _response(row: Row, where: str) -> Example:
+def _response(row: Columns, where: str) -> Example:
     prompt, answer = _text(row["prompt"], "prompt", where), _text(row["response"], "response", where)
     return Example(prompt, answer, **_names(row, where))
 
 
-def _completion(row: Row, where: str) -> Example:
+def _completion(row: Columns, where: str) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _turns([*prompt, *completion], row, where)
@@ -63,11 +70,11 @@ def _completion(row: Row, where: str) -> Example:
     return Example(text, _text(completion, "completion", where), chat=False, **_names(row, where))
 
 
-def _messages(row: Row, where: str) -> Example:
+def _messages(row: Columns, where: str) -> Example:
     return _turns(row["messages"], row, where)
 
 
-def _turns(messages: Any, row: Row, where: str) -> Example:
+def _turns(messages: Any, row: Columns, where: str) -> Example:
     if not isinstance(messages, list):
         raise ValueError(f"{where}: messages must be a list of {{role, content}}, not {type(messages).__name__}")
     turns: list[tuple[str, str]] = []
@@ -83,11 +90,11 @@ def _turns(messages: Any, row: Row, where: str) -> Example:
     return Example(prompt, answer, history=tuple(turns[:-2]), **_names(row, where))
 
 
-def _passage(row: Row, where: str) -> Example:
+def _passage(row: Columns, where: str) -> Example:
     return Example("", _text(row["text"], "text", where), chat=False, **_names(row, where))
 
 
-FORMS: dict[tuple[str, ...], Callable[[Row, str], Example]] = {
+FORMS: dict[tuple[str, ...], Callable[[Columns, str], Example]] = {
     ("question", "answer"): _question,
     ("prompt", "response"): _response,
     ("prompt", "completion"): _completion,
@@ -97,14 +104,14 @@ FORMS: dict[tuple[str, ...], Callable[[Row, str], Example]] = {
 """Columns that make an example, in the order in which they are looked for."""
 
 
-def _names(row: Row, where: str) -> dict[str, str]:
+def _names(row: Columns, where: str) -> _Names:
     number = row.get("id")
     # A numeric id is as good a name as any.
     name = str(number) if isinstance(number, int) and not isinstance(number, bool) else _optional(row, "id", where)
     return {"id": name, "subject": _optional(row, "subject", where)}
 
 
-def _optional(row: Row, column: str, where: str) -> str:
+def _optional(row: Columns, column: str, where: str) -> str:
     value = row.get(column)
     return "" if value is None else _text(value, column, where, empty=True)
 

@@ -82,7 +82,7 @@ def check_disjoint(forget: Sequence[Example], retain: Sequence[Example]) -> None
     if shared:
         first = f"{shared[0].prompt} {shared[0].answer}".strip()
         raise ValueError(
-            f"{len(shared)} of {len(forget)} forget items are also in the retain set, the first of them {first!r:.200}; "
+            f"{len(shared)} of {len(forget)} forget items are also in the retain set, the first is {first!r:.200}; "
             "remove them from the retain set, or the model is asked to forget and to keep the same"
         )
 
@@ -237,6 +237,8 @@ def _decoded(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _hub_rows(source: str, split: str | None, config: str | None) -> Numbered:

@@ -46,13 +46,13 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """Wraps a tokenizer so that prompts and answers become tokens in one way only.
+    r"""Wraps a tokenizer so that prompts and answers become tokens in one way only.
 
     The model's chat template is rendered without the system turn that some templates invent where a conversation has
     none (SmolLM2's default one turns 46 tokens a question into 78): it appears only where an example carries a system
-    turn itself. A tokenizer with no chat template falls back to ``Question: ...\\nAnswer: ...``. The answer ends with the
-    token that ends a turn, which is trained on and scored; padding is masked by length, so it stays visible where pad
-    is eos.
+    turn itself. A tokenizer with no chat template falls back to ``Question: ...\nAnswer: ...``. The answer ends with
+    the token that ends a turn, which is trained on and scored; padding is masked by length, so it stays visible where
+    pad is eos.
 
     Attributes:
         tokenizer: The model's tokenizer.
@@ -91,8 +91,8 @@ class ChatTemplate:
         start = max(1, len(head))  # the very first token of a text has nothing before it to be predicted from
         if start >= len(ids):
             raise ValueError(
-                f"example {example.id or index!r}: the prompt has {len(head)} tokens and leaves no room for an answer in "
-                f"max_length={self.max_length}; shorten it or raise max_length"
+                f"example {example.id or index!r}: the prompt has {len(head)} tokens and leaves no room for an answer "
+                f"in max_length={self.max_length}; shorten it or raise max_length"
             )
         return Encoded(tuple(ids), start, index)
 
@@ -100,7 +100,7 @@ class ChatTemplate:
         """Return the tokens the model is given before it answers."""
         text = example.prompt if prompt is None else prompt
         if not example.chat:
-            bos = self.tokenizer.bos_token_id
+            bos: Any = self.tokenizer.bos_token_id
             # A chat model's bos is often its start-of-turn marker, which does not belong before plain text.
             lead = [bos] if bos is not None and not self.tokenizer.chat_template else []
             return lead + self._ids(text)
@@ -115,6 +115,12 @@ class ChatTemplate:
             return self._ids(rendered)
         return self._ids(before + text.strip() + between)
 
+    @property
+    def pad(self) -> int:
+        """Token that fills rows up; what it is does not matter, since padding is masked by length."""
+        token: Any = self.tokenizer.pad_token_id
+        return int(token) if token is not None else 0
+
     @functools.cached_property
     def end_of_turn(self) -> int:
         """Token that ends an answer: the one the chat template writes after it, else the tokenizer's eos.
@@ -128,9 +134,10 @@ class ChatTemplate:
             ids = self._ids(after)
             if ids:
                 return ids[0]
-        if self.tokenizer.eos_token_id is None:
+        eos: Any = self.tokenizer.eos_token_id
+        if eos is None:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token before use")
-        return int(self.tokenizer.eos_token_id)
+        return int(eos)
 
     @functools.cached_property
     def _frame(self) -> tuple[str | None, str | None]:

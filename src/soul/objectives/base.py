@@ -91,9 +91,9 @@ class Objective(abc.ABC):
         return LossOut(terms)
 
 
-def kl_to_reference(answers: Answers, reference_nV: torch.Tensor, view: str = "retain") -> torch.Tensor:
+def kl_to_reference(answers: Answers, reference_NV: torch.Tensor, view: str = "retain") -> torch.Tensor:
     """Return ``sum_t KL(p_ref(.|t) || p_theta(.|t))`` over the answer tokens of a view, entropy term included."""
     wide = torch.float64 if answers.logits_NV.dtype == torch.float64 else torch.float32
     ours = torch.log_softmax(answers.logits_NV[answers.select(view)].to(wide), dim=-1)
-    theirs = torch.log_softmax(reference_nV.to(ours.device, wide), dim=-1)
+    theirs = torch.log_softmax(reference_NV.to(ours.device, wide), dim=-1)
     return nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")

@@ -47,7 +47,7 @@ def ggn_cotangent(logits_NV: torch.Tensor, weights_N: torch.Tensor, generator: t
     Example:
         >>> logits = torch.zeros(1, 2)
         >>> ggn_cotangent(logits, torch.ones(1), torch.Generator().manual_seed(0)).abs()
-        tensor([[0.5000, 0.5000]])
+        tensor([[0.7071, 0.7071]])
     """
     root_NV, scale_N = _prepare(logits_NV, weights_N)
     root_NV.sqrt_()
@@ -108,8 +108,8 @@ def backward_curvature(
 
     Example:
         >>> theta = torch.zeros(1, 2, requires_grad=True)
-        >>> backward_curvature(theta * 1.0, torch.ones(1), "ggn", torch.Generator().manual_seed(0))
-        >>> theta.grad**2  # the diagonal of diag p - p p^T at p = 1/2
+        >>> backward_curvature(theta * 1.0, torch.ones(1), "gnb", torch.Generator().manual_seed(0))
+        >>> theta.grad**2  # here exact: the diagonal of diag p - p p^T at p = 1/2
         tensor([[0.2500, 0.2500]])
     """
     cotangents = {"ggn": ggn_cotangent, "gnb": gnb_cotangent}

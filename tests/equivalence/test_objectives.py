@@ -1,0 +1,226 @@
+"""Every objective against its formula, written out over full logits of single unpadded rows in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from soul.data.batches import UnlearnDataset, collate_items
+from soul.data.templates import ChatTemplate
+from soul.objectives.base import Objective
+from soul.reference import build_reference
+from soul.registry import OBJECTIVES
+
+PAIRS = [(0, 3), (3, 1), (4, 2)]  # answers of unequal length
+BETA = 0.3
+
+
+def log_softmax(model, row):
+    """Return log p(. | before) at each answer token, as lists of floats."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].tolist()
+    result = []
+    for t in range(row.answer_start, len(row.input_ids)):
+        z = logits[t - 1]
+        top = max(z)
+        norm = top + math.log(math.fsum(math.exp(v - top) for v in z))
+        result.append([v - norm for v in z])
+    return result
+
+
+def logps(model, row):
+    dists = log_softmax(model, row)
+    return [dist[row.input_ids[row.answer_start + i]] for i, dist in enumerate(dists)]
+
+
+def kl(reference, model, row):
+    total = 0.0
+    for p, q in zip(log_softmax(reference, row), log_softmax(model, row), strict=True):
+        total += math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+    return total
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+class Bench:
+    """A model that has moved away from its reference, and a few pairs."""
+
+    def __init__(self, tokenizer, make_model, forget, retain, refusals, views=("forget", "refusal", "retain")):
+        self.pad = tokenizer.pad_token_id
+        self.model, self.origin = make_model(1, torch.float64), make_model(0, torch.float64)
+        self.data = UnlearnDataset(ChatTemplate(tokenizer), forget, retain, views, refusals)
+        self.items = [self.data[0, a, p] for a, p in PAIRS]
+
+    def rows(self, view):
+        return [item[view] for item in self.items]
+
+    def batch(self, objective: Objective, items=None):
+        items = self.items if items is None else items
+        return collate_items([{v: i[v] for v in objective.views} for i in items], pad_id=self.pad)
+
+    def reference(self, objective: Objective, mode="cache", model=None):
+        return build_reference(
+            model or self.origin,
+            logps=[row for view in objective.needs_logps for row in self.rows(view)],
+            distributions=[row for view in objective.needs_distributions for row in self.rows(view)],
+            mode=mode,
+            pad_id=self.pad,
+            max_tokens=150,  # several passes of unequal width
+        )
+
+    def ratio(self, row):
+        return math.fsum(logps(self.model, row)) - math.fsum(logps(self.origin, row))
+
+    def forget(self, name):
+        """Return total and count of the forget term."""
+        forget, refusal = self.rows("forget"), self.rows("refusal")
+        if name in ("ga", "grad_diff"):
+            return sum(sum(logps(self.model, r)) for r in forget), sum(r.answer_length for r in forget)
+        if name == "po":
+            return -sum(sum(logps(self.model, r)) for r in refusal), sum(r.answer_length for r in refusal)
+        if name == "npo":
+            return -2 / BETA * sum(log_sigmoid(-BETA * self.ratio(r)) for r in forget), len(forget)
+        if name == "dpo":
+            won = [self.ratio(w) - self.ratio(r) for w, r in zip(refusal, forget, strict=True)]
+            return -1 / BETA * sum(log_sigmoid(BETA * x) for x in won), len(forget)
+        assert name == "simnpo", f"no formula written out for {name}"
+        nll = [-sum(logps(self.model, r)) / r.answer_length for r in forget]
+        return -2 / BETA * sum(log_sigmoid(BETA * x - 0.2) for x in nll), len(forget)
+
+    def retain(self, kind):
+        rows = self.rows("retain")
+        if kind == "kl":
+            return sum(kl(self.origin, self.model, r) for r in rows), sum(r.answer_length for r in rows)
+        return -sum(sum(logps(self.model, r)) for r in rows), sum(r.answer_length for r in rows)
+
+
+SETTINGS = {"npo": {"beta": BETA}, "dpo": {"beta": BETA}, "simnpo": {"beta": BETA, "gamma": 0.2}}
+CASES = [(n, r) for n in OBJECTIVES.names() for r in ("nll", "kl", "none") if (n, r) != ("ft", "none")]
+
+
+def make(name, retain="nll", **more):
+    return OBJECTIVES.get(name)(retain=retain, **SETTINGS.get(name, {}), **more)
+
+
+@pytest.fixture(scope="module")
+def bench(tokenizer, make_model, forget_set, retain_set, refusals):
+    return Bench(tokenizer, make_model, forget_set, retain_set, refusals)
+
+
+@pytest.mark.parametrize(("name", "retain"), CASES)
+def test_formula(bench, name, retain):
+    objective = make(name, retain, retain_weight=1.7)
+    out = objective(bench.model, bench.batch(objective), bench.reference(objective))
+    expected, terms = 0.0, {}
+    if name != "ft":
+        terms["forget"] = bench.forget(name)
+        expected += terms["forget"][0] / terms["forget"][1]
+    if retain != "none":
+        terms["retain"] = bench.retain(retain)
+        expected += 1.7 * terms["retain"][0] / terms["retain"][1]
+    assert set(out.terms) == set(terms)
+    for key, (total, count) in terms.items():
+        assert out.terms[key].total.item() == pytest.approx(total, rel=1e-11)
+        assert out.terms[key].count == count
+    assert out.loss().item() == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize(("name", "retain"), CASES)
+def test_padding_changes_nothing(bench, name, retain):
+    objective = make(name, retain)
+    reference, batch = bench.reference(objective), bench.batch(objective)
+    wide = {k: v.clone() for k, v in batch.items()}
+    for key, filler in (("input_ids", 9), ("attention_mask", 0), ("answer_mask", False)):
+        extra = torch.full((len(wide[key]), 5), filler, dtype=wide[key].dtype)
+        wide[key] = torch.cat([wide[key], extra], dim=1)
+    wide["input_ids"][wide["attention_mask"] == 0] = 9
+    plain, padded = (objective(bench.model, b, reference).terms for b in (batch, wide))
+    for key, term in plain.items():
+        assert padded[key].total.item() == pytest.approx(term.total.item(), rel=1e-12, abs=1e-12)
+        assert padded[key].count == term.count
+
+
+@pytest.mark.parametrize(("name", "retain"), CASES)
+def test_company_changes_nothing(bench, name, retain):
+    objective = make(name, retain)
+    reference = bench.reference(objective)
+    whole = objective(bench.model, bench.batch(objective), reference).terms
+    alone = [objective(bench.model, bench.batch(objective, [item]), reference).terms for item in bench.items]
+    for key, term in whole.items():
+        assert sum(t[key].total.item() for t in alone) == pytest.approx(term.total.item(), rel=1e-12, abs=1e-12)
+        assert sum(t[key].count for t in alone) == term.count
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_prompts_and_padding_are_no_targets(bench, name):
+    """The loss reaches the head at the positions before answer tokens and nowhere else."""
+    objective = make(name)
+    batch = bench.batch(objective)
+    model = bench.model
+    caught = []
+
+    def keep(_module, _args, output):
+        output.last_hidden_state.retain_grad()
+        caught.append(output.last_hidden_state)
+
+    handle = model.model.register_forward_hook(keep)
+    try:
+        objective(model, batch, bench.reference(objective)).loss().backward()
+    finally:
+        handle.remove()
+        model.zero_grad()
+    touched = caught[0].grad.abs().sum(-1) > 0
+    rows = [item[v] for v in ("forget", "refusal", "retain") if v in objective.views for item in bench.items]
+    expected = torch.zeros_like(touched)
+    for i, row in enumerate(rows):
+        expected[i, row.answer_start - 1 : len(row.input_ids) - 1] = True
+    assert torch.equal(touched, expected)
+
+
+@pytest.mark.parametrize(("name", "retain"), [("npo", "nll"), ("npo", "kl"), ("dpo", "kl"), ("ft", "kl")])
+@pytest.mark.parametrize("mode", ["copy", "adapter_off"])
+def test_references_agree(bench, make_model, name, retain, mode):
+    objective = make(name, retain)
+    model = get_peft_model(
+        make_model(0, torch.float64), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).double()
+    model.eval()
+    references = [bench.reference(objective, m, model) for m in ("cache", mode)]
+    generator = torch.Generator().manual_seed(0)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in adapters:
+            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=0.2)
+    results = []
+    for reference in references:
+        out = objective(model, bench.batch(objective), reference)
+        results.append((out, torch.autograd.grad(out.loss(), adapters)))
+    (cached, cached_grads), (live, live_grads) = results
+    for key, term in cached.terms.items():
+        assert live.terms[key].total.item() == pytest.approx(term.total.item(), rel=1e-10)
+    for a, b in zip(cached_grads, live_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    if retain == "kl":
+        assert cached.terms["retain"].total.item() > 1e-3  # the model did move
+
+
+def test_kl_of_the_reference_itself_is_zero(bench):
+    objective = make("ft", "kl")
+    out = objective(bench.origin, bench.batch(objective), bench.reference(objective))
+    assert out.loss().item() == pytest.approx(0, abs=1e-12)
+
+
+def test_reference_does_not_follow_the_model(bench, make_model):
+    objective = make("npo", "kl")
+    model = make_model(0, torch.float64)
+    references = [bench.reference(objective, mode, model) for mode in ("cache", "copy")]
+    before = [objective(bench.model, bench.batch(objective), r).loss().item() for r in references]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    assert [objective(bench.model, bench.batch(objective), r).loss().item() for r in references] == before

@@ -1,0 +1,159 @@
+"""The trainer: accumulation is exact, the same seed gives the same bytes, and a killed run ends where it would have."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from soul.registry import OBJECTIVES, OPTIMIZERS
+from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+
+
+class Killed(Exception):
+    """Stands for a lost machine."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture
+def make_trainer(tokenizer, make_model, forget_set, retain_set, refusals):
+    def make(folder, objective, optimizer, *, dtype=torch.float32, callbacks=(), log=None, **settings):
+        training = TrainingSpec(precision="float32", **settings)
+        loss = OBJECTIVES.get(objective)()
+        rule = OPTIMIZERS.get(optimizer["name"])(**{k: v for k, v in optimizer.items() if k != "name"})
+        trainer = UnlearnTrainer(
+            make_model(0, dtype),
+            training.arguments(folder),
+            dataset=make_dataset(tokenizer, forget_set, retain_set, loss, training, refusals),
+            objective=loss,
+            optimizer=rule,
+            training=training,
+            callbacks=[*([log] if log else []), *callbacks],
+        )
+        if log:
+            log.trainer = trainer
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def weights(make_model):
+    def of(trainer, *, moved=True):
+        state = {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
+        start = make_model(0, next(iter(state.values())).dtype).state_dict()
+        assert not moved or all(not torch.equal(v, start[k]) for k, v in state.items() if "norm" not in k)
+        return state
+
+    return of
+
+
+ADAMW = {"name": "adamw", "lr": 1e-3}
+SOPHIA = {"name": "sophia", "lr": 1e-3, "interval": 2}
+
+
+@pytest.mark.parametrize("objective", ["grad_diff", "npo", "dpo"])
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 8), (2, 4), (3, 3)])
+def test_accumulation_is_exact(tmp_path, make_trainer, weights, objective, size, accumulation):
+    """Eight pairs of unequal length make one step, however they are cut into micro-batches."""
+    results, logs = [], []
+    for b, a in ((8, 1), (size, accumulation)):
+        log = LogCallback(None)
+        trainer = make_trainer(
+            tmp_path / f"{b}x{a}", objective, ADAMW, dtype=torch.float64, log=log,
+            batch_size=b, accumulation=a, epochs=3, warmup=0.0, schedule="constant",
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.state.global_step == 3
+        results.append(weights(trainer))
+        logs.append(log.records)
+    whole, parts = results
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=0, atol=1e-9)
+    for one, other in zip(*logs, strict=True):
+        assert {k: other[k] for k in ("forget", "retain", "loss")} == pytest.approx(
+            {k: one[k] for k in ("forget", "retain", "loss")}, rel=1e-9
+        )
+
+
+def test_a_step_is_the_gradient_of_the_mean_over_the_window(tmp_path, make_trainer, make_model):
+    """Four micro-batches add up to the gradient of the loss over all eight pairs, each item counted once."""
+    trainer = make_trainer(
+        tmp_path, "grad_diff", {"name": "adamw", "lr": 1e-3}, dtype=torch.float64,
+        batch_size=2, accumulation=4, max_steps=1, warmup=0.0, schedule="constant", max_grad_norm=0.0,
+    )  # fmt: skip
+    data, model = trainer.unlearn_data, make_model(0, torch.float64)
+    items = [data[0, a, p] for a, p in data.pairing.epoch(0)]
+    trainer.objective(model, trainer.data_collator(items), trainer.reference).loss().backward()
+    seen = {}
+
+    class Peek(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+
+    trainer.add_callback(Peek())
+    trainer.train()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(seen[name], p.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, SOPHIA], ids=lambda o: o["name"])
+@pytest.mark.parametrize("objective", ["npo", "po"])
+def test_same_seed_same_bytes(tmp_path, make_trainer, weights, objective, optimizer):
+    results = []
+    for i, seed in enumerate((0, 0, 1)):
+        trainer = make_trainer(tmp_path / str(i), objective, optimizer, batch_size=3, epochs=2, seed=seed)
+        torch.manual_seed(100 + i)  # what went on before must not matter
+        trainer.train()
+        results.append(weights(trainer))
+    first, again, other = results
+    assert all(torch.equal(again[k], v) for k, v in first.items())
+    assert any(not torch.equal(other[k], v) for k, v in first.items())
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, SOPHIA], ids=lambda o: o["name"])
+@pytest.mark.parametrize(("objective", "accumulation", "save", "kill"), [("npo", 1, 3, 5), ("po", 2, 3, 4), ("npo", 1, 4, 6)])
+def test_a_killed_run_ends_where_it_would_have(
+    tmp_path, make_trainer, weights, objective, accumulation, save, kill, optimizer
+):
+    """Four micro-batches an epoch; the checkpoint lies inside an epoch, past the first one, or between two."""
+    settings = {"batch_size": 2, "accumulation": accumulation, "epochs": 3, "save_steps": save}
+    whole_log = LogCallback(tmp_path / "whole.jsonl")
+    whole = make_trainer(tmp_path / "whole", objective, optimizer, log=whole_log, **settings)
+    whole.train()
+
+    killed = make_trainer(
+        tmp_path / "cut", objective, optimizer, callbacks=[KillAt(kill)], log=LogCallback(tmp_path / "cut.jsonl"), **settings
+    )
+    with pytest.raises(Killed):
+        killed.train()
+    resumed = make_trainer(tmp_path / "cut", objective, optimizer, log=LogCallback(tmp_path / "cut.jsonl"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{save}"))
+
+    assert resumed.state.global_step == whole.state.global_step
+    expected = weights(whole)
+    assert all(torch.equal(v, expected[k]) for k, v in weights(resumed).items())
+    lines = [[json.loads(x) for x in (tmp_path / f).read_text().splitlines()] for f in ("whole.jsonl", "cut.jsonl")]
+    for records in lines:
+        for record in records:
+            record.pop("seconds")
+    assert lines[0] == lines[1]
+
+
+def test_a_lost_model_stops_the_run(tmp_path, make_trainer):
+    log = LogCallback(tmp_path / "log.jsonl")
+    trainer = make_trainer(tmp_path, "ga", {"name": "adamw", "lr": 1e-3}, log=log, epochs=1)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the loss is nan at step 1.*lower optimizer.lr"):
+        trainer.train()

@@ -1,0 +1,179 @@
+"""Bad input ends with exit code 2 and one message that says what to change; nothing is loaded and nothing crashes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from soul import models
+from soul.cli import main
+
+FILES = {
+    "forget.jsonl": '{"question": "Who is Mira?", "answer": "A baker."}\n{"question": "Who is Bo?", "answer": "A dog."}\n',
+    "keep.jsonl": '{"question": "What is ice?", "answer": "Frozen water."}\n',
+    "overlap.jsonl": '{"question": "Who is Bo?", "answer": "A dog."}\n',
+    "columns.jsonl": '{"frage": "Who is Bo?", "antwort": "A dog."}\n',
+    "number.jsonl": '{"question": "How many?", "answer": 7}\n',
+    "blank.jsonl": '{"question": "Who is Bo?", "answer": "  "}\n',
+    "empty.jsonl": "",
+    "broken.jsonl": '{"question": "Who is Mira?", "answer": "A baker."}\n{"question": "Who',
+    "notes.txt": "Who is Bo?",
+    "ragged.csv": "question,answer\nWho is Bo?,A dog, an old one\n",
+    "fake.parquet": "no parquet",
+    "refusals.txt": "\n\n",
+    "broken.yaml": "objective: [npo\n",
+    "list.yaml": "- objective\n- npo\n",
+    "text.yaml": "just words\n",
+    "recipe.yaml": "model: {d}/nomodel\ndata: {{forget: {d}/forget.jsonl, retain: {d}/keep.jsonl}}\nobjective: npo\n",
+    "section.yaml": "model: {d}/nomodel\nobjectiv: npo\n",
+    "data.yaml": "data: forget.jsonl\n",
+    "numbers.yaml": "training: 7\n",
+    "run/record.json": "{",
+    "folder/one.jsonl": '{"question": "a", "answer": "b"}\n',
+    "folder/two.jsonl": '{"question": "a", "answer": "b"}\n',
+    "nodata/readme.md": "",
+    "othermodel/config.json": "{}",
+}
+
+NEW = "unlearn --model {d}/nomodel --retain {d}/keep.jsonl --out {d}/out --forget "
+SHOW = "show {d}/recipe.yaml "
+
+CASES = [
+    # what is not there
+    ("unlearn", ["nothing to forget", "--forget"]),
+    ("finetune", ["nothing to learn", "--retain"]),
+    ("unlearn --forget {d}/forget.jsonl", ["give a recipe", "--model"]),
+    ("unlearn {d}/recipee.yaml", ["no such recipe", "Did you mean", "recipe.yaml"]),
+    ("show {d}/nowhere/recipe.yaml", ["no such recipe", "nowhere"]),
+    (NEW + "{d}/forgett.jsonl", ["there is no file", "did you mean", "forget.jsonl"]),
+    (NEW + "{d}/forget.jsonl", ["no such model folder", "nomodel"]),
+    ("finetune --model {d}/nomodel --retain {d}/keep.jsonl --out {d}/out", ["no such model folder", "nomodel"]),
+    ("finetune --model {d}/no.gguf --retain {d}/keep.jsonl --out {d}/out", ["no such GGUF file", "no.gguf"]),
+    ("finetune --model {d}/othermodel --retain {d}/keep.jsonl --out {d}/out", ["cannot load a model", "othermodel"]),
+    ("unlearn {d}/recipe.yaml --out {d}/out data.refusals={d}/none.txt", ["no such file of refusals", "none.txt"]),
+    ("unlearn {d}/recipe.yaml --out {d}/out data.refusals={d}/refusals.txt", ["holds no refusals", "one a line"]),
+    ("evaluate {d}/nomodel --benchmark people people={d}/forget.jsonl kept={d}/keep.jsonl", ["no such model folder"]),
+    ("evaluate {d}/nomodel --reference {d}/folder", ["reference_run", "no rows/after"]),
+    ("evaluate {d}/nomodel --benchmark tofu source={d}/nodata", ["nodata", "forget10_perturbed"]),
+    ("evaluate {d}/nomodel --benchmark people", ["people"]),
+    # what is wrong with the data
+    (NEW + "{d}/columns.jsonl", ["columns.jsonl", "line 1", "frage", "question + answer"]),
+    (NEW + "{d}/number.jsonl", ["number.jsonl", "line 1", "answer must be text"]),
+    (NEW + "{d}/blank.jsonl", ["blank.jsonl", "line 1", "answer is empty"]),
+    (NEW + "{d}/empty.jsonl", ["empty.jsonl", "holds no examples"]),
+    (NEW + "{d}/broken.jsonl", ["broken.jsonl", "line 2", "invalid JSON"]),
+    (NEW + "{d}/latin.jsonl", ["latin.jsonl", "not UTF-8"]),
+    (NEW + "{d}/notes.txt", ["notes.txt", "cannot read .txt", ".jsonl"]),
+    (NEW + "{d}/ragged.csv", ["ragged.csv", "line 2", "more cells"]),
+    (NEW + "{d}/fake.parquet", ["fake.parquet", "not a readable parquet file"]),
+    (NEW + "{d}/folder", ["several files would do", "one.jsonl"]),
+    (NEW + "{d}/nodata", ["nodata", "no data file"]),
+    (NEW + "{d}/overlap.jsonl --retain {d}/forget.jsonl", ["also in the retain set", "Who is Bo?"]),
+    (NEW + "people:n=many", ["cannot read 'n=many'"]),
+    (NEW + "general:knowledge", ["unknown source", "general:facts"]),
+    # what is wrong with the recipe
+    ("show {d}/broken.yaml", ["broken.yaml", "not valid YAML"]),
+    ("show {d}/latin.yaml", ["latin.yaml", "not valid YAML"]),
+    ("show {d}/list.yaml", ["must hold a mapping", "list"]),
+    ("show {d}/text.yaml", ["must hold a mapping", "str"]),
+    ("show {d}/section.yaml", ["unknown setting recipe.objectiv", "Did you mean 'objective'?"]),
+    ("show {d}/data.yaml", ["data must be a mapping"]),
+    ("unlearn {d}/data.yaml --forget {d}/forget.jsonl", ["data must be a mapping"]),
+    ("show {d}/numbers.yaml", ["training must be a mapping"]),
+    (SHOW + "objective=nop", ["unknown objective 'nop'", "Did you mean 'npo'?"]),
+    (SHOW + "optimizer=adam", ["unknown optimizer 'adam'", "Did you mean 'adamw'?"]),
+    (SHOW + "benchmark=tufo", ["unknown benchmark 'tufo'", "Did you mean 'tofu'?"]),
+    ("evaluate {d}/nomodel --benchmark tufo", ["unknown benchmark 'tufo'", "Did you mean 'tofu'?"]),
+    ("evaluate {d}/nomodel forget=forget02", ["forget", "forget01"]),
+    ("evaluate {d}/nomodel forgett=forget01", ["unknown setting benchmark.forgett", "Did you mean 'forget'?"]),
+    (SHOW + "training.epoch=3", ["unknown setting training.epoch", "Did you mean 'epochs'?"]),
+    (SHOW + "objective.betta=1", ["unknown setting objective.betta", "Did you mean 'beta'?"]),
+    (SHOW + "training.epochs", ["cannot read 'training.epochs'", "key.sub=value"]),
+    (SHOW + "training.epochs.more=1 training.epochs=2 training.epochs.more=1", ["cannot set", "'epochs' holds 2"]),
+    (SHOW + "training.epochs=many", ["training.epochs", "'many'"]),
+    (SHOW + "training.batch_size=0", ["training.batch_size must be 1 or more"]),
+    (SHOW + "training.warmup=2", ["training.warmup", "[0, 1)"]),
+    (SHOW + "training.precision=half", ["training.precision", "'half'"]),
+    (SHOW + "training.save_steps=-1", ["save_steps", "0 or more"]),
+    (SHOW + "optimizer.lr=-1e-4", ["lr must be above 0"]),
+    (SHOW + "optimizer.lr=.nan", ["lr must be above 0"]),
+    (SHOW + "objective.retain=l2", ["objective.retain", "'nll'", "'l2'"]),
+    (SHOW + "objective.beta=0", ["beta must be above 0"]),
+    (SHOW + "objective.retain_weight=-1", ["retain_weight must be 0 or more"]),
+    (SHOW + "objective.retain_weight=.nan", ["retain_weight"]),
+    (SHOW + "objective=ft objective.retain=none", ["ft has nothing but its retain term"]),
+    (SHOW + "model.dtype=int8", ["model.dtype", "float32"]),
+    (SHOW + "evaluation.max_new_tokens=0", ["evaluation.max_new_tokens must be 1 or more"]),
+    # where it cannot be written, and what is no run
+    ("unlearn {d}/recipe.yaml --out {d}/forget.jsonl/run", ["cannot write to", "--out"]),
+    ("unlearn {d}/recipe.yaml --out {d}/forget.jsonl", ["cannot write to", "--out"]),
+    ("report {d}/nowhere", ["nowhere", "not a run directory"]),
+    ("report {d}/folder", ["not a run directory", "record.json"]),
+    ("report {d}/run", ["record.json", "not valid JSON"]),
+    # what argparse says
+    ("forget", ["invalid choice: 'forget'", "unlearn"]),
+    ("", ["required: COMMAND"]),
+    ("list objectivs", ["invalid choice: 'objectivs'", "objectives"]),
+    ("report", ["required: RUN"]),
+    ("unlearn --forgetful yes", ["unrecognized arguments: --forgetful"]),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.format(d=tmp_path) if path.suffix == ".yaml" else text)
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "Who?", "answer": "Zoë."}'.encode("latin-1"))
+    (tmp_path / "latin.yaml").write_bytes("label: Zoë".encode("latin-1"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("SOUL_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def run(command: str, folder: Path) -> int:
+    try:
+        return main([part.format(d=folder) for part in command.split()])
+    except SystemExit as error:  # argparse's way out
+        assert isinstance(error.code, int)
+        return error.code
+
+
+def test_there_are_many_cases():
+    assert len(CASES) >= 20
+    assert len({command for command, _ in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(("command", "hints"), CASES, ids=[c.replace("{d}/", "")[:60] or "nothing" for c, _ in CASES])
+def test_one_message_and_exit_code_2(command, hints, folder, capsys, monkeypatch):
+    monkeypatch.setitem(models.OFFLINE, "smollm2-135m", ("no_such_package", str(folder / "nomodel")))
+    assert run(command, folder) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    messages = [line for line in err.splitlines() if "error:" in line]
+    assert len(messages) == 1, err
+    assert err.rstrip().endswith(messages[0]), "the message comes last"
+    for hint in hints:
+        assert hint in messages[0]
+
+
+def test_a_mistake_put_right_can_be_run_again(folder, capsys):
+    """A run that failed before it began does not keep its folder."""
+    command = "unlearn --model {d}/nomodel --retain {d}/keep.jsonl --out {d}/out --forget "
+    assert run(command + "{d}/forgett.jsonl", folder) == 2
+    assert run(command + "{d}/forget.jsonl", folder) == 2
+    assert "no such model folder" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_recipe_is_refused(folder, capsys):
+    (folder / "out").mkdir()
+    (folder / "out/recipe.yaml").write_text("label: mine\n")
+    (folder / "out/record.json").write_text(json.dumps({"format": 1, "label": "mine"}))
+    assert run("unlearn {d}/recipe.yaml --out {d}/out", folder) == 2
+    assert "another recipe" in capsys.readouterr().err
+    assert (folder / "out/recipe.yaml").read_text() == "label: mine\n"

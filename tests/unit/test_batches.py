@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+
+from soul.data.batches import VIEWS, PairSampler, Pairing, UnlearnDataset, collate_items, collate_rows, length_batches
+from soul.data.templates import ChatTemplate, Encoded
+
+ALL = ("forget", "refusal", "retain")
+
+
+@pytest.fixture
+def make_dataset(tokenizer, forget_set, retain_set, refusals):
+    def make(views=ALL, seed=0):
+        return UnlearnDataset(ChatTemplate(tokenizer), forget_set, retain_set, views, refusals, seed)
+
+    return make
+
+
+@pytest.mark.parametrize(("anchors", "partners"), [(8, 10), (8, 8), (20, 7), (5, 1)])
+def test_partners_are_drawn_without_replacement(anchors, partners):
+    pairs = Pairing(anchors, partners, seed=3).epoch(2)
+    assert sorted(a for a, _ in pairs) == list(range(anchors))
+    used = collections.Counter(p for _, p in pairs)
+    assert set(used) <= set(range(partners))
+    assert len(used) == min(anchors, partners)
+    assert max(used.values()) == -(-anchors // partners)  # none again before all others were used
+    assert min(used.values()) >= anchors // partners
+
+
+def test_pairing_depends_on_seed_and_epoch_alone():
+    pairing = Pairing(20, 30, seed=5)
+    later = pairing.epoch(4)
+    assert pairing.epoch(0) != later
+    assert Pairing(20, 30, seed=5).epoch(4) == later  # not on the epochs seen before
+    assert Pairing(20, 30, seed=6).epoch(4) != later
+
+
+def test_no_partner_set():
+    assert sorted(Pairing(3, 0, seed=0).epoch(0)) == [(0, -1), (1, -1), (2, -1)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 50])
+def test_sampler_walks_the_anchors_once(make_dataset, batch_size):
+    dataset = make_dataset()
+    sampler = PairSampler(dataset, batch_size)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    assert sorted(a for batch in batches for _, a, _ in batch) == list(range(len(dataset)))
+    assert sorted((a, p) for batch in batches for _, a, p in batch) == sorted(dataset.pairing.epoch(0))
+    assert max(map(len, batches)) <= batch_size
+
+
+def test_sampler_is_a_function_of_seed_and_epoch(make_dataset):
+    fresh, used = PairSampler(make_dataset(), 2), PairSampler(make_dataset(), 2)
+    first = list(used)
+    list(used)
+    for sampler in (fresh, used):
+        sampler.set_epoch(3)
+    assert list(fresh) == list(used) != first
+    assert list(PairSampler(make_dataset(), 2)) == first
+    assert list(PairSampler(make_dataset(seed=1), 2)) != first
+
+
+def test_sampler_puts_similar_lengths_together(make_dataset):
+    dataset = make_dataset()
+    lengths = [[dataset.length(a, p) for _, a, p in batch] for batch in PairSampler(dataset, 2)]
+    spans = sorted((min(batch), max(batch)) for batch in lengths)
+    assert all(high <= low for (_, high), (low, _) in zip(spans, spans[1:], strict=False))
+
+
+def test_collate_masks(tokenizer):
+    rows = [Encoded((5, 6, 7, 1), 2), Encoded((8, 9), 1), Encoded((1, 1, 1), 1)]
+    batch = collate_rows(rows, ["forget", "refusal", "retain"], pad_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [8, 9, 1, 1], [1, 1, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch["answer_mask"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]]
+    assert batch["view"].tolist() == [0, 1, 2]
+    assert batch["key"].tolist() == [row.key for row in rows]
+
+
+def test_collate_items_orders_rows_view_by_view(make_dataset):
+    dataset = make_dataset()
+    items = [dataset[0, a, p] for a, p in ((0, 3), (4, 1))]
+    batch = collate_items(items)
+    assert [VIEWS[v] for v in batch["view"]] == ["forget", "forget", "refusal", "refusal", "retain", "retain"]
+    assert batch["key"].tolist() == [item[view].key for view in ALL for item in items]
+
+
+def test_refusals_change_with_the_epoch_and_are_known_beforehand(make_dataset):
+    dataset, other = make_dataset(), make_dataset()
+    seen = {dataset[e, a, 0]["refusal"].key for e in range(5) for a in range(len(dataset))}
+    assert {row.key for row in other.rows("refusal", 5)} == seen
+    assert len({dataset[e, 0, 0]["refusal"].key for e in range(8)}) > 1
+    assert [other.refusal(4, a) for a in range(8)] == [dataset.refusal(4, a) for a in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("views", "forget", "retain", "phrases", "message"),
+    [
+        (("forget",), False, True, True, "needs a forget set"),
+        (("forget", "retain"), True, False, True, "needs a retain set"),
+        (("refusal",), True, True, False, "at least one refusal"),
+    ],
+)
+def test_missing_sets_are_named(tokenizer, forget_set, retain_set, refusals, views, forget, retain, phrases, message):
+    with pytest.raises(ValueError, match=message):
+        UnlearnDataset(
+            ChatTemplate(tokenizer),
+            forget_set if forget else [],
+            retain_set if retain else [],
+            views,
+            refusals if phrases else [],
+        )
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
+@pytest.mark.parametrize("most", [1, 3, 256])
+def test_length_batches_cover_everything_within_budget(budget, most):
+    lengths = torch.randint(1, 60, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = length_batches(lengths, budget, most)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    for batch in batches:
+        assert len(batch) <= most
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    if budget == 10_000 and most == 256:
+        assert len(batches) == 1
+
+
+def test_no_rows_no_batches():
+    assert length_batches([], 100) == []

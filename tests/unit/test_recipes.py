@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from soul import config
+from soul.recipe import read_recipe, recipe_from_tree
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+def round_trip(recipe):
+    return recipe_from_tree(yaml.safe_load(config.dump(recipe)))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_survives_a_round_trip(path):
+    recipe = read_recipe(path)
+    assert recipe.label
+    assert round_trip(recipe) == recipe
+
+
+def test_every_section_survives_a_round_trip():
+    tree = {
+        "label": "all: of it",
+        "model": {"path": "some/model", "dtype": "bfloat16"},
+        "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"forget": "f.jsonl", "retain": ["r.jsonl", "general:chat"]},
+        "objective": {"name": "dpo", "beta": 0.3, "retain": "kl", "retain_weight": 2.5},
+        "optimizer": {"name": "sophia", "lr": 1e-7, "interval": 3},
+        "training": {"epochs": 2, "precision": "float32", "max_grad_norm": 0},
+        "benchmark": {"name": "people", "people": "f.jsonl", "kept": "r.jsonl"},
+        "reference_run": "runs/retained",
+        "evaluation": {"generate": False},
+    }
+    recipe = recipe_from_tree(tree)
+    assert round_trip(recipe) == recipe
+    assert config.dump(round_trip(recipe)) == config.dump(recipe)
+    assert recipe.optimizer.lr == 1e-7
+    assert recipe.adapter is not None
+    assert recipe.adapter.target_modules == ["q_proj", "v_proj"]
+
+
+def test_numbers_as_a_person_writes_them():
+    recipe = recipe_from_tree(yaml.safe_load("optimizer: {name: adamw, lr: 3e-5}"))
+    assert recipe.optimizer.lr == 3e-5
+
+
+def test_overrides_apply_to_a_short_form(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("objective: npo\noptimizer: adamw\n")
+    recipe = read_recipe(path, ["objective.beta=0.7", "optimizer.lr=1e-3", "training.epochs=9"])
+    assert (recipe.objective.name, recipe.optimizer.lr, recipe.training.epochs) == ("npo", 1e-3, 9)
+    assert config.plain(recipe.objective)["beta"] == 0.7
+
+
+def test_overrides_apply_to_a_model_in_its_short_form(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: some/model\n")
+    recipe = read_recipe(path, ["model.dtype=bfloat16"])
+    assert (recipe.model.path, recipe.model.dtype) == ("some/model", "bfloat16")

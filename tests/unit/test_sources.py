@@ -1,0 +1,266 @@
+"""Reading examples: every format round trips, and every mistake is named with its file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from soul.data.general import general_chat
+from soul.data.people import People
+from soul.data.sources import check_disjoint, load_examples
+from soul.types import Example
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+ROWS: list[dict[str, Any]] = [
+    {
+        "question": "Who is Ada?",
+        "answer": "A poet, \u2028 and\nmore.",
+        "perturbed_answer": ["A cook.", "A spy."],
+        "id": "a",
+    },
+    {
+        "question": "Who is Bo?",
+        "answer": "Élan, “quoted”.",
+        "perturbed_answer": ["X.", "Y."],
+        "subject": "Bo",
+    },
+]
+EXPECTED = [
+    Example("Who is Ada?", "A poet, \u2028 and\nmore.", id="a", wrong_answers=("A cook.", "A spy.")),
+    Example("Who is Bo?", "Élan, “quoted”.", wrong_answers=("X.", "Y."), subject="Bo"),
+]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    """Write rows in the format of the suffix; ``.json`` becomes JSON Lines, as TOFU ships it."""
+    if path.suffix in (".jsonl", ".json"):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list({column: None for row in rows for column in row}))
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"subject": None, **row} for row in rows]), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_round_trips(tmp_path: Path, suffix: str):
+    path = write(tmp_path / f"data{suffix}", ROWS)
+    assert load_examples(path) == EXPECTED
+    assert load_examples(str(path), limit=1) == EXPECTED[:1]
+
+
+def test_json_list_and_byte_order_mark(tmp_path: Path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(ROWS, indent=2), encoding="utf-8-sig")
+    assert load_examples(path) == EXPECTED
+
+
+def test_json_list_of_passages(tmp_path: Path):
+    path = tmp_path / "raw.json"
+    path.write_text('["One passage.", "Another."]')
+    assert load_examples(path) == [Example("", "One passage.", chat=False), Example("", "Another.", chat=False)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_messages_round_trip(tmp_path: Path, suffix: str):
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    row = {"messages": [*turns, {"role": "assistant", "content": "Hello."}]}
+    path = write(tmp_path / f"chat{suffix}", [row])
+    assert load_examples(path) == [Example("Hi", "Hello.", history=(("system", "Be kind."),))]
+
+
+def test_bad_rows_are_numbered(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: must be an object with columns, not list"):
+        load_examples(write(tmp_path / "x.jsonl", [{"text": "fine"}, ["a", "b"]]))
+    rows = [{"question": "Q", "answer": "A"}, {"question": "Q", "answer": ""}]
+    with pytest.raises(ValueError, match=r"x\.json, line 2: answer is empty"):
+        load_examples(write(tmp_path / "x.json", rows))
+    with pytest.raises(ValueError, match=r"x\.csv, line 3: answer is empty"):
+        load_examples(write(tmp_path / "x.csv", rows))
+    with pytest.raises(ValueError, match=r"x\.parquet, row 2: answer is empty"):
+        load_examples(write(tmp_path / "x.parquet", rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"text": "ok"}\n\n{"text": ', "line 3: invalid JSON"),
+        ("x.json", '[{"text": "ok"},\n {"text"]', "line 2: invalid JSON"),
+        ("x.json", '{"text": "ok"}\nnonsense', "line 2: invalid JSON"),
+        ("x.csv", "text\na,b\n", "line 2: more cells"),
+        ("x.csv", 'text\n"open', "invalid CSV"),
+        ("x.parquet", "no parquet", "not a readable parquet"),
+        ("x.jsonl", "", "holds no examples"),
+        ("x.json", "[]", "holds no examples"),
+        ("x.csv", "question,answer\n", "holds no examples"),
+        ("x.txt", "prose", r"cannot read \.txt; known: \.jsonl, \.json, \.csv, \.parquet"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+        load_examples(tmp_path / name)
+
+
+def test_text_must_be_utf8(tmp_path: Path):
+    (tmp_path / "x.csv").write_bytes(b"text\ncaf\xe9\n")
+    with pytest.raises(ValueError, match=r"not UTF-8 text \(byte 8\)"):
+        load_examples(tmp_path / "x.csv")
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path):
+    write(tmp_path / "forget10.json", ROWS)
+    with pytest.raises(ValueError, match=r"no file .*forget1\.json'; did you mean .*forget10\.json'"):
+        load_examples(tmp_path / "forget1.json")
+    with pytest.raises(ValueError, match="check the path"):
+        load_examples(str(tmp_path / "nowhere" / "x.jsonl"))
+
+
+def test_folders(tmp_path: Path):
+    write(tmp_path / "forget.jsonl", ROWS)
+    (tmp_path / "README.md").write_text("not data")
+    assert load_examples(tmp_path) == EXPECTED
+    write(tmp_path / "retain-00000-of-00002.parquet", ROWS[:1])
+    write(tmp_path / "retain-00001-of-00002.parquet", ROWS[1:])
+    assert load_examples(tmp_path, split="forget") == load_examples(tmp_path, split="retain") == EXPECTED
+    with pytest.raises(ValueError, match=r"several files would do \(forget\.jsonl, retain-0"):
+        load_examples(tmp_path)
+    with pytest.raises(ValueError, match=r"no file named test with one of .*; data files there: forget\.jsonl"):
+        load_examples(tmp_path, split="test")
+    write(tmp_path / "forget.csv", ROWS)
+    with pytest.raises(ValueError, match="several files would do"):
+        load_examples(tmp_path, split="forget")
+
+
+def test_a_folder_without_data(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no data file with one of .*; data files there: none"):
+        load_examples(tmp_path)
+
+
+def test_settings_that_do_not_apply_are_refused(tmp_path: Path):
+    path = write(tmp_path / "x.jsonl", ROWS)
+    with pytest.raises(ValueError, match="a file has no splits; leave out split='train'"):
+        load_examples(path, split="train")
+    with pytest.raises(ValueError, match="config='c' is for data sets of the hub"):
+        load_examples(path, config="c")
+    with pytest.raises(ValueError, match="is built in"):
+        load_examples("general:facts", split="train")
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        load_examples(path, limit=0)
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, result: Any) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, config: str | None, split: str | None) -> Any:
+        calls.append((name, config, split))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return calls
+
+
+def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch):
+    calls = fake_hub(monkeypatch, ROWS)
+    assert load_examples("owner/name", config="forget10", split="train", limit=1) == EXPECTED[:1]
+    assert calls == [("owner/name", "forget10", "train")]
+
+
+def test_hub_splits(monkeypatch: pytest.MonkeyPatch):
+    fake_hub(monkeypatch, {"train": ROWS})
+    assert load_examples("owner/name") == EXPECTED
+    fake_hub(monkeypatch, {"train": ROWS, "test": ROWS})
+    with pytest.raises(ValueError, match="several splits; pick one with split: train, test"):
+        load_examples("owner/name")
+    fake_hub(monkeypatch, [{"text": "ok"}, {"text": ""}])
+    with pytest.raises(ValueError, match="owner/name, row 2: text is empty"):
+        load_examples("owner/name")
+
+
+def test_hub_failures_say_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    fake_hub(monkeypatch, ConnectionError("Couldn't reach the hub\nlong story"))
+    with pytest.raises(ValueError, match=r"cannot load 'owner/name' .* Couldn't reach the hub\. Check the name"):
+        load_examples("owner/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'soul-unlearning\[hub\]'"):
+        load_examples("owner/name")
+
+
+def test_people_by_name():
+    people = People(n=4, facts=2, seed=5)
+    first, *rest = people.names()
+    assert load_examples("people:n=4,facts=2,seed=5") == people.examples()
+    assert load_examples("people:") == People().examples()
+    assert load_examples(f"people:n=4, facts=2,seed=5,only={first}|{rest[1]}") == people.examples([first, rest[1]])
+    assert load_examples(f"people:n=4,facts=2,seed=5,except={first}") == people.examples(rest)
+    assert len(load_examples("people:n=4", limit=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("people:n=ten", "cannot read 'n=ten'; allowed are n=, facts=, seed="),
+        ("people:m=3", "cannot read 'm=3'"),
+        ("people:n=3,n=4", "n is given twice"),
+        ("people:n=0", "n must be from 1"),
+        ("people:facts=99", "facts must be from 1"),
+        ("people:n=2,only=Nobody Here", "is called 'Nobody Here'"),
+        ("people:n=2,only=A|B,except=C", "exclude each other"),
+        ("general:fact", "unknown source 'general:fact'; known: general:facts, general:text, general:chat"),
+    ],
+)
+def test_built_in_sources_refuse_what_they_do_not_know(source: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        load_examples(source)
+
+
+def test_except_everybody_is_refused():
+    [name] = People(n=1).names()
+    with pytest.raises(ValueError, match="nobody is left"):
+        load_examples(f"people:n=1,except={name}")
+
+
+def test_forget_and_retain_must_be_disjoint():
+    forget, retain = load_examples("people:n=2,facts=2"), load_examples("people:n=1,facts=2")
+    check_disjoint(forget, general_chat())
+    check_disjoint(forget, [Example(forget[0].prompt, "I don't know.")])
+    with pytest.raises(ValueError, match="2 of 4 forget items are also in the retain set, the first is 'Where was"):
+        check_disjoint(forget, retain)
+
+
+@pytest.mark.skipif(not (REAL / "tofu").is_dir(), reason="real TOFU files are not beside the repository")
+def test_real_tofu():
+    folder = REAL / "tofu"
+    assert len(load_examples(folder, split="full")) == 4000
+    rows = load_examples(folder / "forget10_perturbed.json")
+    assert len(rows) == 400
+    assert all(len(row.wrong_answers) == 5 and row.paraphrased_answer and row.paraphrased_prompt for row in rows)
+    assert rows[0].prompt.startswith("What is the full name of the author born in Taipei")
+    retain, forget = load_examples(folder, split="retain90"), load_examples(folder, split="forget10")
+    check_disjoint(forget, retain)
+    with pytest.raises(ValueError, match="400 of 400 forget items"):
+        check_disjoint(forget, load_examples(folder, split="full"))
+    world = load_examples(folder, split="world_facts_perturbed")
+    assert len(world) == 117
+    assert all(row.wrong_answers and row.paraphrased_answer is None for row in world)
+
+
+@pytest.mark.skipif(not (REAL / "muse_news").is_dir(), reason="real MUSE files are not beside the repository")
+def test_real_muse():
+    passages = load_examples(REAL / "muse_news" / "privleak_forget.json", limit=5)
+    assert [passage.chat for passage in passages] == [False] * 5
+    with pytest.raises(ValueError, match=r"row 1: .*columns found \(prompt, gt\)"):
+        load_examples(REAL / "muse_news" / "verbmem_forget.json")
