@@ -28,6 +28,7 @@ from soul.run import execute, write_json
 from soul.trainer import quiet
 
 ROOT = Path(__file__).parents[1]
+PEOPLE, FACTS = 6, 5  # as in recipes/demo-*.yaml
 CHECKS: tuple[tuple[str, str, str, str, float], ...] = (
     ("before", "forget", "probability", ">=", 0.8),
     ("before", "kept", "probability", ">=", 0.8),
@@ -92,9 +93,10 @@ def main() -> int:
     console = Console()
     out = Path(args.out)
     shutil.rmtree(out, ignore_errors=True)
-    names = Generator(n=8, facts=5, seed=0).names()[:2]
+    names = Generator(n=PEOPLE, facts=FACTS, seed=0).names()[:2]
     console.print(
-        f"[bold]Teaching[/] SmolLM2-135M about 8 invented people; then a request: forget {names[0]} and {names[1]}."
+        f"[bold]Teaching[/] SmolLM2-135M about {PEOPLE} invented people; "
+        f"then a request: forget {names[0]} and {names[1]}."
     )
     taught = taught_model([])
     runs: list[Path] = []

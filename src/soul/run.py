@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -112,6 +113,7 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     log, seconds["train"] = train(model, dataset, recipe, out, tick)
     tick("saving model", 0, 1)
     save_model(model, tokenizer, out / "model", merge=recipe.adapter is None or recipe.adapter.merge)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # only needed to resume training, which is done
     tick("saving model", 1, 1)
     if recipe.adapter is not None:
         merge: Any = model.merge_and_unload

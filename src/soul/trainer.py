@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items, collate_rows
 from soul.data.templates import ChatTemplate
@@ -58,7 +58,7 @@ class TrainingSpec:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     max_length: int = 1024
-    save_steps: int = 0
+    save_steps: int = 100
     reference: Literal["cache", "adapter_off", "copy"] = "cache"
     curvature_batch: int = 8
     curvature_estimator: Literal["ggn", "gnb"] = "ggn"
@@ -153,6 +153,7 @@ class UnlearnTrainer(Trainer):
             processing_class=dataset.template.tokenizer,
             callbacks=[_CurvatureCallback(self), *callbacks],
         )
+        self.remove_callback(PrinterCallback)  # it prints raw dicts; the log and the bars say the same
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the reference what the objective will need, then train."""

@@ -98,7 +98,10 @@ def test_defaults_are_valid(name):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"retain_weight": -0.1}, "retain_weight must be 0 or more"), ({"retain": "l2"}, "retain must be nll, kl or none")],
+    [
+        ({"retain_weight": -0.1}, "retain_weight must be 0 or more"),
+        ({"retain": "l2"}, "retain must be nll, kl or none"),
+    ],
 )
 def test_rejects_bad_settings(name, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -199,7 +199,7 @@ def test_closure_gives_the_loss(name: str) -> None:
         rule.zero_grad()
         loss = loss_of(params)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     expected = loss_of(params).item()
     assert rule.step(closure) == pytest.approx(expected)

@@ -176,7 +176,7 @@ def test_sophia_follows_its_formula(relative: float) -> None:
         relative_damping=relative,
         interval=3,
     )
-    m, h, refreshes = np.zeros(size), np.zeros(size), 0
+    m, h, refreshes, win_rates = np.zeros(size), np.zeros(size), 0, []
     for step in range(20):
         assert optimizer.curvature_due(step) == (step % 3 == 0)
         if step % 3 == 0:
@@ -193,4 +193,5 @@ def test_sophia_follows_its_formula(relative: float) -> None:
         optimizer.step()
         np.testing.assert_allclose(tensor.detach().numpy().ravel(), p, rtol=0, atol=1e-13)
         assert optimizer.metrics()["win_rate"] == pytest.approx(np.mean(np.abs(ratio) < 1), abs=1e-12)
-        assert 0 < optimizer.metrics()["win_rate"] < 1
+        win_rates.append(optimizer.metrics()["win_rate"])
+    assert 0 < min(win_rates) < 1  # else the clip was never in play, and the test shows half of the rule

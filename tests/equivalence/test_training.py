@@ -12,7 +12,7 @@ from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a lost machine."""
 
 
@@ -22,7 +22,7 @@ class KillAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 @pytest.fixture
@@ -122,7 +122,9 @@ def test_same_seed_same_bytes(tmp_path, make_trainer, weights, objective, optimi
 
 
 @pytest.mark.parametrize("optimizer", [ADAMW, SOPHIA], ids=lambda o: o["name"])
-@pytest.mark.parametrize(("objective", "accumulation", "save", "kill"), [("npo", 1, 3, 5), ("po", 2, 3, 4), ("npo", 1, 4, 6)])
+@pytest.mark.parametrize(
+    ("objective", "accumulation", "save", "kill"), [("npo", 1, 3, 5), ("po", 2, 3, 4), ("npo", 1, 4, 6)]
+)
 def test_a_killed_run_ends_where_it_would_have(
     tmp_path, make_trainer, weights, objective, accumulation, save, kill, optimizer
 ):
@@ -133,9 +135,14 @@ def test_a_killed_run_ends_where_it_would_have(
     whole.train()
 
     killed = make_trainer(
-        tmp_path / "cut", objective, optimizer, callbacks=[KillAt(kill)], log=LogCallback(tmp_path / "cut.jsonl"), **settings
+        tmp_path / "cut",
+        objective,
+        optimizer,
+        callbacks=[KillAt(kill)],
+        log=LogCallback(tmp_path / "cut.jsonl"),
+        **settings,
     )
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         killed.train()
     resumed = make_trainer(tmp_path / "cut", objective, optimizer, log=LogCallback(tmp_path / "cut.jsonl"), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{save}"))
@@ -155,5 +162,5 @@ def test_a_lost_model_stops_the_run(tmp_path, make_trainer):
     trainer = make_trainer(tmp_path, "ga", {"name": "adamw", "lr": 1e-3}, log=log, epochs=1)
     with torch.no_grad():
         trainer.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="the loss is nan at step 1.*lower optimizer.lr"):
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1.*lower optimizer.lr"):
         trainer.train()

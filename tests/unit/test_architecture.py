@@ -50,7 +50,9 @@ def uses(room: str) -> set[str]:
 
 
 def test_the_reader_of_imports_sees_them():
-    text = "import soul.run\nfrom soul import config\nfrom soul.data.rows import x\ndef f():\n    from soul.cli import y"
+    text = (
+        "import soul.run\nfrom soul import config\nfrom soul.data.rows import x\ndef f():\n    from soul.cli import y"
+    )
     assert imports(text) == {"run", "config", "data", "cli"}
     assert imports("import os, torch\nfrom transformers import Trainer") == set()
     assert "objectives" in uses("trainer")

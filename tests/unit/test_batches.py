@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import collections
+import itertools
 
 import pytest
 import torch
 
-from soul.data.batches import VIEWS, PairSampler, Pairing, UnlearnDataset, collate_items, collate_rows, length_batches
+from soul.data.batches import VIEWS, Pairing, PairSampler, UnlearnDataset, collate_items, collate_rows, length_batches
 from soul.data.templates import ChatTemplate, Encoded
 
 ALL = ("forget", "refusal", "retain")
@@ -68,7 +69,7 @@ def test_sampler_puts_similar_lengths_together(make_dataset):
     dataset = make_dataset()
     lengths = [[dataset.length(a, p) for _, a, p in batch] for batch in PairSampler(dataset, 2)]
     spans = sorted((min(batch), max(batch)) for batch in lengths)
-    assert all(high <= low for (_, high), (low, _) in zip(spans, spans[1:], strict=False))
+    assert all(high <= low for (_, high), (low, _) in itertools.pairwise(spans))
 
 
 def test_collate_masks(tokenizer):

@@ -50,7 +50,7 @@ class Objective(abc.ABC):
     def __post_init__(self) -> None:
         if self.retain not in ("nll", "kl", "none"):
             raise ValueError(f"retain must be nll, kl or none, not {self.retain!r}")
-        if self.retain_weight < 0:
+        if not self.retain_weight >= 0:  # refuses nan too
             raise ValueError(f"retain_weight must be 0 or more, not {self.retain_weight}")
 
     @property

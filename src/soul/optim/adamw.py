@@ -17,8 +17,8 @@ class AdamW(UpdateRule, torch.optim.AdamW):
     """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2), the first-order baseline.
 
     ``p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps)`` with debiased averages of ``g`` and ``g * g``. One fused
-    pass over memory where all parameters are contiguous and on CPU or CUDA. State has the parameters' dtype, as always in torch: in
-    bf16 an average with a decay of .999 cannot decay, so keep an fp32 master of such weights.
+    pass over memory where all parameters are contiguous and on CPU or CUDA. State has the parameters' dtype, as always
+    in torch: in bf16 an average with a decay of .999 cannot decay, so keep an fp32 master of such weights.
 
     Args:
         params: Parameters or parameter groups; of any shape.
@@ -65,7 +65,7 @@ def _tensors(entry: Any) -> Iterable[torch.Tensor]:
 
 
 def _fusable(p: torch.Tensor) -> bool:
-    # the fused CPU kernel walks raw memory: where a parameter's layout is not its gradient's, it pairs the wrong elements
+    # the fused CPU kernel walks raw memory: where a parameter's layout is not its gradient's, it pairs wrong elements
     return p.is_floating_point() and p.is_contiguous() and p.device.type in ("cpu", "cuda")
 
 
