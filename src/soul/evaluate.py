@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from soul.data.batches import collate_rows, length_batches
+from soul.data.batches import length_batches
 from soul.data.templates import ChatTemplate, Encoded
-from soul.forward import forward_answers
+from soul.likelihood import sequence_nll
 from soul.metrics.text import rouge_l_recall
 from soul.types import Example, Row
 
@@ -116,7 +115,11 @@ def _measure(
             texts.append((i, "paraphrase", template.encode(example, answer=example.paraphrased_answer)))
         texts += [(i, "wrong", template.encode(example, answer=wrong)) for wrong in example.wrong_answers]
     nll = sequence_nll(
-        model, template, [t[2] for t in texts], spec.max_tokens, lambda d, n: report(f"{name}: likelihoods", d, n)
+        model,
+        [t[2] for t in texts],
+        pad_id=template.pad,
+        max_tokens=spec.max_tokens,
+        progress=lambda d, n: report(f"{name}: likelihoods", d, n),
     )
     rows: list[Row] = [
         {"id": e.id or str(i), "subject": e.subject, "prompt": e.prompt, "answer": e.answer, "nll": 0.0, "tokens": 0}
@@ -136,30 +139,6 @@ def _measure(
         rows[i]["generated"] = text
         rows[i]["rougeL_recall"] = rouge_l_recall(text, examples[i].answer)
     return rows
-
-
-@torch.no_grad()
-def sequence_nll(
-    model: Any,
-    template: ChatTemplate,
-    rows: Sequence[Encoded],
-    max_tokens: int = 4096,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Return the mean NLL of each row's answer tokens, in nats a token."""
-    values = [math.nan] * len(rows)
-    device = next(model.parameters()).device
-    done = 0
-    for group in length_batches([len(row) for row in rows], max_tokens):
-        batch = collate_rows([rows[i] for i in group], pad_id=template.pad)
-        answers = forward_answers(model, {k: v.to(device) for k, v in batch.items()})
-        sums = answers.sum_rows(-answers.token_logps()).tolist()
-        for i, total in zip(group, sums, strict=True):
-            values[i] = total / rows[i].answer_length
-        done += len(group)
-        if progress:
-            progress(done, len(rows))
-    return values
 
 
 @torch.no_grad()

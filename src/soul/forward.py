@@ -69,12 +69,13 @@ def head_of(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _head_on(model: nn.Module, keep_BT: torch.Tensor, caught: list[torch.Tensor]) -> Iterator[None]:
-    """Let the head see ``hidden[keep]`` (N, D) in place of (B, T, D).
+def head_on(model: nn.Module, keep_BT: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Let the head see ``hidden[keep]`` (N, D) in place of (B, T, D); yields the list that catches what it saw.
 
     A hook rather than our own call of backbone and head, because it works for every architecture and under every
     wrapper (PEFT, DDP, FSDP), and keeps what a model does to its logits afterwards (scaling, soft caps).
     """
+    caught: list[torch.Tensor] = []
 
     def pick(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         caught.append(args[0][keep_BT])
@@ -82,7 +83,7 @@ def _head_on(model: nn.Module, keep_BT: torch.Tensor, caught: list[torch.Tensor]
 
     handle = head_of(model).register_forward_pre_hook(pick)
     try:
-        yield
+        yield caught
     finally:
         handle.remove()
 
@@ -103,8 +104,7 @@ def forward_answers(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Answ
     mask = batch["answer_mask"]
     keep = torch.zeros_like(mask)
     keep[:, :-1] = mask[:, 1:]
-    caught: list[torch.Tensor] = []
-    with _head_on(model, keep, caught):
+    with head_on(model, keep) as caught:
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
     return Answers(out.logits, caught[0], batch["input_ids"][mask], rows[mask], batch["view"], batch["key"])

@@ -1,0 +1,142 @@
+"""Likelihoods of many answers with each prompt read once: wrong answers share what stands before the true one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from soul.data.batches import collate_rows, length_batches
+from soul.data.templates import Encoded
+from soul.forward import forward_answers, head_on, unwrap
+
+Count = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def sequence_nll(
+    model: Any, rows: Sequence[Encoded], *, pad_id: int, max_tokens: int = 4096, progress: Count | None = None
+) -> list[float]:
+    """Return the mean NLL of each row's answer tokens, ``-1/|y| sum_t log p(y_t | x, y_<t)``, in nats a token.
+
+    Rows that begin alike up to their answer are measured together: the prompt goes through the model once, and its
+    keys and values serve all its answers. Models without such a cache read every row whole; the numbers are the same
+    up to rounding.
+
+    Args:
+        model: A causal language model; it is run in its own dtype, without autocast.
+        rows: Tokenised examples.
+        pad_id: Token that fills rows up.
+        max_tokens: Padded tokens in a batch.
+        progress: Called with (done, of).
+    """
+    values = [math.nan] * len(rows)
+    alone, shared = _by_prompt(rows) if _can_share(model) else (list(range(len(rows))), [])
+    done = 0
+
+    def note(group: Sequence[int], nll: Sequence[float]) -> None:
+        nonlocal done
+        for i, value in zip(group, nll, strict=True):
+            values[i] = value
+        done += len(group)
+        if progress:
+            progress(done, len(rows))
+
+    for groups in _same_length(rows, shared, max_tokens):
+        flat = [i for group in groups for i in group]
+        for picked, nll in _after_prompts(model, [[rows[i] for i in group] for group in groups], pad_id, max_tokens):
+            note([flat[i] for i in picked], nll)
+    for picked in length_batches([len(rows[i]) for i in alone], max_tokens):
+        group = [alone[i] for i in picked]
+        note(group, _whole(model, [rows[i] for i in group], pad_id))
+    return values
+
+
+def _whole(model: Any, rows: Sequence[Encoded], pad_id: int) -> list[float]:
+    """Read every row from its first token to its last."""
+    device = next(model.parameters()).device
+    batch = collate_rows(rows, pad_id=pad_id)
+    answers = forward_answers(model, {k: v.to(device) for k, v in batch.items()})
+    sums = answers.sum_rows(-answers.token_logps()).tolist()
+    return [total / row.answer_length for total, row in zip(sums, rows, strict=True)]
+
+
+def _by_prompt(rows: Sequence[Encoded]) -> tuple[list[int], list[list[int]]]:
+    """Return the rows whose prompt is theirs alone, and groups of rows that share one."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(_prefix(row), []).append(i)
+    shared = [group for prefix, group in groups.items() if prefix and len(group) > 1]
+    taken = {i for group in shared for i in group}
+    return [i for i in range(len(rows)) if i not in taken], shared
+
+
+def _prefix(row: Encoded) -> tuple[int, ...]:
+    """Everything before the token that predicts the first answer token."""
+    return row.input_ids[: row.answer_start - 1]
+
+
+def _same_length(rows: Sequence[Encoded], groups: list[list[int]], max_tokens: int) -> list[list[list[int]]]:
+    """Batch groups whose prompts have the same length: then nothing is padded before an answer.
+
+    Padding there would shift positions, and leaves rows that attend to nothing where a model looks back only so far.
+    """
+    by_length: dict[int, list[list[int]]] = {}
+    for group in groups:
+        by_length.setdefault(rows[group[0]].answer_start, []).append(group)
+    batches = []
+    for length, members in sorted(by_length.items(), reverse=True):
+        size = max(1, max_tokens // length)
+        batches += [members[i : i + size] for i in range(0, len(members), size)]
+    return batches
+
+
+def _can_share(model: nn.Module) -> bool:
+    """Say whether the model keeps keys and values that a later call can go on from."""
+    inner: Any = unwrap(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    takes = inspect.signature(inner.forward).parameters
+    # A recurrent state is no list of keys and values, and not every model that has one can be continued in parallel.
+    stateful = getattr(inner, "_is_stateful", False)
+    return not stateful and {"past_key_values", "attention_mask"} <= set(takes)
+
+
+def _after_prompts(
+    model: Any, groups: Sequence[Sequence[Encoded]], pad_id: int, max_tokens: int
+) -> list[tuple[list[int], list[float]]]:
+    """Read each group's prompt once, then its answers; returns (positions in the flattened groups, their NLL)."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([_prefix(group[0]) for group in groups], device=device)
+    cache = DynamicCache(config=unwrap(model).config)
+    with head_on(model, torch.zeros_like(ids, dtype=torch.bool)):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    flat = [(g, row) for g, group in enumerate(groups) for row in group]
+    found = []
+    for picked in length_batches([row.answer_length for _, row in flat], max_tokens):
+        of = torch.tensor([flat[i][0] for i in picked], device=device)
+        tails = [flat[i][1].input_ids[flat[i][1].answer_start - 1 :] for i in picked]
+        longest = max(map(len, tails)) - 1
+        lengths = torch.tensor([len(t) - 1 for t in tails], device=device)
+        real = torch.arange(longest, device=device) < lengths[:, None]
+        tokens = torch.tensor([list(t) + [pad_id] * (longest + 1 - len(t)) for t in tails], device=device)
+        own = copy.deepcopy(cache)  # the forward pass appends to it
+        own.batch_select_indices(of)
+        with head_on(model, real):
+            out = model(
+                input_ids=tokens[:, :-1],
+                attention_mask=torch.cat([torch.ones_like(ids)[of], real.long()], dim=1),
+                past_key_values=own,
+                use_cache=True,
+            )
+        logits = out.logits if out.logits.dtype == torch.float64 else out.logits.float()
+        nll = nn.functional.cross_entropy(logits, tokens[:, 1:][real], reduction="none")
+        rows = torch.arange(len(picked), device=device)[:, None].expand_as(real)[real]
+        sums = torch.zeros(len(picked), dtype=nll.dtype, device=device).index_add(0, rows, nll)
+        found.append((picked, (sums / lengths).tolist()))
+    return found
