@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 
 from soul import config
-from soul.benchmarks.people import People
+from soul.benchmarks.request import DeletionRequest
 from soul.cli import progress_bars
-from soul.data.people import People as Generator
+from soul.data.people import People
 from soul.models import cache_dir
 from soul.recipe import Recipe, read_recipe
 from soul.report import read_run, render_terminal, write_report
@@ -60,7 +60,7 @@ def request_recipe(file: str, taught: Path, names: list[str], overrides: list[st
         recipe,
         model=dataclasses.replace(recipe.model, path=str(taught / "model")),
         data=dataclasses.replace(recipe.data, forget=forget, retain=[kept, *others]),
-        benchmark=People(people=forget, kept=kept),
+        benchmark=DeletionRequest(forget=forget, kept=kept),
     )
 
 
@@ -93,7 +93,7 @@ def main() -> int:
     console = Console()
     out = Path(args.out)
     shutil.rmtree(out, ignore_errors=True)
-    names = Generator(n=PEOPLE, facts=FACTS, seed=0).names()[:2]
+    names = People(n=PEOPLE, facts=FACTS, seed=0).names()[:2]
     console.print(
         f"[bold]Teaching[/] SmolLM2-135M about {PEOPLE} invented people; "
         f"then a request: forget {names[0]} and {names[1]}."

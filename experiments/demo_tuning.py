@@ -2,9 +2,10 @@
 
     python experiments/demo_tuning.py
 
-Ten short runs, about ten minutes on two cores; an interrupted sweep goes on where it stopped. Best is the largest
-``kept probability after / before - forgotten probability after`` among the runs that keep the perplexity of plain text
-within 1.2 of before. The recipes ``demo-soul.yaml`` and ``demo-adamw.yaml`` carry the winners.
+Ten short runs, about ten minutes on two cores; an interrupted sweep goes on where it stopped. Best is the rate that
+stays furthest from the nearest of the demo's limits, each distance as a share of the largest possible one: forgotten
+probability at most .25, kept probability at least .8 of before, perplexity of plain text at most 1.2 of before. The
+recipes ``demo-soul.yaml`` and ``demo-adamw.yaml`` carry the winners.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from demo import FACTS, PEOPLE, ROOT, request_recipe, taught_model
-from soul.benchmarks.people import People
+from soul.benchmarks.request import DeletionRequest
 from soul.cli import progress_bars
-from soul.data.people import People as Generator
+from soul.data.people import People
 from soul.run import execute, write_json
 from soul.trainer import quiet
 
@@ -34,7 +35,7 @@ def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) 
     """Serve the demo's request once, without generating answers, and return what decides."""
     overrides = [f"optimizer.lr={lr!r}", "evaluation.generate=false"]
     recipe = request_recipe(f"demo-{name}.yaml", taught, names, overrides)
-    assert isinstance(recipe.benchmark, People)
+    assert isinstance(recipe.benchmark, DeletionRequest)
     recipe = dataclasses.replace(recipe, benchmark=dataclasses.replace(recipe.benchmark, general=""))
     out = folder / f"{name}-{lr:g}"
     before = folder / "before"
@@ -58,7 +59,7 @@ def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) 
         "kept_probability_ratio": kept,
         "text_perplexity_ratio": text,
         "win_rate": log[-1].get("win_rate"),
-        "difference": kept - forgotten if text <= 1.2 else None,
+        "margin": min((0.25 - forgotten) / 0.25, (kept - 0.8) / 0.2, (1.2 - text) / 0.2),
         "n_forget": PEOPLE_FORGOTTEN * FACTS,
         "seed": recipe.training.seed,
     }
@@ -70,7 +71,7 @@ PEOPLE_FORGOTTEN = 2
 def main() -> int:
     """Run the sweep and print its table."""
     quiet()
-    names = Generator(n=PEOPLE, facts=FACTS, seed=0).names()[:PEOPLE_FORGOTTEN]
+    names = People(n=PEOPLE, facts=FACTS, seed=0).names()[:PEOPLE_FORGOTTEN]
     taught = taught_model([])
     folder = Path("runs/demo-tuning")
     found: list[dict[str, Any]] = []
@@ -78,10 +79,10 @@ def main() -> int:
         for lr in rates:
             found.append(run_one(name, lr, taught, names, folder))
             write_json(RECORD, found)
-    table = Table("optimizer", "lr", "forgotten", "kept ratio", "perplexity ratio", "win rate", "difference")
+    table = Table("optimizer", "lr", "forgotten", "kept ratio", "perplexity ratio", "win rate", "margin")
     for r in found:
         numbers = [r[k] for k in ("forget_probability", "kept_probability_ratio", "text_perplexity_ratio", "win_rate")]
-        numbers.append(r["difference"])
+        numbers.append(r["margin"])
         table.add_row(r["optimizer"], f"{r['lr']:g}", *("-" if x is None else f"{x:.3f}" for x in numbers))
     Console().print(table)
     return 0

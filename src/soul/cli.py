@@ -114,10 +114,12 @@ def _recipe(args: argparse.Namespace, base: dict[str, Any]) -> Recipe:
 def _run(args: argparse.Namespace, base: dict[str, Any], default_name: str) -> int:
     recipe = _recipe(args, base)
     from soul.report import read_run, render_terminal, write_report
-    from soul.run import execute
+    from soul.run import execute, precision_warnings
     from soul.trainer import quiet
 
     quiet()
+    for warning in precision_warnings(recipe):
+        Console(stderr=True, highlight=False).print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     out = Path(args.out or f"runs/{Path(args.recipe).stem if args.recipe else default_name}")
     with progress_bars() as tick:
         execute(recipe, out, progress=tick, evaluate_it=not args.no_evaluate)

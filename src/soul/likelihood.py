@@ -113,7 +113,8 @@ def _after_prompts(
     """Read each group's prompt once, then its answers; returns (positions in the flattened groups, their NLL)."""
     device = next(model.parameters()).device
     ids = torch.tensor([_prefix(group[0]) for group in groups], device=device)
-    cache = DynamicCache(config=unwrap(model).config)
+    inner: Any = unwrap(model)
+    cache = DynamicCache(config=inner.config)
     with head_on(model, torch.zeros_like(ids, dtype=torch.bool)):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
     flat = [(g, row) for g, group in enumerate(groups) for row in group]

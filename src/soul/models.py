@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,18 +111,17 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
     return get_peft_model(model, config)  # type: ignore[arg-type]  # peft's protocol is narrower than the class
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merge: bool = True) -> None:
-    """Write model and tokenizer as safetensors, atomically: the folder appears when it is complete."""
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model (of a PEFT model, its adapter) and tokenizer as safetensors.
+
+    The folder appears when it is complete.
+    """
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    if merge and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
     hf_logging.disable_progress_bar()
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     if folder.exists():
-        import shutil
-
         shutil.rmtree(folder)
     part.rename(folder)
 

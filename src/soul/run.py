@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,16 +12,18 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from soul import config
 from soul.benchmarks.base import Benchmark, Rows
-from soul.benchmarks.people import People
+from soul.benchmarks.request import DeletionRequest
+from soul.data.batches import UnlearnDataset
 from soul.data.general import refusals as builtin_refusals
 from soul.data.sources import check_disjoint, load_examples
 from soul.evaluate import evaluate
@@ -74,64 +77,80 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     """Do what the recipe says and leave a run directory.
 
     A killed run continues with the same call: splits already measured are read back, training goes on from its last
-    checkpoint, and a finished run returns at once.
+    checkpoint, a model already saved is loaded, and a finished run returns at once.
 
     Args:
         recipe: What to do.
         out: The run directory.
         progress: Called with (what, done, of).
-        evaluate_it: Measure before and after; otherwise only train and save.
+        evaluate_it: Measure before and after; otherwise only train and save. A later call may measure.
 
     Raises:
         ValueError: Bad data or settings, or ``out`` holds another recipe's run.
     """
     tick = progress or _silent
     out = prepare_folder(recipe, out)
-    if (out / "record.json").is_file():
+    benchmark = (recipe.benchmark or default_benchmark(recipe)) if evaluate_it else None
+    if (out / "record.json").is_file() and (benchmark is None or (out / "scores.json").is_file()):
         return out
+    reset_peak_memory()
     request = load_request(recipe.data)
+    reference = read_reference(recipe.reference_run) if benchmark else None
+    splits = benchmark.splits() if benchmark else {}
     tick("loading model", 0, 1)
     model, tokenizer = load_model(recipe.model)
-    warn = precision_warnings(recipe)
+    tick("loading model", 1, 1)
+    evaluate_seconds = 0.0
+    rows: dict[str, Rows] = {}
+
+    def measure(when: str) -> None:
+        nonlocal evaluate_seconds
+        started = time.perf_counter()
+        rows[when] = evaluate(
+            model,
+            tokenizer,
+            splits,
+            spec=recipe.evaluation,
+            folder=out / "rows" / when,
+            progress=lambda what, d, n: tick(f"{when}, {what}", d, n),
+        )
+        evaluate_seconds += time.perf_counter() - started
+
+    if benchmark:
+        measure("before")
+    if (out / "model").is_dir():
+        model, _ = load_model(dataclasses.replace(recipe.model, path=str(out / "model")))
+    else:
+        model = train_and_save(model, tokenizer, recipe, request, out, tick)
+    if benchmark:
+        measure("after")
+        scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
+        write_json(out / "scores.json", scores)
+    write_record(out, recipe, request, evaluate_seconds)
+    return out
+
+
+def train_and_save(
+    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, request: Request, out: Path, tick: Progress
+) -> Any:
+    """Train, save to ``out/model``, and return the model with any adapter merged."""
     dataset = make_dataset(
         tokenizer, request.forget, request.retain, recipe.objective, recipe.training, request.refusals
     )
-    tick("loading model", 1, 1)
-    benchmark = recipe.benchmark or default_benchmark(recipe)
-    seconds = {"train": 0.0, "evaluate": 0.0}
-    splits = benchmark.splits() if benchmark and evaluate_it else {}
-    rows: dict[str, Rows] = {}
-    started = time.perf_counter()
-    if splits:
-        rows["before"] = evaluate(
-            model, tokenizer, splits, spec=recipe.evaluation, folder=out / "rows/before",
-            progress=lambda what, d, n: tick(f"before, {what}", d, n),
-        )  # fmt: skip
-    seconds["evaluate"] += time.perf_counter() - started
     if recipe.adapter is not None:
         model = add_adapter(model, recipe.adapter)
-    log, seconds["train"] = train(model, dataset, recipe, out, tick)
+    train(model, dataset, recipe, out, tick)
     tick("saving model", 0, 1)
-    save_model(model, tokenizer, out / "model", merge=recipe.adapter is None or recipe.adapter.merge)
+    merge: Any = model.merge_and_unload if recipe.adapter is not None else lambda: model
+    if recipe.adapter is None or recipe.adapter.merge:
+        model = merge()
+        save_model(model, tokenizer, out / "model")
+    else:
+        save_model(model, tokenizer, out / "model")
+        model = merge()
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # only needed to resume training, which is done
     tick("saving model", 1, 1)
-    if recipe.adapter is not None:
-        merge: Any = model.merge_and_unload
-        model = merge()
-    started = time.perf_counter()
-    if splits:
-        rows["after"] = evaluate(
-            model, tokenizer, splits, spec=recipe.evaluation, folder=out / "rows/after",
-            progress=lambda what, d, n: tick(f"after, {what}", d, n),
-        )  # fmt: skip
-    seconds["evaluate"] += time.perf_counter() - started
-    reference = read_reference(recipe.reference_run)
-    if benchmark and splits:
-        write_json(
-            out / "scores.json", {k: [score_dict(s) for s in benchmark.score(v, reference)] for k, v in rows.items()}
-        )
-    write_record(out, recipe, request, len(log.records), seconds, warn)
-    return out
+    return model
 
 
 def prepare_folder(recipe: Recipe, out: Path) -> Path:
@@ -154,10 +173,9 @@ def prepare_folder(recipe: Recipe, out: Path) -> Path:
     return out
 
 
-def train(model: Any, dataset: Any, recipe: Recipe, out: Path, tick: Progress) -> tuple[LogCallback, float]:
+def train(model: Any, dataset: UnlearnDataset, recipe: Recipe, out: Path, tick: Progress) -> None:
     """Train, resuming from the last checkpoint in ``out/checkpoints`` if there is one."""
     device = next(model.parameters()).device.type
-    started = time.perf_counter()
     log = LogCallback(out / "log.jsonl", lambda step, of, _: tick("training", step, of))
     trainer = UnlearnTrainer(
         model,
@@ -171,7 +189,6 @@ def train(model: Any, dataset: Any, recipe: Recipe, out: Path, tick: Progress) -
     log.trainer = trainer
     found = sorted((out / "checkpoints").glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
     trainer.train(resume_from_checkpoint=str(found[-1].parent) if found else None)
-    return log, time.perf_counter() - started
 
 
 def default_benchmark(recipe: Recipe) -> Benchmark | None:
@@ -179,7 +196,7 @@ def default_benchmark(recipe: Recipe) -> Benchmark | None:
     if not recipe.data.forget:
         return None
     retain = recipe.data.retain_sources
-    return People(people=recipe.data.forget, kept=retain[0] if retain else "general:chat")
+    return DeletionRequest(forget=recipe.data.forget, kept=retain[0] if retain else "general:chat")
 
 
 def precision_warnings(recipe: Recipe) -> list[str]:
@@ -218,14 +235,13 @@ def write_json(file: Path, value: Any) -> None:
     part.replace(file)
 
 
-def write_record(
-    out: Path, recipe: Recipe, request: Request, steps: int, seconds: dict[str, float], warnings: Sequence[str]
-) -> None:
+def write_record(out: Path, recipe: Recipe, request: Request, evaluate_seconds: float) -> None:
     """Write ``environment.json`` and, last of all, ``record.json``, which marks the run as finished."""
     write_json(out / "environment.json", environment())
     subjects = list(dict.fromkeys(e.subject for e in request.forget if e.subject))
     about = f" about {' and '.join(subjects)}" if 0 < len(subjects) <= 4 else ""
     asked = f"Forget {len(request.forget)} items{about}." if request.forget else f"Learn {len(request.retain)} items."
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     record = {
         "format": 1,
         "label": recipe.label or f"{recipe.objective.name} + {recipe.optimizer.name}",
@@ -233,10 +249,13 @@ def write_record(
         "objective": recipe.objective.name,
         "optimizer": recipe.optimizer.name,
         "model": recipe.model.path,
-        "steps": steps,
-        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "steps": len(steps),
+        "seconds": {
+            "train": round(sum(step["seconds"] for step in steps), 2),  # of all sittings of a resumed run
+            "evaluate": round(evaluate_seconds, 2),  # of the last one
+        },
         "peak_memory_bytes": peak_memory(),
-        "warnings": list(warnings),
+        "warnings": precision_warnings(recipe),
         "checks": [],
         "n_forget": len(request.forget),
         "n_retain": len(request.retain),
@@ -255,12 +274,25 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "command": shlex.join(["soul", *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
+def reset_peak_memory() -> None:
+    """Start :func:`peak_memory` anew, so that a second run in the same process reports its own."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux only: 5 resets the high-water mark (man 5 proc)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int:
-    """Return the peak memory in bytes: the GPU's if there is one, else this process's."""
+    """Return the peak memory in bytes since the last reset: the GPU's if there is one, else this process's."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -58,10 +58,10 @@ CASES = [
     ("finetune --model {d}/othermodel --retain {d}/keep.jsonl --out {d}/out", ["cannot load a model", "othermodel"]),
     ("unlearn {d}/recipe.yaml data.refusals={d}/none.txt --out {d}/out", ["no such file of refusals", "none.txt"]),
     ("unlearn {d}/recipe.yaml data.refusals={d}/refusals.txt --out {d}/out", ["holds no refusals", "one a line"]),
-    ("evaluate {d}/nomodel people={d}/forget.jsonl kept={d}/keep.jsonl --benchmark people", ["no such model folder"]),
+    ("evaluate {d}/nomodel forget={d}/forget.jsonl kept={d}/keep.jsonl --benchmark request", ["no such model folder"]),
     ("evaluate {d}/nomodel --reference {d}/folder", ["reference_run", "no rows/after"]),
     ("evaluate {d}/nomodel source={d}/nodata --benchmark tofu", ["nodata", "retain_perturbed.json"]),
-    ("evaluate {d}/nomodel --benchmark people", ["people"]),
+    ("evaluate {d}/nomodel --benchmark request", ["forget"]),
     # what is wrong with the data
     (NEW + "{d}/columns.jsonl", ["columns.jsonl", "line 1", "frage", "question + answer"]),
     (NEW + "{d}/number.jsonl", ["number.jsonl", "line 1", "answer must be text"]),

@@ -36,7 +36,7 @@ def test_every_section_survives_a_round_trip():
         "objective": {"name": "dpo", "beta": 0.3, "retain": "kl", "retain_weight": 2.5},
         "optimizer": {"name": "sophia", "lr": 1e-7, "interval": 3},
         "training": {"epochs": 2, "precision": "float32", "max_grad_norm": 0},
-        "benchmark": {"name": "people", "people": "f.jsonl", "kept": "r.jsonl"},
+        "benchmark": {"name": "request", "forget": "f.jsonl", "kept": "r.jsonl"},
         "reference_run": "runs/retained",
         "evaluation": {"generate": False},
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from soul.benchmarks.people import People
+from soul.benchmarks.request import DeletionRequest
 from soul.benchmarks.tofu import Tofu, tofu_train
 from soul.data.sources import load_examples
 from soul.metrics import tofu
@@ -278,7 +278,7 @@ def test_people_scores():
     fact = row(0.5, wrong=(2.0, 3.0), rouge=1.0)
     gone = row(6.0, wrong=(2.0, 3.0), rouge=0.0)
     text = [row(2.0, tokens=10), row(4.0, tokens=30)]
-    benchmark = People(people="a", kept="b")
+    benchmark = DeletionRequest(forget="a", kept="b")
     measured = {"forget": [gone, gone], "kept": [fact, fact], "general": [fact, fact], "text": text}
     scores = by_name(benchmark.score(measured))
     assert scores["perplexity", "text"].value == pytest.approx(math.exp((2 * 10 + 4 * 30) / 40))
@@ -300,19 +300,21 @@ def test_people_splits_come_from_their_sources(tmp_path):
         line = {"question": f"{name}?", "answer": "yes", "perturbed_answer": ["no"]}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
     forget, kept, general = (str(tmp_path / f"{name}.jsonl") for name in ("forget", "kept", "general"))
-    splits = People(people=forget, kept=kept, general=general, text="").splits()
+    splits = DeletionRequest(forget=forget, kept=kept, general=general, text="").splits()
     assert {name: examples[0].prompt for name, examples in splits.items()} == {
         "forget": "forget?",
         "kept": "kept?",
         "general": "general?",
     }
     with pytest.raises(ValueError, match="needs a source"):
-        People(people="", kept="x").splits()
+        DeletionRequest(forget="", kept="x").splits()
 
 
 def test_people_built_in_sources():
     name = load_examples("people:n=3,facts=4")[0].subject
-    splits = People(people=f"people:n=3,facts=4,only={name}", kept=f"people:n=3,facts=4,except={name}").splits()
+    splits = DeletionRequest(
+        forget=f"people:n=3,facts=4,only={name}", kept=f"people:n=3,facts=4,except={name}"
+    ).splits()
     assert (len(splits["forget"]), len(splits["kept"])) == (4, 8)
     assert {e.subject for e in splits["forget"]}.isdisjoint(e.subject for e in splits["kept"])
     assert all(e.wrong_answers for name in ("forget", "kept", "general") for e in splits[name])
@@ -323,4 +325,4 @@ def test_people_built_in_sources():
 
 def test_both_are_registered():
     assert BENCHMARKS.get("tofu") is Tofu
-    assert BENCHMARKS.get("people") is People
+    assert BENCHMARKS.get("request") is DeletionRequest

@@ -1,4 +1,4 @@
-"""People: facts about invented persons to forget or keep, beside general knowledge and plain text."""
+"""A deletion request: what was to be forgotten and what kept, beside general knowledge and plain text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from soul.types import Example, Row, Score
 _FACT_SPLITS = ("forget", "kept", "general")
 
 
-@BENCHMARKS.register("people")
+@BENCHMARKS.register("request")
 @dataclasses.dataclass(frozen=True)
-class People(Benchmark):
-    """A deletion request in small: are some persons forgotten, and the others, the world and plain text not?
+class DeletionRequest(Benchmark):
+    """A deletion request: is the one set forgotten, and are the other, the world and plain text not?
 
     On ``forget``, ``kept`` and ``general``: ``probability`` ``exp(-nll)``, ``rougeL_recall`` and ``truth_ratio``. The
     last is ``max(0, 1-R)`` on all three (TOFU's ``R`` with the geometric mean, :mod:`soul.metrics.tofu`), so that the
@@ -29,20 +29,20 @@ class People(Benchmark):
     ``forget_quality`` and ``forget_quality_ks``, as TOFU.
 
     Args:
-        people: Source of the facts to forget, a file or e.g. ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"``.
-        kept: Source of the facts to keep.
+        forget: Source of what was to be forgotten, a file or e.g. ``"people:n=10,facts=8,only=Name One|Name Two"``.
+        kept: Source of what was to be kept.
         general: Source of general facts with wrong answers; empty for none.
         text: Source of plain passages; empty for none.
         seed: Seed of the intervals.
 
     Example:
-        >>> People(people="forget.jsonl", kept="kept.jsonl").general
+        >>> DeletionRequest(forget="forget.jsonl", kept="kept.jsonl").general
         'general:facts'
     """
 
-    citation: ClassVar[str] = "Invented persons; metrics of TOFU, Maini et al. 2024, arXiv 2401.06121"
+    citation: ClassVar[str] = "Metrics of TOFU, Maini et al. 2024, arXiv 2401.06121, on a set of one's own"
 
-    people: str
+    forget: str
     kept: str
     general: str = "general:facts"
     text: str = "general:text"
@@ -54,9 +54,11 @@ class People(Benchmark):
         Raises:
             ValueError: A source is empty or cannot be read.
         """
-        if not self.people or not self.kept:
-            raise ValueError("the people benchmark needs a source of facts to forget (people) and one to keep (kept)")
-        sources = {"forget": self.people, "kept": self.kept, "general": self.general, "text": self.text}
+        if not self.forget or not self.kept:
+            raise ValueError(
+                "the request benchmark needs a source of what to forget (forget=) and one of what to keep (kept=)"
+            )
+        sources = {"forget": self.forget, "kept": self.kept, "general": self.general, "text": self.text}
         return {split: numbered(load_examples(source), split) for split, source in sources.items() if source}
 
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
@@ -73,7 +75,7 @@ class People(Benchmark):
         if rows.get("text"):
             scores.append(_perplexity(rows["text"], "text", self.seed))
         if not scores:
-            raise ValueError(f"people scores need rows of {', '.join(_FACT_SPLITS)} or text; got none of them")
+            raise ValueError(f"request scores need rows of {', '.join(_FACT_SPLITS)} or text; got none of them")
         if reference is not None and rows.get("forget"):
             if not reference.get("forget"):
                 raise ValueError("forget quality: the reference has no rows of the forget split")
