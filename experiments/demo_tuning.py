@@ -1,11 +1,12 @@
-"""How the demo's learning rates were chosen: each optimizer at five over two decades, all of them recorded.
+"""How the demo's learning rates were chosen: each optimizer at three, all of them recorded.
 
     python experiments/demo_tuning.py
 
-Ten short runs, about ten minutes on two cores; an interrupted sweep goes on where it stopped. Best is the rate that
-stays furthest from the nearest of the demo's limits, each distance as a share of the largest possible one: forgotten
-probability at most .25, kept probability at least .8 of before, perplexity of plain text at most 1.2 of before. The
-recipes ``demo-soul.yaml`` and ``demo-adamw.yaml`` carry the winners.
+The rates are a factor of two apart, around the best of a wider search by hand: ten minutes on two cores; an
+interrupted sweep goes on where it stopped. Best is the rate that stays furthest from the nearest of the demo's limits,
+each distance as a share of the largest possible one: forgotten probability at most .10, under the paraphrased question
+at most a third of before, kept probability at least .95 of before, perplexity of plain text at most 1.05 of before.
+The recipes ``demo-*.yaml`` carry the winners.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from soul.data.people import People
 from soul.run import execute, write_json
 from soul.trainer import quiet
 
-RATES = {"soul": (4e-6, 1.2e-5, 4e-5, 1.2e-4, 4e-4), "adamw": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4)}
+RATES = {
+    "soul": (7.5e-4, 1.5e-3, 3e-3),
+    "adamw": (3e-5, 6e-5, 1.2e-4),
+    "signum": (1e-5, 2e-5, 4e-5),
+}
 RECORD = ROOT / "docs/results/demo-tuning.json"
 
 
@@ -50,16 +55,19 @@ def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) 
     value = {(w, s["split"], s["metric"]): s["value"] for w in scores for s in scores[w]}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     forgotten = value["after", "forget", "probability"]
-    kept = value["after", "kept", "probability"] / value["before", "kept", "probability"]
-    text = value["after", "text", "perplexity"] / value["before", "text", "perplexity"]
+    reworded, kept, text = (
+        value["after", split, metric] / value["before", split, metric]
+        for split, metric in (("forget_reworded", "probability"), ("kept", "probability"), ("text", "perplexity"))
+    )
     return {
         "optimizer": recipe.optimizer.name,
         "lr": lr,
         "forget_probability": forgotten,
+        "reworded_probability_ratio": reworded,
         "kept_probability_ratio": kept,
         "text_perplexity_ratio": text,
         "win_rate": log[-1].get("win_rate"),
-        "margin": min((0.25 - forgotten) / 0.25, (kept - 0.8) / 0.2, (1.2 - text) / 0.2),
+        "margin": min((0.1 - forgotten) / 0.1, 1 - 3 * reworded, (kept - 0.95) / 0.05, (1.05 - text) / 0.05),
         "n_forget": PEOPLE_FORGOTTEN * FACTS,
         "seed": recipe.training.seed,
     }
@@ -79,10 +87,10 @@ def main() -> int:
         for lr in rates:
             found.append(run_one(name, lr, taught, names, folder))
             write_json(RECORD, found)
-    table = Table("optimizer", "lr", "forgotten", "kept ratio", "perplexity ratio", "win rate", "margin")
+    table = Table("optimizer", "lr", "forgotten", "reworded ratio", "kept ratio", "perplexity ratio", "margin")
     for r in found:
-        numbers = [r[k] for k in ("forget_probability", "kept_probability_ratio", "text_perplexity_ratio", "win_rate")]
-        numbers.append(r["margin"])
+        ratios = [r[f"{k}_ratio"] for k in ("reworded_probability", "kept_probability", "text_perplexity")]
+        numbers = [r["forget_probability"], *ratios, r["margin"]]
         table.add_row(r["optimizer"], f"{r['lr']:g}", *("-" if x is None else f"{x:.3f}" for x in numbers))
     Console().print(table)
     return 0

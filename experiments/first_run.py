@@ -5,7 +5,7 @@
 SmolLM2-135M learns TOFU's first 10 and last 10 authors (400 questions); a retained model learns all but the last two.
 Then ``forget01``, the last two authors (40 questions), is unlearned by 2 objectives x 3 optimizers x 5 rates. Every
 part is a run directory under ``runs/first-run``: an interrupted sweep goes on where it stopped. Out come
-``docs/results/first-run.json`` (every rate, every score), ``docs/results/first-run.md`` (the table), and a recipe with
+``docs/results/first-run/`` (every rate, every record, ``tables.md``), and a recipe with
 the best rate for each pair under ``recipes/first-run``.
 
 Best rate: the largest harmonic mean of ``1 - D``, where ``D`` is the two-sample KS statistic between the truth ratios

@@ -12,14 +12,16 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul import config
 from soul.data.general import refusals as builtin_refusals
+from soul.data.rows import to_example
 from soul.data.sources import check_disjoint, load_examples
+from soul.methods.base import Method
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
-from soul.registry import OBJECTIVES, OPTIMIZERS
+from soul.registry import METHODS, OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
 from soul.types import Example
 
-Data = str | Path | Iterable[Example | Mapping[str, str]]
+Data = str | Path | Iterable[Example | Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ def unlearn(
     retain: Data = (),
     objective: str | Mapping[str, Any] | Objective = "npo",
     optimizer: str | Mapping[str, Any] | OptimizerSpec = "sophia",
+    method: str | Mapping[str, Any] | Method | None = None,
     training: TrainingSpec | Mapping[str, Any] | None = None,
     refusals: Sequence[str] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -52,11 +55,12 @@ def unlearn(
     Args:
         model: A Hugging Face causal language model (or a PEFT model: then only the adapter changes).
         tokenizer: Its tokenizer.
-        forget: What to forget: a file, a hub dataset, or examples (:class:`soul.Example`, or mappings with question
-            and answer).
+        forget: What to forget: a file, a hub dataset, or examples (:class:`soul.Example`, or mappings with the columns
+            that files have: question and answer, prompt and response, messages ...).
         retain: What to keep, likewise.
         objective: Name, ``{"name": ..., setting: ...}``, or an instance.
         optimizer: Likewise.
+        method: Likewise, e.g. ``"influence"``; it takes the place of objective, optimizer and training loop.
         training: Length, batch size, precision, seed.
         refusals: Phrasings for ``po`` and ``dpo``; the built-in ones by default.
         callbacks: ``transformers`` callbacks.
@@ -76,6 +80,11 @@ def unlearn(
     lost, kept = _examples(forget, "forget"), _examples(retain, "retain")
     if lost and kept:
         check_disjoint(lost, kept)
+    if method is not None:
+        do = method if isinstance(method, Method) else config.component(METHODS, method, "")
+        records: list[dict[str, float]] = []
+        data = make_dataset(tokenizer, lost, kept, do, settings)
+        return UnlearnResult(do(model, data, log=lambda record: records.append(dict(record))), records)
     dataset = make_dataset(tokenizer, lost, kept, loss, settings, refusals or builtin_refusals())
     log = LogCallback(None)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,8 +110,11 @@ def _examples(data: Data, what: str) -> list[Example]:
     for i, item in enumerate(data):
         if isinstance(item, Example):
             result.append(item)
-        elif isinstance(item, Mapping) and {"question", "answer"} <= set(item):
-            result.append(Example(prompt=item["question"], answer=item["answer"], id=str(i)))
+        elif isinstance(item, Mapping):
+            example = to_example(item, f"{what}[{i}]")
+            result.append(example if example.id else dataclasses.replace(example, id=str(i)))
         else:
-            raise ValueError(f"{what}[{i}] must be a soul.Example or a mapping with question and answer, not {item!r}")
+            raise ValueError(
+                f"{what}[{i}] must be a soul.Example or a mapping such as question and answer, not {item!r}"
+            )
     return result

@@ -60,7 +60,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
                 raise ValueError(f"cannot set {path!r}: {key!r} holds {child!r}, which has no parts")
             node[key] = child
             node = child
-        node[last] = _scalar(text)
+        node[last] = _scalar(text) if text else ""  # to a person `data.retain=` is an empty text; null says nothing
     return tree
 
 
@@ -126,6 +126,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return value
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a tree's leaves by their path.
+
+    Example:
+        >>> flat({"optimizer": {"name": "adamw", "lr": 0.1}})
+        {'optimizer.name': 'adamw', 'optimizer.lr': 0.1}
+    """
+    tree = plain(value)
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    return {k: v for key, part in tree.items() for k, v in flat(part, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def dump(value: Any) -> str:

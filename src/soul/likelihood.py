@@ -1,13 +1,15 @@
-"""Likelihoods of many answers with each prompt read once: wrong answers share what stands before the true one."""
+"""Likelihoods of many answers with each common beginning read once: wrong answers share the prompt, and often more."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
@@ -25,9 +27,14 @@ def sequence_nll(
 ) -> list[float]:
     """Return the mean NLL of each row's answer tokens, ``-1/|y| sum_t log p(y_t | x, y_<t)``, in nats a token.
 
-    Rows that begin alike up to their answer are measured together: the prompt goes through the model once, and its
-    keys and values serve all its answers. Models without such a cache read every row whole; the numbers are the same
-    up to rounding.
+    Rows that begin alike up to their answer are measured together, by the first of these ways that the model allows:
+
+    1. As a tree: each token after a common beginning goes through the model once, also within answers, and attends to
+       what stands before it. Needs rotary positions and attention to everything before, in transformers' own code.
+    2. The prompt goes through the model once, and its keys and values serve all its answers.
+    3. Every row is read whole, as are rows whose prompt is theirs alone.
+
+    The numbers are the same up to rounding.
 
     Args:
         model: A causal language model; it is run in its own dtype, without autocast.
@@ -48,6 +55,12 @@ def sequence_nll(
         if progress:
             progress(done, len(rows))
 
+    if _can_branch(model):
+        trees = [_grow([rows[i] for i in group]) for group in shared]
+        for picked in length_batches([len(tree.tokens) for tree in trees], max_tokens):
+            nll = _in_trees(model, [trees[i] for i in picked], pad_id)
+            note([i for g in picked for i in shared[g]], nll)
+        shared = []
     for groups in _same_length(rows, shared, max_tokens):
         flat = [i for group in groups for i in group]
         for picked, nll in _after_prompts(model, [[rows[i] for i in group] for group in groups], pad_id, max_tokens):
@@ -97,10 +110,14 @@ def _same_length(rows: Sequence[Encoded], groups: list[list[int]], max_tokens: i
     return batches
 
 
+def _without_adapters(model: nn.Module) -> Any:
+    inner: Any = unwrap(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def _can_share(model: nn.Module) -> bool:
     """Say whether the model keeps keys and values that a later call can go on from."""
-    inner: Any = unwrap(model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = _without_adapters(model)
     takes = inspect.signature(inner.forward).parameters
     # A recurrent state is no list of keys and values, and not every model that has one can be continued in parallel.
     stateful = getattr(inner, "_is_stateful", False)
@@ -141,3 +158,105 @@ def _after_prompts(
         sums = torch.zeros(len(picked), dtype=nll.dtype, device=device).index_add(0, rows, nll)
         found.append((picked, (sums / lengths).tolist()))
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """Rows that begin alike, with each common beginning once.
+
+    Attributes:
+        tokens: Token of each node; parents come before their children. A row's last token, which predicts nothing, is
+            no node.
+        parents: Node before each node; -1 before the first.
+        depths: Position of each node in its rows.
+        nodes: For each answer token of each row, the node that predicts it.
+        targets: The answer tokens.
+        rows: Row of each answer token.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    nodes: list[int]
+    targets: list[int]
+    rows: list[int]
+
+
+def _grow(rows: Sequence[Encoded]) -> _Tree:
+    tree = _Tree([], [], [], [], [], [])
+    known: dict[tuple[int, int], int] = {}  # (parent, token): node
+    for r, row in enumerate(rows):
+        node = -1
+        for t, token in enumerate(row.input_ids):
+            if t >= row.answer_start:
+                tree.nodes.append(node)
+                tree.targets.append(token)
+                tree.rows.append(r)
+            if t == len(row) - 1:
+                break
+            parent, node = node, known.setdefault((node, token), len(tree.tokens))
+            if node == len(tree.tokens):
+                tree.tokens.append(token)
+                tree.parents.append(parent)
+                tree.depths.append(t)
+    return tree
+
+
+def _can_branch(model: nn.Module) -> bool:
+    """Say whether a token's place is told by ``position_ids`` and its sight by a mask, and by nothing else.
+
+    True of rotary positions without windows in transformers' own classes, under the attention that takes masks of any
+    shape. Slopes (ALiBi), windows, recurrent layers and soft prompts go by the order of the batch.
+    """
+    inner = _without_adapters(model)
+    config = inner.config.get_text_config()
+    own = type(inner).__module__.startswith("transformers.")
+    rotary = bool(getattr(config, "rope_parameters", None)) and not getattr(config, "alibi", False)
+    bounded = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    adapters = getattr(unwrap(model), "peft_config", {}).values()
+    return (
+        own
+        and rotary
+        and not bounded
+        and kinds <= {"full_attention"}
+        and config._attn_implementation == "sdpa"
+        and "position_ids" in inspect.signature(inner.forward).parameters
+        and not any(adapter.is_prompt_learning for adapter in adapters)
+    )
+
+
+def _in_trees(model: Any, trees: Sequence[_Tree], pad_id: int) -> list[float]:
+    """Read trees, one a row of the batch; returns the NLL of their rows, tree after tree."""
+    device = next(model.parameters()).device
+    sizes = [len(tree.tokens) for tree in trees]
+    ids, positions = (torch.full((len(trees), max(sizes)), fill) for fill in (pad_id, 0))
+    sees = np.zeros((len(trees), 1, max(sizes), max(sizes)), dtype=bool)
+    keep = torch.zeros(ids.shape, dtype=torch.bool)
+    for b, tree in enumerate(trees):
+        ids[b, : sizes[b]], positions[b, : sizes[b]] = torch.tensor(tree.tokens), torch.tensor(tree.depths)
+        keep[b, tree.nodes] = True
+        for node, parent in enumerate(tree.parents):
+            if parent >= 0:
+                sees[b, 0, node] = sees[b, 0, parent]
+            sees[b, 0, node, node] = True
+        padding = range(sizes[b], max(sizes))
+        sees[b, 0, padding, padding] = True  # a softmax over nothing is nan
+    with head_on(model, keep.to(device)):
+        logits_NV = model(
+            input_ids=ids.to(device),
+            attention_mask=torch.from_numpy(sees).to(device),
+            position_ids=positions.to(device),
+            use_cache=False,
+        ).logits
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    place = keep.flatten().cumsum(0).view(keep.shape) - 1  # of a node among those the head saw
+    at = torch.cat([place[b, tree.nodes] for b, tree in enumerate(trees)]).to(device)
+    targets = torch.tensor([token for tree in trees for token in tree.targets], device=device)
+    # in pieces: no second N x V, and what stays in the cache is summed twice as fast
+    log_sums = torch.cat([piece.logsumexp(-1) for piece in logits_NV.split(64)])
+    nll = (log_sums[at] - logits_NV[at, targets]).tolist()
+    sums: dict[tuple[int, int], list[float]] = {}
+    for key, value in zip(((b, r) for b, tree in enumerate(trees) for r in tree.rows), nll, strict=True):
+        sums.setdefault(key, []).append(value)
+    return [math.fsum(found) / len(found) for found in sums.values()]

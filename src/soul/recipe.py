@@ -10,10 +10,11 @@ from typing import Any
 from soul import config
 from soul.benchmarks.base import Benchmark
 from soul.evaluate import EvaluationSpec
+from soul.methods.base import Method
 from soul.models import AdapterSpec, ModelSpec
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
-from soul.registry import BENCHMARKS, OBJECTIVES, OPTIMIZERS
+from soul.registry import BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS
 from soul.trainer import TrainingSpec
 
 
@@ -49,6 +50,7 @@ class Recipe:
         data: What to forget and what to keep.
         objective: The loss.
         optimizer: The update rule.
+        method: What is done in place of training with objective and optimizer, e.g. ``influence``; None trains.
         training: Length, batch size, precision, seed.
         benchmark: How the result is judged; None judges it on the two sets, general facts and plain text.
         reference_run: A run of a retained model, for metrics that compare with one (TOFU's forget quality).
@@ -61,6 +63,7 @@ class Recipe:
     data: DataSpec = dataclasses.field(default_factory=DataSpec)
     objective: Objective = dataclasses.field(default_factory=lambda: OBJECTIVES.get("npo")())
     optimizer: OptimizerSpec = dataclasses.field(default_factory=lambda: OPTIMIZERS.get("sophia")())
+    method: Method | None = None
     training: TrainingSpec = dataclasses.field(default_factory=TrainingSpec)
     benchmark: Benchmark | None = None
     reference_run: str = ""
@@ -93,6 +96,8 @@ def recipe_from_tree(tree: Mapping[str, Any]) -> Recipe:
         parts["adapter"] = config.parse(AdapterSpec, sections["adapter"], "adapter")
     parts["objective"] = config.component(OBJECTIVES, sections.get("objective"), "npo")
     parts["optimizer"] = config.component(OPTIMIZERS, sections.get("optimizer"), "sophia")
+    if sections.get("method") is not None:
+        parts["method"] = config.component(METHODS, sections["method"], "")
     if sections.get("benchmark") is not None:
         parts["benchmark"] = config.component(BENCHMARKS, sections["benchmark"], "")
     return Recipe(**parts)
@@ -113,6 +118,7 @@ class _Sections:
     data: Any = None
     objective: Any = None
     optimizer: Any = None
+    method: Any = None
     training: Any = None
     benchmark: Any = None
     reference_run: str | None = None

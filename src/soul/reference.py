@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from soul.data.batches import collate_rows, length_batches
 from soul.data.templates import Encoded
-from soul.forward import Answers, forward_answers, head_of
+from soul.forward import Answers, forward_answers, unwrap
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -23,13 +27,13 @@ class Reference:
     Attributes:
         logps: Cached sequence log-probabilities ``log p_ref(answer | prompt)`` by content key.
         hidden: Cached last hidden states (n, D) at answer positions by content key.
-        head: A frozen copy of the language-model head, which turns ``hidden`` into logits.
+        head: A frozen copy of all that follows the backbone, which turns ``hidden`` into logits.
         live: Asks a model (adapters off, or a frozen copy) instead of the caches.
     """
 
     logps: dict[int, float] = dataclasses.field(default_factory=dict)
     hidden: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    head: nn.Module | None = None
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None
     live: Callable[[], Any] | None = None
 
     def sequence_logps(self, answers: Answers) -> torch.Tensor:
@@ -42,13 +46,78 @@ class Reference:
         """Return the reference's logits at the answer positions of ``view``, (n, V)."""
         with torch.no_grad():
             if self.live is not None:
-                with self.live() as reference:
+                with self.live() as reference, _evaluating(reference or model):
                     return forward_answers(reference or model, batch).logits_NV[answers.select(view)]
             assert self.head is not None, "the objective did not declare that it needs distributions"
             rows = answers.row_N[answers.select(view)].unique_consecutive().tolist()
-            hidden = torch.cat([self.hidden[int(answers.key_B[row])] for row in rows])
-            weight = next(self.head.parameters())
-            return self.head(hidden.to(weight.device, weight.dtype))
+            return self.head(torch.cat([self.hidden[int(answers.key_B[row])] for row in rows]))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off and back on, module by module: a reference has one opinion."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Output(BaseModelOutputWithPast):
+    """What a backbone returns; what only some architectures add to it (cross-attentions, router logits) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Recorded(nn.Module):
+    """Stands in for a backbone and returns hidden states found earlier."""
+
+    hidden_BTD: torch.Tensor
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> _Output:
+        """Return what was recorded, whatever is asked."""
+        return _Output(last_hidden_state=self.hidden_BTD)  # type: ignore[arg-type]  # its stub is narrower
+
+
+class FrozenHead:
+    """What a causal language model does after its backbone, as it was when this was made.
+
+    A copy of the model in which the backbone is left out, so that scaling and soft caps of the logits (Granite, Cohere,
+    Gemma 2) stay in.
+
+    Args:
+        model: A causal language model, wrapped in adapters or not.
+
+    Raises:
+        ValueError: The model's backbone cannot be told from its head.
+
+    Example:
+        >>> logits_NV = FrozenHead(model)(hidden_ND)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        inner: Any = unwrap(model)
+        if hasattr(inner, "get_base_model"):  # inside adapters
+            inner = inner.get_base_model()
+        backbone = getattr(inner, "base_model", inner)
+        if not isinstance(backbone, nn.Module) or backbone is inner:
+            raise ValueError(f"{type(inner).__name__} has no backbone of its own")
+        self._recorded = _Recorded()
+        # deepcopy is told that the backbone is copied already
+        self._model = copy.deepcopy(inner, {id(backbone): self._recorded}).requires_grad_(False).eval()
+        self._weight = next(self._model.parameters())
+
+    @torch.no_grad()
+    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, V) of hidden states (N, D)."""
+        hidden = hidden_ND.to(self._weight.device, self._weight.dtype)
+        self._recorded.hidden_BTD = hidden[None]
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return self._model(input_ids=ids, use_cache=False).logits[0]
 
 
 def build_reference(
@@ -68,7 +137,8 @@ def build_reference(
         logps: Rows whose sequence log-probability is needed (NPO, DPO).
         distributions: Rows whose full next-token distributions are needed (KL).
         mode: ``"cache"``; ``"adapter_off"`` for distributions from a PEFT model with its adapters off; ``"copy"`` for a
-            frozen second copy of the model.
+            frozen second copy of the model, which ``"cache"`` too falls back on, and says so in the log, where what a
+            model does after its backbone cannot be taken apart.
         pad_id: Padding token.
         max_tokens: Padded tokens in a forward pass.
         autocast: The precision training runs in: both sides of a log-ratio must be rounded alike.
@@ -85,10 +155,11 @@ def build_reference(
     wanted = {row.key: row for row in [*logps, *distributions]}
     keep_hidden = {row.key for row in distributions} if mode == "cache" else set()
     rows = list(wanted.values())
+    probe: Answers | None = None
     with torch.no_grad(), autocast():
         for group in length_batches([len(row) for row in rows], max_tokens):
             batch = {k: v.to(device) for k, v in collate_rows([rows[i] for i in group], pad_id=pad_id).items()}
-            answers = forward_answers(model, batch)
+            answers = probe = forward_answers(model, batch)
             for key, value in zip(
                 answers.key_B.tolist(), answers.sum_rows(answers.token_logps()).tolist(), strict=True
             ):
@@ -96,20 +167,35 @@ def build_reference(
             for i, key in enumerate(answers.key_B.tolist()):
                 if key in keep_hidden:
                     reference.hidden[key] = answers.hidden_ND[answers.row_N == i].cpu().clone()
+        if mode == "cache" and distributions:
+            assert probe is not None
+            reference.head = _frozen_head(model, probe)
     model.train(was_training)
-    if distributions:
-        _add_distributions(reference, model, mode)
+    if distributions and reference.head is None:
+        reference.hidden.clear()
+        reference.live = _ask_live(model, "copy" if mode == "cache" else mode)
     return reference
 
 
-def _add_distributions(reference: Reference, model: nn.Module, mode: str) -> None:
-    if mode == "cache":
-        reference.head = copy.deepcopy(head_of(model)).requires_grad_(False)
-    elif mode == "copy":
+def _frozen_head(model: nn.Module, probe: Answers) -> FrozenHead | None:
+    """Return the model's head, or None where it does not give the logits that the model itself has just given."""
+    try:
+        head = FrozenHead(model)
+        again = head(probe.hidden_ND)
+    except Exception as error:  # noqa: BLE001 - models in other people's code do what they like around their backbone
+        log.warning("KL asks a frozen copy of the model, which takes as much memory again: %s", error)
+        return None
+    if again.shape == probe.logits_NV.shape and (again - probe.logits_NV).norm() <= 1e-2 * probe.logits_NV.norm():
+        return head
+    log.warning("KL asks a frozen copy of the model, which takes as much memory again: its logits need its backbone")
+    return None
+
+
+def _ask_live(model: nn.Module, mode: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    if mode == "copy":
         frozen = copy.deepcopy(model).requires_grad_(False).eval()
-        reference.live = lambda: contextlib.nullcontext(frozen)
-    else:
-        disable = getattr(model, "disable_adapter", None)
-        if disable is None:
-            raise ValueError("reference mode adapter_off needs a model with adapters (adapter: {r: 8, ...})")
-        reference.live = disable
+        return lambda: contextlib.nullcontext(frozen)
+    disable = getattr(model, "disable_adapter", None)
+    if disable is None:
+        raise ValueError("reference mode adapter_off needs a model with adapters (adapter: {r: 8, ...})")
+    return disable

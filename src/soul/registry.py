@@ -85,3 +85,4 @@ class Registry:
 OBJECTIVES = Registry("objective", "soul.objectives")
 OPTIMIZERS = Registry("optimizer", "soul.optim")
 BENCHMARKS = Registry("benchmark", "soul.benchmarks")
+METHODS = Registry("method", "soul.methods")

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import platform
-import resource
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from soul import config
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
 from soul.data.batches import UnlearnDataset
 from soul.data.general import refusals as builtin_refusals
 from soul.data.sources import check_disjoint, load_examples
 from soul.evaluate import evaluate
-from soul.models import add_adapter, load_model, save_model
+from soul.machine import environment, peak_memory, reset_peak_memory
+from soul.methods.base import json_lines
+from soul.models import add_adapter, check_adapter, load_model, save_model
 from soul.recipe import DataSpec, Recipe
+from soul.rundir import check_folder, claim_folder, last_checkpoint, score_dict, write_json
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
-from soul.types import Example, Score
+from soul.types import Example
 
 Progress = Callable[[str, int, int], None]
 
@@ -89,7 +83,7 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
         ValueError: Bad data or settings, or ``out`` holds another recipe's run.
     """
     tick = progress or _silent
-    out = prepare_folder(recipe, out)
+    check_folder(out, recipe)
     benchmark = (recipe.benchmark or default_benchmark(recipe)) if evaluate_it else None
     if (out / "record.json").is_file() and (benchmark is None or (out / "scores.json").is_file()):
         return out
@@ -100,6 +94,11 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     tick("loading model", 0, 1)
     model, tokenizer = load_model(recipe.model)
     tick("loading model", 1, 1)
+    done = (out / "model").is_dir()
+    dataset = None if done else tokenise(tokenizer, recipe, request)
+    if recipe.adapter is not None:
+        check_adapter(model, recipe.adapter)
+    claim_folder(out, recipe)  # whatever can be wrong with recipe and data has been found by now
     evaluate_seconds = 0.0
     rows: dict[str, Rows] = {}
 
@@ -118,10 +117,10 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
 
     if benchmark:
         measure("before")
-    if (out / "model").is_dir():
+    if dataset is None:
         model, _ = load_model(dataclasses.replace(recipe.model, path=str(out / "model")))
     else:
-        model = train_and_save(model, tokenizer, recipe, request, out, tick)
+        model = train_and_save(model, tokenizer, recipe, dataset, out, tick)
     if benchmark:
         measure("after")
         scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
@@ -130,16 +129,26 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     return out
 
 
+def tokenise(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, request: Request) -> UnlearnDataset:
+    """Tokenise what the objective, or the method in its place, looks at.
+
+    Raises:
+        ValueError: A set that the objective needs is not there, or a prompt leaves no room for its answer.
+    """
+    what = recipe.method or recipe.objective
+    return make_dataset(tokenizer, request.forget, request.retain, what, recipe.training, request.refusals)
+
+
 def train_and_save(
-    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, request: Request, out: Path, tick: Progress
+    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, dataset: UnlearnDataset, out: Path, tick: Progress
 ) -> Any:
-    """Train, save to ``out/model``, and return the model with any adapter merged."""
-    dataset = make_dataset(
-        tokenizer, request.forget, request.retain, recipe.objective, recipe.training, request.refusals
-    )
+    """Unlearn, save to ``out/model``, and return the model with any adapter merged."""
     if recipe.adapter is not None:
-        model = add_adapter(model, recipe.adapter)
-    train(model, dataset, recipe, out, tick)
+        model = add_adapter(model, recipe.adapter, recipe.model.path)
+    if recipe.method is not None:
+        model = recipe.method(model, dataset, progress=tick, log=json_lines(out / "log.jsonl"))
+    else:
+        train(model, dataset, recipe, out, tick)
     tick("saving model", 0, 1)
     merge: Any = model.merge_and_unload if recipe.adapter is not None else lambda: model
     if recipe.adapter is None or recipe.adapter.merge:
@@ -153,28 +162,8 @@ def train_and_save(
     return model
 
 
-def prepare_folder(recipe: Recipe, out: Path) -> Path:
-    """Make the run directory, or check that an existing one belongs to this recipe.
-
-    Raises:
-        ValueError: The folder cannot be written, or holds the run of another recipe.
-    """
-    text = config.dump(recipe)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / "recipe.yaml"
-        if file.is_file():
-            if file.read_text(encoding="utf-8") != text:
-                raise ValueError(f"{out} holds a run of another recipe: choose another --out, or delete that folder")
-        else:
-            file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
-    return out
-
-
 def train(model: Any, dataset: UnlearnDataset, recipe: Recipe, out: Path, tick: Progress) -> None:
-    """Train, resuming from the last checkpoint in ``out/checkpoints`` if there is one."""
+    """Train, resuming from the last whole checkpoint in ``out/checkpoints`` if there is one."""
     device = next(model.parameters()).device.type
     log = LogCallback(out / "log.jsonl", lambda step, of, _: tick("training", step, of))
     trainer = UnlearnTrainer(
@@ -187,8 +176,7 @@ def train(model: Any, dataset: UnlearnDataset, recipe: Recipe, out: Path, tick: 
         callbacks=[log],
     )
     log.trainer = trainer
-    found = sorted((out / "checkpoints").glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
-    trainer.train(resume_from_checkpoint=str(found[-1].parent) if found else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
 
 
 def default_benchmark(recipe: Recipe) -> Benchmark | None:
@@ -201,7 +189,7 @@ def default_benchmark(recipe: Recipe) -> Benchmark | None:
 
 def precision_warnings(recipe: Recipe) -> list[str]:
     """Say what a person should know about the precision asked for."""
-    if recipe.model.dtype == "bfloat16" and recipe.adapter is None:
+    if recipe.model.dtype == "bfloat16" and recipe.adapter is None and recipe.method is None:
         return [
             f"the weights are bf16: steps of size {recipe.optimizer.lr:g} are smaller than most weights' rounding and "
             "are dropped, so little will be forgotten; use model.dtype=float32 or an adapter"
@@ -222,19 +210,6 @@ def read_reference(path: str) -> Rows | None:
     }
 
 
-def score_dict(score: Score) -> dict[str, Any]:
-    """Return a score as plain values; nan becomes None, which JSON has a word for."""
-    return {k: None if isinstance(v, float) and v != v else v for k, v in dataclasses.asdict(score).items()}
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that the file is whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(file)
-
-
 def write_record(out: Path, recipe: Recipe, request: Request, evaluate_seconds: float) -> None:
     """Write ``environment.json`` and, last of all, ``record.json``, which marks the run as finished."""
     write_json(out / "environment.json", environment())
@@ -242,12 +217,13 @@ def write_record(out: Path, recipe: Recipe, request: Request, evaluate_seconds: 
     about = f" about {' and '.join(subjects)}" if 0 < len(subjects) <= 4 else ""
     asked = f"Forget {len(request.forget)} items{about}." if request.forget else f"Learn {len(request.retain)} items."
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    done = recipe.method.name if recipe.method else f"{recipe.objective.name} + {recipe.optimizer.name}"
     record = {
         "format": 1,
-        "label": recipe.label or f"{recipe.objective.name} + {recipe.optimizer.name}",
+        "label": recipe.label or done,
         "asked": asked,
-        "objective": recipe.objective.name,
-        "optimizer": recipe.optimizer.name,
+        **({"method": recipe.method.name} if recipe.method else {}),
+        **({} if recipe.method else {"objective": recipe.objective.name, "optimizer": recipe.optimizer.name}),
         "model": recipe.model.path,
         "steps": len(steps),
         "seconds": {
@@ -261,38 +237,3 @@ def write_record(out: Path, recipe: Recipe, request: Request, evaluate_seconds: 
         "n_retain": len(request.retain),
     }
     write_json(out / "record.json", record)
-
-
-def environment() -> dict[str, Any]:
-    """Return versions and machine, enough to know what a number was made with."""
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "peft", "numpy")}
-    return {
-        "soul": metadata.version("soul-unlearning"),
-        "python": platform.python_version(),
-        **versions,
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def reset_peak_memory() -> None:
-    """Start :func:`peak_memory` anew, so that a second run in the same process reports its own."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux only: 5 resets the high-water mark (man 5 proc)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Return the peak memory in bytes since the last reset: the GPU's if there is one, else this process's."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

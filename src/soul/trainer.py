@@ -17,13 +17,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items, collate_rows
+from soul.curvature.estimators import ESTIMATORS
+from soul.curvature.passes import CurvaturePasses
+from soul.curvature.picks import source_rows, text_rows
+from soul.curvature.spec import CurvatureSpec
+from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
-from soul.forward import forward_answers, unwrap
-from soul.objectives.base import Batch, Objective
+from soul.forward import unwrap
+from soul.methods.base import Method
+from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec, UpdateRule
-from soul.optim.curvature import backward_curvature
 from soul.reference import Reference, build_reference
+from soul.trust_region import TrustRegion
 from soul.types import Example
 
 
@@ -44,8 +49,8 @@ class TrainingSpec:
         max_length: Longest sequence in tokens.
         save_steps: Steps between checkpoints; 0 saves none.
         reference: How KL gets its reference: ``cache``, ``adapter_off`` or ``copy``.
-        curvature_batch: Retain examples in a curvature pass.
-        curvature_estimator: ``ggn`` or ``gnb`` (see :mod:`soul.optim.curvature`).
+        trust_kl: Largest KL (nats a token, on retained answers) of a step; a larger one is shrunk. 0 for no bound.
+        trust_batch: Retained examples it is measured on.
     """
 
     batch_size: int = 4
@@ -60,15 +65,15 @@ class TrainingSpec:
     max_length: int = 1024
     save_steps: int = 100
     reference: Literal["cache", "adapter_off", "copy"] = "cache"
-    curvature_batch: int = 8
-    curvature_estimator: Literal["ggn", "gnb"] = "ggn"
+    trust_kl: float = 0.0
+    trust_batch: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "epochs", "max_length", "curvature_batch"):
+        for name in ("batch_size", "accumulation", "epochs", "max_length", "trust_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be 1 or more, not {getattr(self, name)}")
-        if self.max_steps < 0 or self.save_steps < 0 or self.max_grad_norm < 0:
-            raise ValueError("training.max_steps, save_steps and max_grad_norm must be 0 or more")
+        if min(self.max_steps, self.save_steps, self.max_grad_norm, self.trust_kl) < 0:
+            raise ValueError("training.max_steps, save_steps, max_grad_norm and trust_kl must be 0 or more")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"training.warmup is a share of the steps in [0, 1), not {self.warmup}")
 
@@ -140,9 +145,16 @@ class UnlearnTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.objective, self.rule, self.training_spec = objective, optimizer, training or TrainingSpec()
+        self.curvature: CurvatureSpec | None = (
+            getattr(optimizer, "curvature", None) if optimizer.needs_curvature else None
+        )
         self.unlearn_data = dataset
         self.pad_id = dataset.template.pad
         self.reference = Reference()
+        budget, rows = self.training_spec.trust_kl, self.training_spec.trust_batch
+        self.trust = TrustRegion(self, budget, rows) if budget else None
+        if self.trust and not dataset.encoded["retain"]:
+            raise ValueError("training.trust_kl measures KL on retained answers, and no retain set is in use")
         self.last_terms: dict[str, float] = {}
         self._window: dict[str, float] = {}
         super().__init__(
@@ -151,9 +163,11 @@ class UnlearnTrainer(Trainer):
             train_dataset=dataset,
             data_collator=functools.partial(collate_items, pad_id=self.pad_id),
             processing_class=dataset.template.tokenizer,
-            callbacks=[_CurvatureCallback(self), *callbacks],
+            callbacks=[_CurvatureCallback(self), *([self.trust] if self.trust else []), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # it prints raw dicts; the log and the bars say the same
+        self.curvature_seconds: float | None = None
+        self._passes = self._make_passes()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the reference what the objective will need, then train."""
@@ -224,7 +238,7 @@ class UnlearnTrainer(Trainer):
                 {"params": [p for n, p in named if n in decayed], "weight_decay": self.rule.weight_decay},
                 {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
             ]
-            self.optimizer = self.rule.build([g for g in groups if g["params"]])
+            self.optimizer = self.rule.build([g for g in groups if g["params"]], target)
         return self.optimizer
 
     @property
@@ -232,40 +246,58 @@ class UnlearnTrainer(Trainer):
         """The update rule inside accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
 
+    def _make_passes(self) -> CurvaturePasses | None:
+        spec = self.curvature
+        if spec is None or not ESTIMATORS[spec.estimator].needs_pass:
+            return None
+        return CurvaturePasses(
+            spec,
+            source_rows(self.unlearn_data, spec.source),
+            text_rows(self.unlearn_data) if spec.general_text else (),
+            seed=self.training_spec.seed,
+            pad_id=self.pad_id,
+            autocast=self.compute_loss_context_manager,
+            numerics=str(self.accelerator.mixed_precision),
+        )
+
     def refresh_curvature(self, step: int) -> None:
-        """Run a curvature pass on retain examples drawn from (seed, step) and hand it to the update rule."""
-        rows = self.unlearn_data.encoded["retain"] or self.unlearn_data.encoded["forget"]
-        seed = self.training_spec.seed
-        size = min(self.training_spec.curvature_batch, len(rows))
-        picks = np.random.default_rng([seed, step, 4]).choice(len(rows), size=size, replace=False)
-        batch: Batch = self._prepare_inputs(collate_rows([rows[i] for i in picks], pad_id=self.pad_id))  # type: ignore[assignment]
-        model = self.model_wrapped
-        assert model is not None
-        was_training = model.training
-        model.eval()
-        with self.compute_loss_context_manager():
-            logits = forward_answers(model, batch).logits_NV
-        weights = torch.full((len(logits),), 1 / len(logits), device=logits.device)
-        generator = torch.Generator(device=logits.device).manual_seed(seed * 1_000_003 + step)
-        backward_curvature(logits, weights, self.training_spec.curvature_estimator, generator)
-        self.update_rule.update_curvature()
-        model.zero_grad()
-        model.train(was_training)
+        """Bring the update rule the curvature due before update number ``step``, if any, and note what it cost."""
+        self.curvature_seconds = None
+        if self._passes is None or not self._passes.spec.due(step):
+            return
+        started = time.perf_counter()
+        assert self.model_wrapped is not None
+        general = {field.name for field in dataclasses.fields(OptimizerSpec)}  # learning rate: no pass depends on it
+        settings = {name: value for name, value in self.rule.settings().items() if name not in general}
+        self._passes.refresh(self.model_wrapped, self.update_rule, step, identity=f"{self.rule.name} {settings}")
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.curvature_seconds = time.perf_counter() - started
 
 
 class _CurvatureCallback(TrainerCallback):
-    """Before a step's first micro-batch, while gradients are empty, brings the curvature the rule asks for."""
+    """Brings the curvature the rule asks for: before a step's first micro-batch, while gradients are empty.
+
+    An estimator that makes no passes is given the gradient that the step is about to take, clipped as it is.
+    """
 
     def __init__(self, trainer: UnlearnTrainer) -> None:
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
-        if self.trainer.update_rule.curvature_due(state.global_step):
-            self.trainer.refresh_curvature(state.global_step)
+        self.trainer.refresh_curvature(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        spec = self.trainer.curvature
+        if spec is not None and not ESTIMATORS[spec.estimator].needs_pass:
+            self.trainer.update_rule.update_curvature()
 
 
 class LogCallback(TrainerCallback):
-    """Writes one JSON line a step: loss terms, gradient norm, learning rate, seconds, and what the rule reports.
+    """Writes one JSON line a step: loss terms, learning rate, seconds, and what the rule reports.
+
+    ``seconds`` holds all of a step; ``curvature_seconds`` is there where a curvature pass came before it, and is its
+    share.
 
     Args:
         path: File to write; lines of steps that a resumed run repeats are dropped.
@@ -295,8 +327,12 @@ class LogCallback(TrainerCallback):
         record: dict[str, float] = {"step": state.global_step, **terms}
         record["loss"] = terms.get("forget", 0.0) + weight * terms.get("retain", 0.0)
         record.update(self.trainer.update_rule.metrics())
+        if self.trainer.trust:
+            record.update(self.trainer.trust.last)
         record["learning_rate"] = self.trainer.update_rule.param_groups[0]["lr"]
         record["seconds"] = round(now - self._started, 4)
+        if self.trainer.curvature_seconds is not None:
+            record["curvature_seconds"] = round(self.trainer.curvature_seconds, 4)
         self._started = now
         self.records.append(record)
         if self.path is not None:
@@ -315,11 +351,11 @@ def make_dataset(
     tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[Example],
     retain: Sequence[Example],
-    objective: Objective,
+    objective: Objective | Method,
     training: TrainingSpec,
-    refusals: Sequence[str],
+    refusals: Sequence[str] = (),
 ) -> UnlearnDataset:
-    """Tokenise what ``objective`` looks at."""
+    """Tokenise what ``objective``, or a method in its place, looks at."""
     template = ChatTemplate(tokenizer, training.max_length)
     return UnlearnDataset(template, forget, retain, objective.views, refusals, training.seed)
 

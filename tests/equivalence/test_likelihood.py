@@ -9,6 +9,8 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -19,6 +21,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from soul import likelihood
@@ -34,8 +38,16 @@ ROTARY: dict[str, Any] = {
     "vocab_size": V,
     "initializer_range": 0.4,
 }
+EAGER: dict[str, Any] = {**ROTARY, "attn_implementation": "eager"}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**ROTARY)),
+    "llama, eager attention": lambda: LlamaForCausalLM(LlamaConfig(**EAGER)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**ROTARY, head_dim=4)),
+    "falcon, positions by slope": lambda: FalconForCausalLM(
+        FalconConfig(
+            vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=True, initializer_range=0.4
+        )
+    ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4)
     ),
@@ -50,8 +62,9 @@ MODELS = {
         MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4)
     ),
 }
-SHARING = set(MODELS) - {"mamba, no attention"}
-IMPRECISE = {name for name in MODELS if name.startswith(("bloom", "mamba", "gemma2"))}
+BRANCHING = {"llama", "qwen3"}
+SHARING = set(MODELS) - BRANCHING - {"mamba, no attention"}
+IMPRECISE = {name for name in MODELS if name.startswith(("bloom", "falcon", "mamba", "gemma2", "llama, eager"))}
 
 
 def build(name: str) -> Any:
@@ -71,6 +84,8 @@ def make_rows() -> list[Encoded]:
     for prompt, answers in ((9, (3, 1, 7, 4, 2, 11, 5)), (2, (6, 2)), (13, (4,)), (5, (1, 1, 9)), (1, (8, 3))):
         head = draw(prompt)
         rows += [Encoded(head + draw(n), prompt) for n in answers]
+        begun = head + draw(3)  # answers that begin alike, one of them twice, one the beginning of the others
+        rows += [Encoded(begun + tail, prompt) for tail in ((), draw(2), draw(4), (7, 7, 8), (7, 7, 9), (7, 7, 9))]
     return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
 
 
@@ -86,19 +101,29 @@ def direct(model: Any, row: Encoded) -> float:
 def test_equals_the_models_own_logits(name: str, max_tokens: int) -> None:
     model, rows = build(name), make_rows()
     found = likelihood.sequence_nll(model, rows, pad_id=0, max_tokens=max_tokens)
-    # BLOOM's slopes and Mamba's scan are fp32 whatever the weights are
+    # slopes, Mamba's scan and the softmax of eager attention are fp32 whatever the weights are
     rel = 1e-9 if name not in IMPRECISE else 1e-5
     assert found == pytest.approx([direct(model, row) for row in rows], rel=rel)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_prompt_is_read_once_where_the_model_can(name: str) -> None:
-    model, seen = build(name), list[int]()
-    rows = [Encoded((*range(3, 23), 30 + i, 40), 20) for i in range(6)]
+def positions_read(model: Any, rows: list[Encoded]) -> int:
+    """Count the tokens that go into the model."""
+    seen = list[int]()
     handle = model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].numel()))
     likelihood.sequence_nll(model, rows, pad_id=0)
     handle.remove()
-    assert sum(seen) == (19 + 6 * 2 if name in SHARING else 6 * 22)
+    return sum(seen)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_common_is_read_once_where_the_model_can(name: str) -> None:
+    rows = [Encoded((*range(3, 23), 30 + i, 40), 20) for i in range(6)]
+    apart = positions_read(build(name), rows)
+    # the end of the prompt goes with each answer where keys and values are kept, and with none in a tree
+    assert apart == (20 + 6 if name in BRANCHING else 19 + 6 * 2 if name in SHARING else 6 * 22)
+    rows = [Encoded((*range(3, 23), 41, 42, 43, 30 + i, 40), 20) for i in range(6)]
+    alike = positions_read(build(name), rows)
+    assert alike == (20 + 3 + 6 if name in BRANCHING else apart + 6 * 3)
 
 
 def test_progress_counts_every_row_once() -> None:

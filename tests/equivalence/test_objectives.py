@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+)
 
 from soul.data.batches import UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
@@ -18,7 +29,6 @@ from soul.registry import OBJECTIVES
 
 PAIRS = [(0, 3), (3, 1), (4, 2)]  # answers of unequal length
 BETA = 0.3
-CACHE_GAP = pytest.mark.xfail(strict=True, reason="the cached reference applies the head alone, without the scaling")
 
 
 def log_softmax(model, row):
@@ -229,21 +239,58 @@ def test_reference_does_not_follow_the_model(bench, make_model):
     assert [objective(bench.model, bench.batch(objective), r).loss().item() for r in references] == before
 
 
-@pytest.mark.parametrize("mode", [pytest.param("cache", marks=CACHE_GAP), "copy"])
-def test_kl_where_the_model_scales_its_logits(bench, mode):
-    """What a model does to its logits after the head belongs to the reference too."""
+SMALL: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+AFTER_THE_HEAD = {
+    "granite divides": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=0.1)),
+    "cohere multiplies": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=3.0)),
+    "gemma2 caps": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0)),
+    "gpt2 does nothing": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4)),
+}
+
+
+@pytest.mark.parametrize("mode", ["cache", "copy"])
+@pytest.mark.parametrize("name", AFTER_THE_HEAD)
+def test_kl_where_the_model_changes_its_logits_after_the_head(bench, name, mode):
+    """What a model does to its logits after the head belongs to the reference too, and no second copy is needed."""
     objective = make("ft", "kl")
-    model = GraniteForCausalLM(
-        GraniteConfig(
-            vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, logits_scaling=0.1,
-        )
-    ).double().eval()  # fmt: skip
-    out = objective(model, bench.batch(objective), bench.reference(objective, mode, model))
-    assert out.loss().item() == pytest.approx(0, abs=1e-12)
+    torch.manual_seed(0)
+    model = AFTER_THE_HEAD[name]().eval()
+    reference = bench.reference(objective, mode, model)
+    assert (reference.live is None) == (mode == "cache")
+    batch = bench.batch(objective)
+    answers = forward_answers(model, batch)
+    logits = reference.logits(model, batch, answers, "retain")
+    torch.testing.assert_close(logits, answers.logits_NV.detach(), rtol=1e-4, atol=1e-4)
+    assert objective(model, batch, reference).loss().item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="Reference.logits asks the live model in training mode")
+def test_a_model_that_cannot_be_taken_apart_is_copied(bench, make_model, caplog):
+    """Logits that need more than the last hidden state cannot be cached: a frozen copy answers, and the log says so."""
+
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out: Any = super().forward(*args, **kwargs)
+            out.logits = out.logits + 5 * self.model.embed_tokens(kwargs["input_ids"]).sum()
+            out.logits[..., 0] += 5
+            return out
+
+    objective = make("ft", "kl")
+    model = Odd(make_model().config).eval()
+    reference = bench.reference(objective, "cache", model)
+    assert "frozen copy" in caplog.text
+    assert not reference.hidden
+    loss = objective(model, bench.batch(objective), reference).loss()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
 def test_reference_with_adapters_off_has_no_dropout(bench):
     objective = make("ft", "kl")
     base = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=256)).double()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from soul import config
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
 
@@ -30,7 +31,7 @@ def make_trainer(tokenizer, make_model, forget_set, retain_set, refusals):
     def make(folder, objective, optimizer, *, dtype=torch.float32, callbacks=(), log=None, **settings):
         training = TrainingSpec(precision="float32", **settings)
         loss = OBJECTIVES.get(objective)()
-        rule = OPTIMIZERS.get(optimizer["name"])(**{k: v for k, v in optimizer.items() if k != "name"})
+        rule = config.component(OPTIMIZERS, optimizer, "adamw")
         trainer = UnlearnTrainer(
             make_model(0, dtype),
             training.arguments(folder),
@@ -59,7 +60,10 @@ def weights(make_model):
 
 
 ADAMW = {"name": "adamw", "lr": 1e-3}
-SOPHIA = {"name": "sophia", "lr": 1e-3, "interval": 2}
+SIGNUM = {"name": "signum", "lr": 1e-3}
+LION = {"name": "lion", "lr": 1e-3}
+RELEASE = {"name": "soul_release", "lr": 1e-3}
+SOPHIA = {"name": "sophia", "lr": 1e-3, "curvature": {"interval": 2}}
 
 
 @pytest.mark.parametrize("objective", ["grad_diff", "npo", "dpo"])
@@ -84,6 +88,39 @@ def test_accumulation_is_exact(tmp_path, make_trainer, weights, objective, size,
         assert {k: other[k] for k in ("forget", "retain", "loss")} == pytest.approx(
             {k: one[k] for k in ("forget", "retain", "loss")}, rel=1e-9
         )
+
+
+SIGN_LIKE = [SIGNUM, LION, SOPHIA, RELEASE]
+
+
+@pytest.mark.parametrize("rule", SIGN_LIKE, ids=lambda o: o["name"])
+def test_accumulation_is_exact_for_rules_that_end_in_a_sign(tmp_path, make_trainer, weights, rule):
+    """In float64, where rounding turns no sign."""
+    whole, parts = (
+        run_cut(tmp_path, make_trainer, weights, rule, b, a, dtype=torch.float64) for b, a in ((8, 1), (1, 8))
+    )
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [ADAMW, *SIGN_LIKE], ids=lambda o: o["name"])
+def test_accumulation_in_fp32_differs_in_a_coordinate_in_a_thousand_at_most(tmp_path, make_trainer, weights, rule):
+    """A gradient near 0 whose sign rounding turns is worth two steps, and few are that near."""
+    whole, parts = (run_cut(tmp_path, make_trainer, weights, rule, b, a) for b, a in ((8, 1), (1, 8)))
+    gaps = torch.cat([(parts[key] - value).abs().flatten() for key, value in whole.items()])
+    differing = gaps > 1e-3 * rule["lr"]
+    assert differing.float().mean() <= 1e-3
+    assert gaps.max() <= 2.001 * rule["lr"]
+
+
+def run_cut(tmp_path, make_trainer, weights, rule, size, accumulation, **more):
+    trainer = make_trainer(
+        tmp_path / f"{size}x{accumulation}", "grad_diff", rule,
+        batch_size=size, accumulation=accumulation, epochs=3, warmup=0.0, schedule="constant", **more,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    return weights(trainer)
 
 
 def test_a_step_is_the_gradient_of_the_mean_over_the_window(tmp_path, make_trainer, make_model):
@@ -154,6 +191,7 @@ def test_a_killed_run_ends_where_it_would_have(
     for records in lines:
         for record in records:
             record.pop("seconds")
+            record.pop("curvature_seconds", None)
     assert lines[0] == lines[1]
 
 

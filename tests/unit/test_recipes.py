@@ -34,7 +34,7 @@ def test_every_section_survives_a_round_trip():
         "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
         "data": {"forget": "f.jsonl", "retain": ["r.jsonl", "general:chat"]},
         "objective": {"name": "dpo", "beta": 0.3, "retain": "kl", "retain_weight": 2.5},
-        "optimizer": {"name": "sophia", "lr": 1e-7, "interval": 3},
+        "optimizer": {"name": "sophia", "lr": 1e-7, "curvature": {"interval": 3}},
         "training": {"epochs": 2, "precision": "float32", "max_grad_norm": 0},
         "benchmark": {"name": "request", "forget": "f.jsonl", "kept": "r.jsonl"},
         "reference_run": "runs/retained",

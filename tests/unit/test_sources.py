@@ -6,15 +6,16 @@ import csv
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from soul.data import sources
 from soul.data.general import general_chat
 from soul.data.people import People
+from soul.data.rows import to_example
 from soul.data.sources import check_disjoint, load_examples
 from soul.types import Example
 
@@ -160,43 +161,94 @@ def test_settings_that_do_not_apply_are_refused(tmp_path: Path):
         load_examples(path, limit=0)
 
 
-def fake_hub(monkeypatch: pytest.MonkeyPatch, result: Any) -> list[tuple[Any, ...]]:
-    calls: list[tuple[Any, ...]] = []
-
-    def load_dataset(name: str, config: str | None, split: str | None) -> Any:
-        calls.append((name, config, split))
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    return calls
-
-
 def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch):
-    calls = fake_hub(monkeypatch, ROWS)
+    asked: list[tuple[Any, ...]] = []
+
+    def rows(*wanted: Any) -> Any:
+        asked.append(wanted)
+        yield from (("row", row) for row in ROWS)
+
+    monkeypatch.setattr(sources, "_hub_rows", rows)
     assert load_examples("owner/name", config="forget10", split="train", limit=1) == EXPECTED[:1]
-    assert calls == [("owner/name", "forget10", "train")]
+    assert load_examples("owner/name,config=forget10, split=train,limit=1") == EXPECTED[:1]
+    assert asked == [("owner/name", "train", "forget10")] * 2
 
 
-def test_hub_splits(monkeypatch: pytest.MonkeyPatch):
-    fake_hub(monkeypatch, {"train": ROWS})
-    assert load_examples("owner/name") == EXPECTED
-    fake_hub(monkeypatch, {"train": ROWS, "test": ROWS})
-    with pytest.raises(ValueError, match="several splits; pick one with split: train, test"):
-        load_examples("owner/name")
-    fake_hub(monkeypatch, [{"text": "ok"}, {"text": ""}])
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set as the hub keeps them, which the library datasets loads by its name because it lies right here."""
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    write(folder / "forget.jsonl", ROWS)
+    write(folder / "retain.jsonl", ROWS[1:])
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- {config_name: forget, data_files: [{split: train, path: forget.jsonl}]}\n"
+        "- {config_name: both, data_files: [{split: a, path: forget.jsonl}, {split: b, path: retain.jsonl}]}\n---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return folder
+
+
+def from_hub(split: str | None = None, config: str | None = None) -> list[Example]:
+    return [to_example(row, where) for where, row in sources._hub_rows("owner/name", split, config)]
+
+
+def test_the_real_library_reads_a_data_set_of_the_hub(hub_folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert from_hub(config="forget") == EXPECTED  # columns that a row lacks are null there
+    assert from_hub("b", "both") == EXPECTED[1:]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("split", "config", "message"),
+    [
+        (None, "both", "has several splits; pick one, as in 'owner/name,split=NAME': a, b"),
+        ("test", "forget", "cannot load 'owner/name' .*Unknown split.*train.*'owner/name,config=...,split=...'"),
+        (None, None, "cannot load 'owner/name' .*Config name is missing.*both.*forget"),
+        (None, "forget10", "cannot load 'owner/name' .*forget10.*not found.*both"),
+    ],
+)
+def test_what_the_real_library_says_is_passed_on(hub_folder: Path, split: Any, config: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        from_hub(split, config)
+
+
+def test_a_broken_file_of_the_hub_is_named(hub_folder: Path):
+    (hub_folder / "forget.jsonl").write_text('{"text": "ok"}\n{"text": ')
+    with pytest.raises(ValueError, match=r"cannot load 'owner/name' .*JSON"):
+        from_hub(config="forget")
+
+
+def test_rows_of_the_hub_are_numbered(hub_folder: Path):
+    write(hub_folder / "forget.jsonl", [{"text": "ok"}, {"text": ""}])
     with pytest.raises(ValueError, match="owner/name, row 2: text is empty"):
-        load_examples("owner/name")
+        from_hub(config="forget")
 
 
-def test_hub_failures_say_what_to_do(monkeypatch: pytest.MonkeyPatch):
-    fake_hub(monkeypatch, ConnectionError("Couldn't reach the hub\nlong story"))
-    with pytest.raises(ValueError, match=r"cannot load 'owner/name' .* Couldn't reach the hub\. Check the name"):
-        load_examples("owner/name")
+def test_without_the_library_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'soul-unlearning\[hub\]'"):
         load_examples("owner/name")
+    path = write(tmp_path / "x.parquet", ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pip install 'soul-unlearning\[parquet\]'"):
+        load_examples(path)
+
+
+def test_settings_after_a_comma(tmp_path: Path):
+    write(tmp_path / "forget.jsonl", ROWS)
+    write(tmp_path / "retain.jsonl", ROWS[1:])
+    assert load_examples(f"{tmp_path},split=forget,limit=1") == EXPECTED[:1]
+    write(tmp_path / "a,split=b.jsonl", ROWS[1:])
+    assert load_examples(f"{tmp_path}/a,split=b.jsonl") == EXPECTED[1:]  # a file of that very name comes first
+    with pytest.raises(ValueError, match="after a comma, only split=, config= and limit= are understood"):
+        load_examples(f"{tmp_path},spilt=forget")
+    with pytest.raises(ValueError, match="limit must be a whole number, not 'all'"):
+        load_examples(f"{tmp_path},split=forget,limit=all")
+    with pytest.raises(ValueError, match="split is given twice"):
+        load_examples(f"{tmp_path},split=forget", split="retain")
 
 
 def test_people_by_name():

@@ -14,7 +14,7 @@ from soul.metrics.stats import Array, bootstrap_of
 from soul.registry import BENCHMARKS
 from soul.types import Example, Row, Score
 
-_FACT_SPLITS = ("forget", "kept", "general")
+_FACT_SPLITS = ("forget", "forget_reworded", "kept", "general")
 
 
 @BENCHMARKS.register("request")
@@ -22,11 +22,12 @@ _FACT_SPLITS = ("forget", "kept", "general")
 class DeletionRequest(Benchmark):
     """A deletion request: is the one set forgotten, and are the other, the world and plain text not?
 
-    On ``forget``, ``kept`` and ``general``: ``probability`` ``exp(-nll)``, ``rougeL_recall`` and ``truth_ratio``. The
-    last is ``max(0, 1-R)`` on all three (TOFU's ``R`` with the geometric mean, :mod:`soul.metrics.tofu`), so that the
-    column reads one way: 1 where the model prefers the true answer to wrong ones, 0 where it no longer does. On
-    ``text`` the ``perplexity`` of plain passages, which are not generated. Against a retained model
-    ``forget_quality`` and ``forget_quality_ks``, as TOFU.
+    On ``forget``, ``kept`` and ``general``: ``probability`` ``exp(-nll)``, ``rougeL_recall`` and ``truth_ratio``; on
+    ``forget_reworded``, the forgotten questions in other words where those are given, the first two. The truth ratio is
+    ``max(0, 1-R)`` throughout (TOFU's ``R`` with the geometric mean, :mod:`soul.metrics.tofu`), so that the column
+    reads one way: 1 where the model prefers the true answer to wrong ones, 0 where it no longer does. On ``text`` the
+    ``perplexity`` of plain passages, which are not generated. Against a retained model ``forget_quality`` and
+    ``forget_quality_ks``, as TOFU.
 
     Args:
         forget: Source of what was to be forgotten, a file or e.g. ``"people:n=10,facts=8,only=Name One|Name Two"``.
@@ -59,7 +60,9 @@ class DeletionRequest(Benchmark):
                 "the request benchmark needs a source of what to forget (forget=) and one of what to keep (kept=)"
             )
         sources = {"forget": self.forget, "kept": self.kept, "general": self.general, "text": self.text}
-        return {split: numbered(load_examples(source), split) for split, source in sources.items() if source}
+        splits = {split: numbered(load_examples(source), split) for split, source in sources.items() if source}
+        reworded = [_reworded(e) for e in splits["forget"] if e.paraphrased_prompt]
+        return splits | ({"forget_reworded": reworded} if reworded else {})
 
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
         """Aggregate rows; ``reference`` holds the rows of a model that never learned the forget split.
@@ -70,7 +73,7 @@ class DeletionRequest(Benchmark):
         scores: list[Score] = []
         for split in _FACT_SPLITS:
             if rows.get(split):
-                better = ("lower" if split == "forget" else "higher",) * 3
+                better = ("lower" if split.startswith("forget") else "higher",) * 3
                 scores += split_scores(rows[split], split, better=better, seed=self.seed)
         if rows.get("text"):
             scores.append(_perplexity(rows["text"], "text", self.seed))
@@ -82,6 +85,14 @@ class DeletionRequest(Benchmark):
             if all(row.get("wrong_nll") for side in (rows, reference) for row in side["forget"]):
                 scores += forget_quality_scores(rows["forget"], reference["forget"])
         return scores
+
+
+def _reworded(example: Example) -> Example:
+    """Return the example asked in other words; likelihoods of wrong answers are asked for once, not twice."""
+    assert example.paraphrased_prompt is not None
+    return dataclasses.replace(
+        example, prompt=example.paraphrased_prompt, paraphrased_prompt=None, paraphrased_answer=None, wrong_answers=()
+    )
 
 
 def _perplexity(rows: Sequence[Row], split: str, seed: int) -> Score:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from soul.data import general
+from soul.data import general, hub
 from soul.data.people import People
 from soul.data.rows import to_example
 from soul.types import Example
@@ -33,7 +33,8 @@ def load_examples(
 
     Args:
         source: A ``.jsonl``, ``.json`` (a list, or JSON Lines), ``.csv`` or ``.parquet`` file; a folder with one of
-            these; a hub id ``"owner/name"``; ``"general:facts"``, ``"general:text"`` or ``"general:chat"``; or
+            these; a hub id ``"owner/name"``; either followed by ``",config=...,split=...,limit=..."`` where the
+            arguments below are not at hand; ``"general:facts"``, ``"general:text"`` or ``"general:chat"``; or
             invented people, ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"`` (``except=`` for all others).
         split: The hub data set's split, or the name of the file in a folder.
         config: The hub data set's configuration.
@@ -54,6 +55,9 @@ def load_examples(
             raise ValueError(f"{source!r} is built in and has no splits or configurations; leave split and config out")
         examples = _people(rest) if scheme == "people" else _general(rest)
         return examples[:limit]
+    if isinstance(source, str) and "," in source and not Path(source).exists():
+        source, options = _options(source, split, config, limit)
+        return load_examples(source, **options)
     path = Path(source).expanduser()
     if not path.exists() and isinstance(source, str) and _is_hub_id(source):
         rows = (_hub_rows(source, split, config),)
@@ -66,6 +70,23 @@ def load_examples(
     if not examples:
         raise ValueError(f"{source}: holds no examples")
     return examples
+
+
+def _options(source: str, split: str | None, config: str | None, limit: int | None) -> tuple[str, dict[str, Any]]:
+    """Read ``owner/name,config=...,split=...,limit=...`` into the source and the arguments it stands for."""
+    options: dict[str, Any] = {"split": split, "config": config, "limit": limit}
+    while match := re.fullmatch(r"(.+),\s*(split|config|limit)=([^,=]+)", source):
+        source, key, value = match.groups()
+        if options[key] is not None:
+            raise ValueError(f"{key} is given twice for {source!r}")
+        options[key] = value.strip()
+    if isinstance(options["limit"], str):
+        if not options["limit"].isdecimal():
+            raise ValueError(f"{source}: limit must be a whole number, not {options['limit']!r}")
+        options["limit"] = int(options["limit"])
+    if options == {"split": split, "config": config, "limit": limit}:
+        raise ValueError(f"there is no file {source!r}; after a comma, only split=, config= and limit= are understood")
+    return source, options
 
 
 def check_disjoint(forget: Sequence[Example], retain: Sequence[Example]) -> None:
@@ -151,7 +172,9 @@ def _files(path: Path, split: str | None) -> list[Path]:
         wanted = f"no file named {split}" if split else "no data file"
         raise ValueError(f"{path}: {wanted} with one of {', '.join(_READERS)}; data files there: {names}")
     if len(chosen) > 1 and (split is None or len({(file.stem == split, file.suffix) for file in chosen}) > 1):
-        raise ValueError(f"{path}: several files would do ({names}); name one of them, or pick one with split")
+        raise ValueError(
+            f"{path}: several files would do ({names}); name one of them, or pick as in '{path},split=NAME'"
+        )
     return chosen
 
 
@@ -215,9 +238,13 @@ def _cell(column: str, value: str | None) -> Any:
 
 
 def _parquet(path: Path) -> Numbered:
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: reading Parquet needs the package pyarrow: pip install 'soul-unlearning[parquet]'"
+        ) from error
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -250,16 +277,22 @@ def _hub_rows(source: str, split: str | None, config: str | None) -> Numbered:
             "pip install 'soul-unlearning[hub]'"
         ) from error
     try:
-        loaded = datasets.load_dataset(source, config, split=split)
+        datasets.disable_progress_bars()
+        with hub.no_retries():
+            loaded = datasets.load_dataset(source, config, split=split)
     except Exception as error:  # the hub's client lets errors of several network libraries through
-        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        if str(error) == "An error occurred while generating the dataset" and error.__cause__:
+            error = error.__cause__  # which says more
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise ValueError(
             f"cannot load {source!r} (config {config}, split {split}) from the hub, and there is no such local path: "
-            f"{reason}. Check the name, the config, the split and the connection, or give a local file"
+            f"{reason}. Check the name and the connection, choose as in '{source},config=...,split=...', or give a "
+            "local file"
         ) from error
     if isinstance(loaded, dict):
         if len(loaded) != 1:
-            raise ValueError(f"{source!r} has several splits; pick one with split: {', '.join(map(str, loaded))}")
+            names = ", ".join(map(str, loaded))
+            raise ValueError(f"{source!r} has several splits; pick one, as in '{source},split=NAME': {names}")
         loaded = next(iter(loaded.values()))
     for where, row in _numbered(loaded):
         yield f"{source}, {where}", row

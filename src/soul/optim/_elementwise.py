@@ -1,18 +1,21 @@
-"""What rules without coupling between coordinates share: fp32 state, one sweep through memory, the win rate."""
+"""What rules without coupling between coordinates share: fp32 state, one sweep through memory, refusals, numbers."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 
+from soul.optim._metrics import Sampled, step_metrics, systematic_views
+from soul.optim._state import exact_state
 from soul.optim.base import UpdateRule
 
 # An update in place on flat pieces: (p, g, *slots, u, t), with u and t scratch space; g must not be written to.
 Kernel = Callable[..., None]
+# From the slots, and space for the result, to the step before the learning rate: p <- p - lr u.
+Direction = Callable[..., torch.Tensor]
 
 # A step is bound by memory: a piece that stays in the cache between a kernel's operations is read from memory once.
 CPU_CHUNK_PER_THREAD = 131_072
@@ -40,31 +43,40 @@ def check_common(lr: float, weight_decay: float, **betas: float) -> None:
         check_between(name, beta, 0.0, 1.0)
 
 
-class WinRate:
-    """Counts, over one step, the share of moving coordinates whose step was not cut down to the bound of 1.
+def check_last_group(rule: torch.optim.Optimizer, *refused: str) -> None:
+    """Take the parameter group added last out again and raise ValueError where it asks for what no rule here can do."""
+    group, name = rule.param_groups.pop(), type(rule).__name__
+    for setting in refused:
+        if group.get(setting):
+            raise ValueError(f"{name} does not support {setting}=True: leave it out")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise ValueError(f"{name} needs real floating-point parameters, not {p.dtype}")
+    rule.param_groups.append(group)
 
-    The counts stay on their device until :meth:`value` is called, so that a step never waits for them.
-    """
 
-    def __init__(self) -> None:
-        self._counts: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+def check_gradient(rule: torch.optim.Optimizer, gradient: torch.Tensor | None) -> None:
+    """Raise ValueError where a gradient is sparse."""
+    if gradient is not None and gradient.layout != torch.strided:
+        raise ValueError(
+            f"{type(rule).__name__} needs dense gradients, not {gradient.layout}: build embeddings with sparse=False"
+        )
 
-    def add(self, u: torch.Tensor, t: torch.Tensor) -> None:
-        """Count the clipped steps ``u`` in [-1, 1]; ``u`` is overwritten, ``t`` is scratch space of its shape."""
-        if u.device not in self._counts:
-            zero = torch.zeros((), dtype=torch.float64, device=u.device)
-            self._counts[u.device] = (zero, zero.clone())
-        moving, clipped = self._counts[u.device]
-        # ceil|u| is 1 unless u is 0, floor|u| is 1 only at the bound: several times faster than comparing and counting
-        u.abs_()
-        moving += torch.ceil(u, out=t).sum()
-        clipped += u.floor_().sum()
 
-    def value(self) -> dict[str, float]:
-        """Return ``{"win_rate": share}``, or nothing where no coordinate moved."""
-        moving = sum(float(m) for m, _ in self._counts.values())
-        clipped = sum(float(c) for _, c in self._counts.values())
-        return {"win_rate": 1.0 - clipped / moving} if moving else {}
+def move(p: torch.Tensor, u: torch.Tensor, group: dict[str, Any]) -> None:
+    """Do ``p <- p (1 - lr wd) - lr u`` in place, without waiting for the device that a tensor ``lr`` lives on."""
+    lr, weight_decay = host_scalar(group["lr"]), group["weight_decay"]
+    if weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    if isinstance(lr, torch.Tensor):
+        p.addcmul_(u, lr, value=-1)
+    else:
+        p.add_(u, alpha=-lr)
+
+
+def host_scalar(value: Any) -> Any:
+    """Return a number, or a 0-dim tensor where reading it would wait for a device."""
+    return float(value) if not isinstance(value, torch.Tensor) or value.device.type == "cpu" else value
 
 
 class ElementwiseRule(UpdateRule, abc.ABC):
@@ -73,14 +85,38 @@ class ElementwiseRule(UpdateRule, abc.ABC):
     State is kept, and all arithmetic done, in fp32 for parameters of lower precision (float64 for float64), also
     through ``load_state_dict``. The result is rounded to the parameter's dtype: bf16 weights without an fp32 master
     lose most updates far below 0.4 % of the weight, whatever the rule.
+
+    Beside a rule's own settings, parameter groups take ``maximize`` (ascend; default false) and ``embedding`` (its
+    coordinates are counted apart in :meth:`metrics`; default false). A learning rate may be a 0-dim tensor.
     """
 
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
-    _win: WinRate
+    _last: list[tuple[dict[str, Any], torch.Tensor, Any]]
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, {**defaults, "maximize": False, "embedding": False})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, with the rule's settings where it has none of its own.
+
+        Raises:
+            ValueError: Parameters that are not real floating-point, or ``differentiable`` or ``capturable``.
+        """
+        super().add_param_group(param_group)
+        check_last_group(self, "differentiable", "capturable")
 
     @abc.abstractmethod
-    def _kernel(self, group: dict[str, Any], state: dict[str, Any]) -> Kernel:
+    def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
         """Return the update of one parameter, with its coefficients for the step that begins."""
+
+    def _direction(self, group: dict[str, Any], p: torch.Tensor) -> Direction | None:
+        """Return how the last step of ``p`` follows from its slots, where the rule can tell (for :meth:`metrics`)."""
+        del group, p
+        return None
+
+    def _alike(self, group: dict[str, Any], p: torch.Tensor) -> tuple[Any, ...]:
+        """Return what parameters must have in common to share one :meth:`_direction`."""
+        return id(group), p.device, p.dtype, self.state[p]["step"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -94,69 +130,108 @@ class ElementwiseRule(UpdateRule, abc.ABC):
             What the closure returned, or None.
 
         Raises:
-            ValueError: A parameter is not real floating-point, or its gradient is sparse.
+            ValueError: A gradient is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._win = WinRate()
-        for group, p in self._with_gradient():
-            state = self._state_of(p)
-            state["step"] += 1
-            self._sweep(p, state, self._kernel(group, state))
+        moving = list(self._with_gradient())
+        for _, p in moving:
+            self._state_of(p)["step"] += 1
+        rates = {id(group): _copy(group["lr"]) for group, _ in moving}  # a scheduler changes a tensor in place
+        self._last = [(group, p, rates[id(group)]) for group, p in moving]
+        self._advance(moving)
         return loss
 
+    def _advance(self, moving: list[tuple[dict[str, Any], torch.Tensor]]) -> None:
+        for group, p in moving:
+            self._sweep(p, p.grad, self._kernel(group, p), negate=group["maximize"])
+
     def metrics(self) -> dict[str, float]:
-        """Return ``{"win_rate": ...}`` of the last step where the rule clips, else nothing."""
-        win: WinRate | None = getattr(self, "_win", None)  # absent before the first step and after unpickling
-        return win.value() if win else {}
+        """Return numbers about the last step, from a sample of each group's coordinates (at most 131,072).
+
+        ``win_rate``: the share of the coordinates with momentum whose step was not cut down to the bound of 1;
+        ``win_rate_embedding``: the same of groups marked ``embedding``, which do not count in the first;
+        ``cos_sign`` and ``cos_momentum``: the cosine between the step and the momentum's sign, and the momentum. They
+        come from the state as it is: ask before the next step or refresh. Nothing where the rule has no bound.
+        """
+        samples: list[Sampled] = []
+        for alike in self._last_alike().values():
+            (group, first, lr), params = alike[0], [p for _, p, _ in alike]
+            direction = self._direction(group, first)
+            if direction is not None:
+                states = [self.state[p] for p in params]
+                slots = [torch.cat(systematic_views([s[name].view(-1) for s in states])) for name in self.slots]
+                u = direction(*slots, torch.empty_like(slots[0]))
+                weight = sum(p.numel() for p in params) / max(1, u.numel())
+                samples.append(Sampled(u, slots[0], float(lr), weight, bool(group["embedding"])))
+        return step_metrics(samples)
+
+    def _last_alike(self) -> dict[tuple[Any, ...], list[tuple[dict[str, Any], torch.Tensor, Any]]]:
+        out: dict[tuple[Any, ...], list[tuple[dict[str, Any], torch.Tensor, Any]]] = {}
+        for group, p, lr in getattr(self, "_last", []):  # absent before the first step and after unpickling
+            out.setdefault(self._alike(group, p), []).append((group, p, lr))
+        return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over ``state_dict``, as copies and in the precision of the state."""
-        super().load_state_dict(state_dict)
-        # torch has just rounded the state to the dtype of the parameters; take it from its source again
-        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, p in zip(keys, params, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name in self.slots:
-                    exact = torch.empty(p.shape, dtype=_state_dtype(p), device=p.device)
-                    self.state[p][name] = exact.copy_(value)
+        with exact_state(self, _state_dtype):
+            super().load_state_dict(state_dict)
 
-    def _with_gradient(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+    def _pieces(self, p: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield the slots of ``p`` and space of their size, piece by piece, to look at."""
+        size = _piece_size(p)
+        slots = [self.state[p][name].view(-1) for name in self.slots]
+        space = torch.empty(size, dtype=_state_dtype(p), device=p.device)
+        for pieces in zip(*(slot.split(size) for slot in slots), strict=True):
+            yield *pieces, space[: pieces[0].numel()]
+
+    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    check_gradient(self, p.grad)
+                    yield group, p
 
     def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
         """Return the state of ``p``, made on first use so that it follows parameters moved or sharded before."""
         state = self.state[p]
         if not state:
-            if not p.is_floating_point():
-                raise ValueError(f"{type(self).__name__} needs real floating-point parameters, not {p.dtype}")
             state["step"] = 0
             for name in self.slots:
                 state[name] = torch.zeros(p.shape, dtype=_state_dtype(p), device=p.device)
         return state
 
-    def _sweep(self, p: torch.Tensor, state: dict[str, Any], kernel: Kernel) -> None:
-        """Run ``kernel`` once over all coordinates of ``p``, piece by piece."""
-        if p.grad is None or p.grad.layout != torch.strided:
-            raise ValueError(f"{type(self).__name__} needs dense gradients")
-        size = CPU_CHUNK_PER_THREAD * torch.get_num_threads() if p.device.type == "cpu" else DEVICE_CHUNK
-        size = min(size, max(1, p.numel()))
+    def _sweep(self, p: torch.Tensor, source: torch.Tensor | None, *kernels: Kernel, negate: bool = False) -> None:
+        """Run ``kernels`` once over all coordinates of ``p`` and ``source`` (its gradient), piece by piece."""
+        assert source is not None
+        size = _piece_size(p)
         flat = p.detach().reshape(-1)  # a view where p is contiguous, a copy to write back where it is not
-        pieces = [flat, p.grad.detach().reshape(-1), *(state[name].view(-1) for name in self.slots)]
-        dtype = _state_dtype(p)
+        state, dtype = self.state[p], _state_dtype(p)
+        pieces = [flat, source.detach().reshape(-1), *(state[name].view(-1) for name in self.slots)]
         scratch = torch.empty(4, size, dtype=dtype, device=p.device)
         for p_piece, g_piece, *slots in zip(*(piece.split(size) for piece in pieces), strict=True):
             u, t, p_work, g_work = scratch[:, : p_piece.numel()].unbind()
             p_exact = p_piece if p_piece.dtype == dtype else p_work.copy_(p_piece)
             g_exact = g_piece if g_piece.dtype == dtype else g_work.copy_(g_piece)
-            kernel(p_exact, g_exact, *slots, u, t)
+            if negate:
+                g_exact = torch.neg(g_exact, out=g_work)
+            for kernel in kernels:
+                kernel(p_exact, g_exact, *slots, u, t)
             if p_exact is not p_piece:
                 p_piece.copy_(p_exact)
         if not p.is_contiguous():
             p.copy_(flat.view(p.shape))
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _piece_size(p: torch.Tensor) -> int:
+    size = CPU_CHUNK_PER_THREAD * torch.get_num_threads() if p.device.type == "cpu" else DEVICE_CHUNK
+    return min(size, max(1, p.numel()))
 
 
 def _state_dtype(p: torch.Tensor) -> torch.dtype:

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from soul.optim._elementwise import check_above, check_common
-from soul.optim.base import OptimizerSpec, UpdateRule
+from soul.optim._torch import TorchRule, fusable, tensors
+from soul.optim.base import OptimizerSpec
 from soul.registry import OPTIMIZERS
 
 
-class AdamW(UpdateRule, torch.optim.AdamW):
+class AdamW(TorchRule, torch.optim.AdamW):
     """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2), the first-order baseline.
 
     ``p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps)`` with debiased averages of ``g`` and ``g * g``. One fused
-    pass over memory where all parameters are contiguous and on CPU or CUDA. State has the parameters' dtype, as always
-    in torch: in bf16 an average with a decay of .999 cannot decay, so keep an fp32 master of such weights.
+    pass over memory where all parameters are contiguous and on CPU or CUDA. State has the parameters' dtype
+    (:class:`soul.optim._torch.TorchRule`).
 
     Args:
         params: Parameters or parameter groups; of any shape.
@@ -49,24 +50,10 @@ class AdamW(UpdateRule, torch.optim.AdamW):
         check_common(lr, weight_decay, **{"betas[0]": betas[0], "betas[1]": betas[1]})
         check_above("eps", eps, 0.0)
         groups: list[Any] = list(params)
-        fused = all(_fusable(p) for group in groups for p in _tensors(group))
+        fused = all(fusable(p) for group in groups for p in tensors(group))
         torch.optim.AdamW.__init__(
             self, groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused or None
         )
-
-
-def _tensors(entry: Any) -> Iterable[torch.Tensor]:
-    """Return the parameters in ``entry``: a tensor, ``(name, tensor)`` or a parameter group holding either."""
-    if isinstance(entry, dict):
-        members = entry["params"]
-        entry["params"] = members = [members] if isinstance(members, torch.Tensor) else list(members)
-        return [tensor for member in members for tensor in _tensors(member)]
-    return [entry[1] if isinstance(entry, tuple) else entry]
-
-
-def _fusable(p: torch.Tensor) -> bool:
-    # the fused CPU kernel walks raw memory: where a parameter's layout is not its gradient's, it pairs wrong elements
-    return p.is_floating_point() and p.is_contiguous() and p.device.type in ("cpu", "cuda")
 
 
 @OPTIMIZERS.register("adamw")
@@ -88,6 +75,9 @@ class AdamWSpec(OptimizerSpec):
         check_common(self.lr, self.weight_decay, **{"betas[0]": self.betas[0], "betas[1]": self.betas[1]})
         check_above("eps", self.eps, 0.0)
 
-    def build(self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]) -> AdamW:
+    def build(
+        self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None
+    ) -> AdamW:
         """Return :class:`AdamW` over ``params``."""
-        return AdamW(params, **dataclasses.asdict(self))
+        del model
+        return AdamW(params, **self.settings())

@@ -3,31 +3,61 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
+
+from soul.curvature.spec import CurvatureSpec
 
 
 class UpdateRule(torch.optim.Optimizer):
-    """A torch optimizer with the two extra verbs the trainer uses; both do nothing by default."""
+    """A torch optimizer with the further verbs the trainer uses; all do nothing by default."""
 
-    def curvature_due(self, step: int) -> bool:
-        """Say whether a curvature pass should come before update number ``step`` (counted from 0)."""
-        del step
-        return False
+    def observing(self, mask_BT: torch.Tensor | None = None) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which forward and backward passes are watched by a rule that needs more than gradients.
 
-    def update_curvature(self) -> None:
+        Args:
+            mask_BT: True at real tokens, false at padding, which must not count; None where every position is real.
+        """
+        del mask_BT
+        return contextlib.nullcontext()
+
+    def update_curvature(self, estimate: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
         """Take in a curvature estimate.
 
-        The caller has just run a curvature pass (:mod:`soul.optim.curvature`), so each ``param.grad`` holds a vector
-        whose elementwise square is an unbiased estimate of the diagonal curvature. The caller clears the gradients.
+        The caller has just run a curvature pass (:mod:`soul.curvature.estimators`).
+
+        Args:
+            estimate: An unbiased estimate of the diagonal curvature for each parameter. None where each ``param.grad``
+                holds a vector whose elementwise square is one, as a single backward pass leaves it. The caller clears
+                the gradients.
         """
+
+    def curvature_state(self) -> dict[str, torch.Tensor] | None:
+        """Return, by name, all that passes have told the rule, so that a later run can begin with it.
+
+        None, the default, says that estimates handed to :meth:`update_curvature` are all there is; the caller then
+        keeps those. A rule that watches passes returns a dict, also while it is empty.
+        """
+        return None
+
+    def load_curvature_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Begin as after the one refresh that left ``state``; ``state`` is the rule's to keep."""
 
     def metrics(self) -> dict[str, float]:
         """Return numbers about the last step worth logging, e.g. ``{"win_rate": 0.3}``."""
         return {}
+
+    def predicted_kl(self) -> float | None:
+        """Return what the rule's own curvature says the last step cost in KL (nats a token); None if it cannot tell."""
+        return None
+
+    def feedback(self, scale: float, measured_kl: float) -> None:
+        """Hear from a trust region that the last step was scaled by ``scale`` and then cost ``measured_kl``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +74,11 @@ class OptimizerSpec(abc.ABC):
 
     name: ClassVar[str]
     needs_curvature: ClassVar[bool] = False
+    """The rule has a field ``curvature`` and wants passes as it says."""
+    needs_modules: ClassVar[bool] = False
+    """``build`` must be given the model, whose modules the rule watches."""
+    needs_closure: ClassVar[bool] = False
+    """``step`` must be given a closure that computes the loss again."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -51,6 +86,25 @@ class OptimizerSpec(abc.ABC):
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
 
+    def settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters that the rule itself takes; the passes over data are the trainer's."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "curvature"}
+
     @abc.abstractmethod
-    def build(self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]) -> UpdateRule:
-        """Return the torch optimizer over ``params`` (parameters, or torch's parameter groups)."""
+    def build(
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None
+    ) -> UpdateRule:
+        """Return the torch optimizer over ``params`` (parameters, or torch's parameter groups) of ``model``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureOptimizerSpec(OptimizerSpec, abc.ABC):
+    """Hyper-parameters of an update rule that needs curvature.
+
+    Attributes:
+        curvature: When and from what the curvature is estimated.
+    """
+
+    curvature: CurvatureSpec = dataclasses.field(default_factory=CurvatureSpec)
+
+    needs_curvature: ClassVar[bool] = True

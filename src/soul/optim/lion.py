@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from soul.optim._elementwise import ElementwiseRule, Kernel, check_common
+from soul.optim._elementwise import ElementwiseRule, Kernel, check_common, move
 from soul.optim.base import OptimizerSpec
 from soul.registry import OPTIMIZERS
 
@@ -45,16 +45,12 @@ class Lion(ElementwiseRule):
         check_common(lr, weight_decay, **{"betas[0]": betas[0], "betas[1]": betas[1]})
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    def _kernel(self, group: dict[str, Any], state: dict[str, Any]) -> Kernel:
-        del state
-        lr, (b1, b2) = float(group["lr"]), group["betas"]
-        decay = 1 - lr * group["weight_decay"]
+    def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
+        del p
+        b1, b2 = group["betas"]
 
         def kernel(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, u: torch.Tensor, *_: torch.Tensor) -> None:
-            torch.lerp(m, g, 1 - b1, out=u).sign_()
-            if decay != 1:
-                p.mul_(decay)
-            p.add_(u, alpha=-lr)
+            move(p, torch.lerp(m, g, 1 - b1, out=u).sign_(), group)
             m.lerp_(g, 1 - b2)
 
         return kernel
@@ -75,6 +71,9 @@ class LionSpec(OptimizerSpec):
         super().__post_init__()
         check_common(self.lr, self.weight_decay, **{"betas[0]": self.betas[0], "betas[1]": self.betas[1]})
 
-    def build(self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]) -> Lion:
+    def build(
+        self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None
+    ) -> Lion:
         """Return :class:`Lion` over ``params``."""
-        return Lion(params, **dataclasses.asdict(self))
+        del model
+        return Lion(params, **self.settings())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from soul.optim._elementwise import ElementwiseRule, Kernel, check_common
+from soul.optim._elementwise import ElementwiseRule, Kernel, check_common, move
 from soul.optim.base import OptimizerSpec
 from soul.registry import OPTIMIZERS
 
@@ -45,16 +45,13 @@ class Signum(ElementwiseRule):
         check_common(lr, weight_decay, momentum=momentum)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def _kernel(self, group: dict[str, Any], state: dict[str, Any]) -> Kernel:
-        del state
-        lr, beta = float(group["lr"]), group["momentum"]
-        decay = 1 - lr * group["weight_decay"]
+    def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
+        del p
+        beta = group["momentum"]
 
         def kernel(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, u: torch.Tensor, *_: torch.Tensor) -> None:
             m.lerp_(g, 1 - beta)
-            if decay != 1:
-                p.mul_(decay)
-            p.add_(torch.sign(m, out=u), alpha=-lr)
+            move(p, torch.sign(m, out=u), group)
 
         return kernel
 
@@ -74,6 +71,9 @@ class SignumSpec(OptimizerSpec):
         super().__post_init__()
         check_common(self.lr, self.weight_decay, momentum=self.momentum)
 
-    def build(self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]) -> Signum:
+    def build(
+        self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None
+    ) -> Signum:
         """Return :class:`Signum` over ``params``."""
-        return Signum(params, **dataclasses.asdict(self))
+        del model
+        return Signum(params, **self.settings())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from soul.optim._elementwise import ElementwiseRule, Kernel, check_above, check_common
+from soul.optim._elementwise import Direction, ElementwiseRule, Kernel, check_above, check_common, move
 from soul.optim.base import OptimizerSpec
 from soul.registry import OPTIMIZERS
 
@@ -77,26 +77,30 @@ class SoulRelease(ElementwiseRule):
         _check(**defaults)
         super().__init__(params, defaults)
 
-    def _kernel(self, group: dict[str, Any], state: dict[str, Any]) -> Kernel:
-        lr, (b1, b2) = float(group["lr"]), group["betas"]
-        decay = 1 - lr * group["weight_decay"]
-        slope = group["rho"] * group["curvature_batch"]
-        floor = torch.tensor(1e-15, dtype=state["grad_sq"].dtype)
-        win = self._win
+    def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
+        b1, b2 = group["betas"]
+        direction = self._direction(group, p)
 
         def kernel(
             p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, h: torch.Tensor, u: torch.Tensor, t: torch.Tensor
         ) -> None:
+            del t
             h.mul_(b2).addcmul_(g, g, value=1 - b2)
             m.mul_(b1).add_(g, alpha=1 - b1)
-            p.mul_(decay)
             m.mul_(b1).add_(g, alpha=1 - b1)
-            torch.add(floor, h, alpha=slope, out=u)
-            torch.div(m, u, out=u).clamp_(-1, 1)
-            p.add_(u, alpha=-lr)
-            win.add(u, t)
+            move(p, direction(m, h, u), group)
 
         return kernel
+
+    def _direction(self, group: dict[str, Any], p: torch.Tensor) -> Direction:
+        slope = group["rho"] * group["curvature_batch"]
+        floor = torch.full((), 1e-15, dtype=self.state[p]["grad_sq"].dtype, device=p.device)
+
+        def direction(m: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            torch.add(floor, h, alpha=slope, out=out)
+            return torch.div(m, out, out=out).clamp_(-1, 1)
+
+        return direction
 
 
 @OPTIMIZERS.register("soul_release")
@@ -118,8 +122,11 @@ class SoulReleaseSpec(OptimizerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(**dataclasses.asdict(self))
+        _check(**self.settings())
 
-    def build(self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]) -> SoulRelease:
+    def build(
+        self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None
+    ) -> SoulRelease:
         """Return :class:`SoulRelease` over ``params``."""
-        return SoulRelease(params, **dataclasses.asdict(self))
+        del model
+        return SoulRelease(params, **self.settings())

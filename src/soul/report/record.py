@@ -32,6 +32,7 @@ class RunRecord:
         asked: What was to be forgotten, in words.
         objective: Name of the objective.
         optimizer: Name of the optimizer.
+        method: Name of the method that took the place of both.
         model: Name of the model.
         steps: Optimizer steps taken, if recorded.
         seconds: Wall-clock seconds of each phase.
@@ -53,6 +54,7 @@ class RunRecord:
     asked: str = ""
     objective: str = ""
     optimizer: str = ""
+    method: str = ""
     model: str = ""
     steps: int | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -155,7 +157,7 @@ def _read_record(path: Path, default_label: str) -> dict[str, Any]:
             f"{path}: format must be {FORMAT}, not {data.get('format')!r}; was it written by another version?"
         )
     fields: dict[str, Any] = {"label": _get(data, "label", str, "", where).strip() or default_label}
-    for key in ("asked", "objective", "optimizer", "model"):
+    for key in ("asked", "objective", "optimizer", "method", "model"):
         fields[key] = _get(data, key, str, "", where)
     for key in ("steps", "peak_memory_bytes", "n_forget", "n_retain"):
         fields[key] = _get(data, key, int, None, where)

@@ -47,6 +47,7 @@ def kind_of(split: str) -> str:
 def split_label(split: str) -> str:
     """Return the name of a split for a reader, e.g. ``Forgotten`` for ``forget``."""
     named = {"forget": "Forgotten", "kept": "Kept", "retain": "Kept", "text": "General text"}
+    named["forget_reworded"] = "Forgotten, asked in other words"
     words = split.replace("_", " ")
     if split in named:
         return named[split]
@@ -223,6 +224,7 @@ def sentences(run: RunRecord) -> tuple[str, ...]:
         if change.kind not in SUBJECTS:
             continue
         what = f"{metric_label(change.metric)} on {SUBJECTS[change.kind]}"
+        what += " asked in other words" if change.title == split_label("forget_reworded") else ""
         first, last = change.before, change.after
         if first is None or last is None:
             only = first or last
@@ -253,7 +255,7 @@ def check_summary(run: RunRecord) -> tuple[str, str]:
 def facts(run: RunRecord) -> tuple[tuple[str, str], ...]:
     """Return what was run and where, as names and values; the command is shown apart."""
     counts = (("items to forget", run.n_forget), ("items to keep", run.n_retain))
-    own = (("model", run.model), ("objective", run.objective), ("optimizer", run.optimizer))
+    own = (("model", run.model), ("method", run.method), ("objective", run.objective), ("optimizer", run.optimizer))
     known = [(name, value) for name, value in own if value]
     known += [(name, str(value)) for name, value in counts if value is not None]
     return (*known, *((key, value) for key, value in run.environment.items() if key != "command"))

@@ -1,0 +1,371 @@
+"""Kronecker-factored curvature of linear layers: what goes in, what comes back, and how to divide by both.
+
+For a linear layer ``y = W a`` the gradient of one position is ``g a^T`` with ``g`` the gradient at ``y``, and the
+Gauss-Newton block of ``vec W`` is ``sum_t E[(g_t a_t^T)(g_t a_t^T)^T]`` plus terms between positions. K-FAC (arXiv
+1503.05671; for layers shared over positions, "expand", arXiv 2311.00636) keeps::
+
+    F ~ A (x) G,    A = mean_t a_t a_t^T  [I, I],    G = sum_t E[g_t g_t^T]  [O, O]
+    F^-1 vec(D) = vec(G^-1 D A^-1)
+
+``g`` is the gradient of a random cotangent with ``E[r r^T] = sum_i w_i (diag p - p p^T)``
+(:mod:`soul.curvature.estimators`), so ``G`` needs no labels and is in nats: ``1/2 tr(D^T G D A)`` is the KL a change
+``D`` of the weights is predicted to cost. A bias is one more input that is always 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+LARGEST = 16_384
+"""Widest side of a factor: a 49,152-wide one (a vocabulary) would take 9.7 GB."""
+
+
+def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, nn.Linear]:
+    """Return the trainable linear layers that have Kronecker factors, by the name of the module.
+
+    Left out are the language-model head, layers whose weight another module shares (a tied embedding), and layers with
+    a side wider than ``largest``.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                users[id(p)] = users.get(id(p), 0) + 1
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and module.weight.requires_grad
+        and users[id(module.weight)] == 1
+        and max(module.weight.shape) <= largest
+    }
+
+
+def pack(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return weight and bias (or their gradients) as one matrix ``[O, I]``; ``[O, I + 1]`` where there is a bias."""
+    if layer.bias is None or not layer.bias.requires_grad:
+        return weight
+    column = torch.zeros_like(layer.bias, dtype=weight.dtype) if bias is None else bias.to(weight.dtype)
+    return torch.cat([weight, column[:, None]], dim=1)
+
+
+def unpack(layer: nn.Linear, matrix_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Undo :func:`pack`."""
+    if layer.bias is None or not layer.bias.requires_grad:
+        return matrix_OI, None
+    return matrix_OI[:, :-1], matrix_OI[:, -1]
+
+
+@dataclasses.dataclass
+class _Sum:
+    """A sum of outer products over positions, since the last time it was taken in."""
+
+    total: torch.Tensor | None = None
+    positions: int = 0
+
+    def add(self, rows_TD: torch.Tensor) -> None:
+        with torch.autocast(rows_TD.device.type, enabled=False):  # a hook runs in its forward pass's precision
+            part = rows_TD.T @ rows_TD
+        self.total = part if self.total is None else self.total.add_(part)
+        self.positions += len(rows_TD)
+
+
+class KroneckerFactors:
+    """The factors of a model's linear layers, watched by hooks while a context is open.
+
+    Layers that are given the very same input (query, key and value; gate and up) share one ``A``.
+
+    Args:
+        model: The model; its layers are those of :func:`linear_layers`.
+        outputs: Watch gradients too, for ``G``. Without it a forward pass suffices.
+        largest: Widest side of a factor.
+
+    Raises:
+        ValueError: The model has no linear layer that can be factored.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(2, 1, bias=False))
+        >>> factors = KroneckerFactors(layer)
+        >>> with factors.observing():
+        ...     layer(torch.tensor([[1.0, 3.0]])).backward(torch.tensor([[2.0]]))
+        >>> factors.absorb()
+        >>> factors.inputs("0"), factors.outputs("0")
+        (tensor([[1., 3.],
+                [3., 9.]]), tensor([[4.]]))
+    """
+
+    def __init__(self, model: nn.Module, *, outputs: bool = True, largest: int = LARGEST) -> None:
+        self.layers = linear_layers(model, largest)
+        if not self.layers:
+            raise ValueError(
+                f"{type(model).__name__} has no trainable linear layer of at most {largest} inputs and outputs beside "
+                "its head, so Kronecker-factored curvature has nothing to work on; use sophia"
+            )
+        self.watches_outputs = outputs
+        self.version = 0
+        """Counts :meth:`absorb`, so that what is derived from the factors knows when it is stale."""
+        self._a: dict[str, torch.Tensor] = {}
+        self._g: dict[str, torch.Tensor] = {}
+        self._same_input: dict[str, str] = {}
+        self._a_sums: dict[str, _Sum] = {}
+        self._g_sums: dict[str, _Sum] = {}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def inputs(self, name: str) -> torch.Tensor:
+        """Return ``A`` of a layer, ``[I, I]``, in fp32 at least."""
+        return self._a[self.input_of(name)]
+
+    def outputs(self, name: str) -> torch.Tensor:
+        """Return ``G`` of a layer, ``[O, O]``, in fp32 at least."""
+        return self._g[name]
+
+    def input_of(self, name: str) -> str:
+        """Return the layer that keeps ``A`` for this one: itself, or the first of those with the same input."""
+        return self._same_input.get(name, name)
+
+    @contextlib.contextmanager
+    def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:
+        """Watch forward (and backward) passes; padding, where the mask is false, does not count."""
+        mask = None if mask_BT is None else mask_BT.reshape(-1)
+        handles = [layer.register_forward_hook(self._watch(name, mask)) for name, layer in self.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._last = None
+
+    def _watch(self, name: str, mask: torch.Tensor | None) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            assert isinstance(layer, nn.Linear)
+            x = args[0]
+            if self._last is not None and self._last[1] is x and self._like(name, self._last[0]):
+                self._same_input[name] = self._last[0]
+            else:
+                self._a_sums.setdefault(name, _Sum()).add(self._input_rows(layer, x, mask))
+                self._last = (name, x)
+            if self.watches_outputs and output.requires_grad:
+                output.register_hook(lambda grad: self._g_sums.setdefault(name, _Sum()).add(_rows(grad)))
+
+        return hook
+
+    def _like(self, name: str, other: str) -> bool:
+        return (self.layers[name].bias is None) == (self.layers[other].bias is None)
+
+    @staticmethod
+    def _input_rows(layer: nn.Linear, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        rows = _rows(x.detach())
+        if mask is not None and len(mask) == len(rows):
+            rows = rows[mask]
+        if layer.bias is not None and layer.bias.requires_grad:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        return rows
+
+    @torch.no_grad()
+    def absorb(self, share: float = 1.0) -> None:
+        """Take in what was watched: ``A <- A + share (A_new - A)``, likewise ``G``; share 1 replaces the old.
+
+        Micro-batches watched since the last call count as one pass: ``A`` is the mean over their positions and ``G``
+        the sum, whose weights are to sum to 1 over the pass.
+
+        Raises:
+            ValueError: Nothing was watched.
+        """
+        if not self._a_sums:
+            raise ValueError("no forward pass was watched: run one inside observing() before absorb()")
+        for name, found in self._a_sums.items():
+            assert found.total is not None
+            _blend(self._a, name, found.total / found.positions, share)
+        for name, found in self._g_sums.items():
+            assert found.total is not None
+            _blend(self._g, name, found.total, share)
+        self._a_sums, self._g_sums = {}, {}
+        self.version += 1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the factors by name: ``<layer>.inputs``, ``<layer>.outputs``, and ``<layer>.shares`` (see below).
+
+        A layer without an ``A`` of its own has in ``shares`` the number of the layer that keeps it. Nothing is copied.
+        """
+        number = {name: i for i, name in enumerate(self.layers)}
+        shares = {f"{n}.shares": torch.tensor(number[other]) for n, other in self._same_input.items()}
+        factors = {f"{n}.inputs": a for n, a in self._a.items()} | {f"{n}.outputs": g for n, g in self._g.items()}
+        return factors | shares
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over the factors of another's :meth:`state`, as copies.
+
+        Raises:
+            ValueError: They are of layers this model does not have.
+        """
+        names = list(self.layers)
+        self._a, self._g, self._same_input = {}, {}, {}
+        for key, value in state.items():
+            name, _, side = key.rpartition(".")
+            if name not in self.layers:
+                raise ValueError(f"these factors are of another model: it has a layer {name!r}, and this one does not")
+            if side == "shares":
+                self._same_input[name] = names[int(value)]
+            else:
+                (self._a if side == "inputs" else self._g)[name] = value.to(self.layers[name].weight.device, copy=True)
+        self.version += 1
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _blend(kept: dict[str, torch.Tensor], name: str, new: torch.Tensor, share: float) -> None:
+    kept[name] = kept[name].lerp_(new, share) if name in kept and share < 1 else new
+
+
+def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return ``M + damping tr(M)/n I``; the identity where the matrix is 0, which knows of no direction."""
+    mean = float(matrix.diagonal().mean())
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return matrix + identity * (damping * mean) if mean > 0 else identity
+
+
+def inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return ``(M + damping tr(M)/n I)^-1``, in float64 where the precision of ``M`` does not suffice.
+
+    Damping is a share of the mean eigenvalue, so that it means the same in every layer; it must be above 0 where ``M``
+    is singular, as it is with fewer positions than inputs.
+    """
+    root, failed = torch.linalg.cholesky_ex(damped(matrix, damping))
+    if bool(failed):
+        root = torch.linalg.cholesky(damped(matrix.double(), damping))
+    return torch.cholesky_inverse(root).to(matrix.dtype)
+
+
+class KroneckerInverse:
+    """``D -> (G + damping)^-1 D (A + damping)^-1``, with both inverses kept until the factors change.
+
+    Args:
+        factors: The factors.
+        damping: Share of each factor's mean eigenvalue that is added to it.
+        outputs: Divide by ``G`` too; without it only inputs are whitened, ``D (A + damping)^-1``.
+
+    Raises:
+        ValueError: ``damping`` is not above 0.
+    """
+
+    def __init__(self, factors: KroneckerFactors, damping: float, *, outputs: bool = True) -> None:
+        if not damping > 0:
+            raise ValueError(f"damping must be above 0, not {damping}")
+        self.factors, self.damping, self.outputs = factors, damping, outputs
+        self._version = -1
+        self._left: dict[str, torch.Tensor] = {}
+        self._right: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:
+        """Return the preconditioned matrix of a layer, in its dtype."""
+        if self._version != self.factors.version:
+            self._left, self._right, self._version = {}, {}, self.factors.version
+        shared = self.factors.input_of(name)
+        if shared not in self._right:
+            self._right[shared] = inverse(self.factors.inputs(shared), self.damping)
+        result = matrix_OI.to(self._right[shared].dtype) @ self._right[shared]
+        if self.outputs:
+            if name not in self._left:
+                self._left[name] = inverse(self.factors.outputs(name), self.damping)
+            result = self._left[name] @ result
+        return result.to(matrix_OI.dtype)
+
+
+class EigenInverse:
+    """EK-FAC (arXiv 1806.03884): K-FAC's eigenbases with the true second moments along them.
+
+    With ``A = Q_A diag(.) Q_A^T`` and ``G`` likewise, ``D -> Q_G [(Q_G^T D Q_A) / (L + damping mean(L))] Q_A^T``, where
+    ``L[o, i] = E[(Q_G^T g a^T Q_A)[o, i]^2]`` is estimated by :meth:`correct`. Until then ``L`` is K-FAC's own, the
+    outer product of the eigenvalues.
+
+    Args:
+        factors: The factors; both sides.
+        damping: Share of a layer's mean ``L`` that is added to it.
+    """
+
+    def __init__(self, factors: KroneckerFactors, damping: float) -> None:
+        if not damping > 0:
+            raise ValueError(f"damping must be above 0, not {damping}")
+        self.factors, self.damping = factors, damping
+        self._bases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kfac: dict[str, torch.Tensor] = {}
+        self.moments: dict[str, torch.Tensor] = {}
+        self.corrections: dict[str, int] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether factors have been taken in, so that there are bases to correct in."""
+        return self.factors.version > 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return bases, K-FAC's moments, the corrected ones and their number, by layer; nothing is copied."""
+        parts = {f"{n}.g_basis": q for n, (q, _) in self._bases.items()}
+        parts |= {f"{n}.a_basis": q for n, (_, q) in self._bases.items()}
+        parts |= {f"{n}.kfac": v for n, v in self._kfac.items()}
+        parts |= {f"{n}.moments": v for n, v in self.moments.items()}
+        return parts | {f"{n}.corrections": torch.tensor(v) for n, v in self.corrections.items()}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over another's :meth:`state`, as copies."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in state.items():
+            name, _, part = key.rpartition(".")
+            found.setdefault(part, {})[name] = value.to(self.factors.layers[name].weight.device, copy=True)
+        sides = found.get("g_basis", {}), found.get("a_basis", {})
+        self._bases = {name: (sides[0][name], sides[1][name]) for name in sides[0]}
+        self._kfac, self.moments = found.get("kfac", {}), found.get("moments", {})
+        self.corrections = {name: int(v) for name, v in found.get("corrections", {}).items()}
+
+    @torch.no_grad()
+    def basis(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``(Q_G, Q_A)`` of a layer, found once and then kept whatever the factors do."""
+        if name not in self._bases:
+            a, g = self.factors.inputs(name), self.factors.outputs(name)
+            a_values, a_vectors = torch.linalg.eigh(a)
+            g_values, g_vectors = torch.linalg.eigh(g)
+            self._bases[name] = (g_vectors, a_vectors)
+            self._kfac[name] = torch.outer(g_values.clamp(min=0), a_values.clamp(min=0))
+        return self._bases[name]
+
+    def rotate(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:
+        """Return ``Q_G^T D Q_A``."""
+        q_g, q_a = self.basis(name)
+        return q_g.T @ matrix_OI.to(q_a.dtype) @ q_a
+
+    @torch.no_grad()
+    def correct(self, name: str, gradient_OI: torch.Tensor, decay: float = 1.0) -> None:
+        """Take in one curvature gradient, whose square along the eigenvectors is an unbiased estimate of ``L``.
+
+        Args:
+            name: The layer.
+            gradient_OI: Gradient of a random cotangent (a whole curvature pass, terms between positions included).
+            decay: 1 averages all that came; below 1, an exponential average, debiased.
+        """
+        squared = self.rotate(name, gradient_OI).square_()
+        n = self.corrections.get(name, 0) + 1
+        share = 1 / n if decay == 1 else (1 - decay) / (1 - decay**n)
+        self.corrections[name] = n
+        _blend(self.moments, name, squared, share)
+
+    @torch.no_grad()
+    def __call__(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:
+        """Return the preconditioned matrix of a layer, in its dtype."""
+        q_g, q_a = self.basis(name)
+        rotated = self.rotate(name, matrix_OI)
+        moments = self.moments.get(name, self._kfac[name])
+        mean = float(moments.mean())
+        if mean > 0:
+            rotated = rotated / (moments + self.damping * mean)
+        return (q_g @ rotated @ q_a.T).to(matrix_OI.dtype)

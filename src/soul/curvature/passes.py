@@ -1,0 +1,300 @@
+"""Curvature passes: how the model is run for them, how squares add up, and what becomes of a warm start."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from soul.curvature import cache
+from soul.curvature.estimators import ESTIMATORS, Cotangent
+from soul.curvature.picks import Pick, Plan, choose
+from soul.curvature.quiet import full_precision, without_noise
+from soul.curvature.spec import CurvatureSpec
+from soul.data.batches import collate_rows
+from soul.data.templates import Encoded
+from soul.forward import Answers, forward_answers, unwrap
+
+Estimate = dict[torch.Tensor, torch.Tensor]
+
+
+class Observer(Protocol):
+    """The side of an update rule that passes know (:class:`soul.optim.base.UpdateRule`)."""
+
+    def observing(self, mask_BT: torch.Tensor | None = None) -> contextlib.AbstractContextManager[None]:
+        """Return the context of one micro-batch."""
+        ...
+
+    def update_curvature(self, estimate: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Take in what a refresh found."""
+        ...
+
+    def curvature_state(self) -> Mapping[str, torch.Tensor] | None:
+        """Return what passes told the rule beyond estimates; None if there is no such thing."""
+        ...
+
+    def load_curvature_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Begin with such a state."""
+        ...
+
+
+class CurvaturePasses:
+    """Makes the passes that a :class:`~soul.curvature.spec.CurvatureSpec` asks for and hands a rule what they found.
+
+    A refresh of ``M`` micro-batches backpropagates ``sqrt(w_i)`` times each token's cotangent, ``w_i`` being one over
+    the answer tokens of the whole refresh, and adds up the squares of the micro-batches' gradients
+    (:mod:`soul.curvature.estimators`). The sum needs a buffer of the size of the trainable weights, which a single
+    micro-batch does without: the rule squares ``p.grad`` itself.
+
+    The model is run as it trains, with dropout at zero (:func:`without_noise`); gradients are neither clipped nor
+    scaled; a pass begins with empty gradients and leaves them empty. The estimate is exact, in expectation, for the
+    mean loss over the tokens of the examples picked.
+
+    *Several processes* (DistributedDataParallel): each runs ``M`` micro-batches of its own with the gradients'
+    averaging off, and the sums of squares are added over processes. Averaging gradients before the square would be
+    unbiased up to a factor, but as noisy as a single micro-batch. ``R`` processes of ``M`` micro-batches give the
+    estimate of one process with ``R * M``.
+
+    Args:
+        spec: What passes are made.
+        rows: The examples, tokenised.
+        text: Plain passages, tokenised, of which ``spec.general_text`` join every micro-batch.
+        seed: Seed of picks and noise.
+        pad_id: Padding token.
+        autocast: The precision training runs in.
+        numerics: Names that precision and whatever else changes the last bits of an estimate, for the cache.
+
+    Raises:
+        ValueError: There is nothing to pick from, or a warm start is asked of an estimator without passes.
+    """
+
+    def __init__(
+        self,
+        spec: CurvatureSpec,
+        rows: Sequence[Encoded],
+        text: Sequence[Encoded] = (),
+        *,
+        seed: int = 0,
+        pad_id: int = 0,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        numerics: str = "",
+    ) -> None:
+        self.estimator = ESTIMATORS[spec.estimator]
+        if not rows:
+            raise ValueError(f"curvature.source is {spec.source!r}, and there are no such examples")
+        if spec.warm_start and not self.estimator.needs_pass:
+            raise ValueError(f"curvature.estimator {spec.estimator} makes no passes: set curvature.warm_start to 0")
+        self.spec, self.rows, self.text = spec, list(rows), list(text)
+        self.seed, self.pad_id, self.autocast, self.numerics = seed, pad_id, autocast, numerics
+
+    def plan(self, step: int) -> Plan:
+        """Return the picks of the refresh before ``step``, those of all processes.
+
+        Examples are ranked by a hash of (seed, step, content), so removing one that was not picked changes nothing:
+        the retain set of the next request mostly leads to the same picks.
+        """
+        size = min(self.spec.batch, len(self.rows))
+        extra = min(self.spec.general_text, len(self.text))
+        count = self.spec.passes(step) * _world()[1]
+        picks = choose(self.rows, count * size, self.seed, step, "rows")
+        text = choose(self.text, count * extra, self.seed, step, "text")
+        return [picks[i * size : (i + 1) * size] + text[i * extra : (i + 1) * extra] for i in range(count)]
+
+    def refresh(self, model: nn.Module, rule: Observer, step: int, *, identity: str = "") -> None:
+        """Bring ``rule`` the curvature that it should have before update number ``step``.
+
+        A warm start is read from the cache if the same passes on the same model were made before.
+
+        Args:
+            model: The model, in its wrapper if it has one.
+            rule: The update rule.
+            step: The update that follows, counted from 0.
+            identity: Names the rule and those of its settings that its ``curvature_state`` depends on.
+
+        Raises:
+            ValueError: The wrapper or the rule cannot do what is asked.
+        """
+        watches = rule.curvature_state() is not None
+        self._check(model, watches)
+        plan = self.plan(step)
+        warm = step == 0 and self.spec.warm_start > 0
+        file, found = None, None
+        if warm and self.spec.cache:
+            file = cache.path(unwrap(model), {**self._describe(plan), "rule": identity if watches else None})
+            found = cache.read(file, next(model.parameters()).device)
+        if file is not None and _everywhere(found is not None):
+            assert found is not None
+            self._take_over(model, rule, found, watches)
+            return
+        with _gradients_left_empty(model):
+            estimate = self.estimate(model, rule, plan, explicit=warm)
+            keep = file if _world()[0] == 0 else None
+            if keep and not watches:  # before the rule gets it, which may compute in place
+                cache.write(keep, _named(model, estimate or {}), self._describe(plan))
+            for _ in range(self._worth(step, watches)):
+                rule.update_curvature(estimate)
+            if keep and watches:
+                cache.write(keep, rule.curvature_state() or {}, self._describe(plan))
+
+    def _worth(self, step: int, watches: bool) -> int:
+        """Return how many refreshes an estimate is worth.
+
+        An average of estimates that took a warm start for one refresh would give half of its weight to the next one,
+        many times as noisy. Told several times of the same, it remains what it is and weighs what it should. A rule
+        that watches passes takes in what it saw once.
+        """
+        return 1 if watches else max(1, self.spec.passes(step) // self.spec.micro_batches)
+
+    def _check(self, model: nn.Module, watches: bool) -> None:
+        if watches and self.estimator.cotangent is None:
+            fit = ", ".join(name for name, kind in ESTIMATORS.items() if kind.cotangent)
+            raise ValueError(f"this optimizer watches backward passes: curvature.estimator must be one of {fit}")
+        if _world()[1] > 1 and (watches or not isinstance(model, DistributedDataParallel)):
+            what = "an optimizer that watches the model's layers" if watches else type(model).__name__
+            raise ValueError(
+                f"curvature passes in several processes know optimizers with a diagonal and DistributedDataParallel, "
+                f"not {what}: use one process"
+            )
+
+    def _describe(self, plan: Plan) -> dict[str, Any]:
+        """Say what an estimate depends on besides the model and the rule."""
+        picks = [[(pick.row.key, pick.seed) for pick in picks] for picks in plan]
+        return {
+            "estimator": self.spec.estimator,
+            "picks": hashlib.blake2b(repr(picks).encode(), digest_size=16).hexdigest(),
+            "processes": _world()[1],
+            "numerics": self.numerics,
+        }
+
+    def _take_over(self, model: nn.Module, rule: Observer, found: dict[str, torch.Tensor], watches: bool) -> None:
+        """Give the rule what the cache holds, as if it had just been found."""
+        if watches:
+            rule.load_curvature_state(found)
+            return
+        estimate = {p: found[name] for name, p in _trainable(model).items()}
+        for _ in range(self._worth(0, watches)):
+            rule.update_curvature(estimate)
+
+    def estimate(self, model: nn.Module, rule: Observer, plan: Plan, *, explicit: bool = True) -> Estimate | None:
+        """Return the estimate for each trainable parameter, in fp32 at least; None where it is the gradients' square.
+
+        Args:
+            model: The model, in its wrapper if it has one.
+            rule: Watches the passes; its ``update_curvature`` is not called.
+            plan: The micro-batches of all processes.
+            explicit: Return the estimate even where the gradients could be left to be squared.
+        """
+        params = list(_trainable(model).values())
+        rank, world = _world()
+        tokens = sum(pick.row.answer_length for picks in plan for pick in picks)
+        explicit = explicit or len(plan) > 1 or self.estimator.diagonal is not None
+        sums: list[torch.Tensor] | None = None
+        no_sync = getattr(model, "no_sync", contextlib.nullcontext)
+        with without_noise(model), no_sync():
+            for picks in plan[rank::world]:
+                terms = self._micro_batch(model, rule, picks, 1 / tokens, params)
+                if not explicit:
+                    return None
+                sums = _add_up(sums, terms, params)
+        assert sums is not None
+        if world > 1:
+            for value in sums:
+                dist.all_reduce(value)
+        return dict(zip(params, sums, strict=True))
+
+    def _micro_batch(
+        self, model: nn.Module, rule: Observer, picks: list[Pick], weight: float, params: list[torch.Tensor]
+    ) -> list[torch.Tensor] | None:
+        """Run the model on ``picks``; return their part of the diagonal, or None where gradients are to be squared."""
+        device = params[0].device
+        batch = {k: v.to(device) for k, v in collate_rows([p.row for p in picks], pad_id=self.pad_id).items()}
+        with rule.observing(batch["attention_mask"].bool()):
+            if self.estimator.diagonal is not None:
+                seed = int.from_bytes(hashlib.blake2b(repr([p.seed for p in picks]).encode(), digest_size=7).digest())
+                generator = torch.Generator(device).manual_seed(seed)
+                # Attention from other packages may return wrong second derivatives without an error.
+                attention = getattr(getattr(unwrap(model), "config", None), "_attn_implementation", "eager")
+                by_differences = attention not in ("eager", "sdpa")
+                with full_precision(model):
+                    loss = functools.partial(_loss, model, batch, weight)
+                    return self.estimator.diagonal(loss, params, generator, differences=by_differences)
+            assert self.estimator.cotangent is not None
+            with self.autocast():
+                answers = forward_answers(model, batch)
+            answers.logits_NV.backward(gradient=_cotangent(self.estimator.cotangent, answers, picks, weight))
+        return None
+
+
+def _loss(model: nn.Module, batch: Mapping[str, torch.Tensor], weight: float) -> torch.Tensor:
+    return forward_answers(model, batch).token_logps().sum() * -weight
+
+
+def _cotangent(make: Cotangent, answers: Answers, picks: list[Pick], weight: float) -> torch.Tensor:
+    """Return the cotangents of a batch, each row's from noise of its own."""
+    logits_NV = answers.logits_NV
+    result_NV = torch.empty_like(logits_NV)
+    start = 0
+    for pick in picks:
+        part = slice(start, start + pick.row.answer_length)
+        generator = torch.Generator(logits_NV.device).manual_seed(pick.seed)
+        weights = torch.full((pick.row.answer_length,), weight, dtype=torch.float64)
+        result_NV[part] = make(logits_NV[part].detach(), weights, generator, answers.targets_N[part])
+        start = part.stop
+    assert start == len(logits_NV)
+    return result_NV
+
+
+def _add_up(
+    sums: list[torch.Tensor] | None, terms: list[torch.Tensor] | None, params: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Add ``terms``, or the squares of the gradients, one parameter at a time; gradients and terms are used up."""
+    total = []
+    for i, p in enumerate(params):
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if terms is not None:
+            term = terms.pop(0).to(wide)
+        else:
+            term = torch.zeros_like(p, dtype=wide) if p.grad is None else p.grad.to(wide).square()
+        p.grad = None
+        total.append(term if sums is None else sums[i].add_(term))
+    return total
+
+
+@contextlib.contextmanager
+def _gradients_left_empty(model: nn.Module) -> Iterator[None]:
+    params = _trainable(model).values()
+    assert all(p.grad is None for p in params), "a curvature pass begins with empty gradients"
+    try:
+        yield
+    finally:
+        for p in params:
+            p.grad = None
+
+
+def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+
+
+def _named(model: nn.Module, estimate: Estimate) -> dict[str, torch.Tensor]:
+    return {name: estimate[p] for name, p in _trainable(model).items()}
+
+
+def _world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _everywhere(flag: bool) -> bool:
+    """Say whether ``flag`` is true in every process."""
+    if _world()[1] == 1:
+        return flag
+    flags: list[bool] = [False] * _world()[1]
+    dist.all_gather_object(flags, flag)
+    return all(flags)

@@ -1,0 +1,1 @@
+"""Methods: model, data -> model, where there is no loss to step on. One file a method."""

@@ -1,0 +1,62 @@
+"""What a method is: model, data -> model, where there is no loss for the trainer to step on."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from soul.data.batches import UnlearnDataset
+
+Progress = Callable[[str, int, int], None]
+Log = Callable[[Mapping[str, float]], None]
+
+
+def silent(_what: str, _done: int, _of: int) -> None:
+    """Show no progress."""
+
+
+def unheard(_record: Mapping[str, float]) -> None:
+    """Keep no log."""
+
+
+def json_lines(path: Path) -> Log:
+    """Return a log that writes one JSON line a record to ``path``, which is begun anew."""
+    path.write_text("", encoding="utf-8")
+
+    def log(record: Mapping[str, float]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(record)) + "\n")
+
+    return log
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """Hyper-parameters of a method, with one verb: ``method(model, data) -> model``.
+
+    It replaces objective, optimizer and training loop; data, adapters, saving and evaluation stay as they are.
+    Randomness comes from ``data.seed``, and the device is the model's.
+
+    Example:
+        >>> data = UnlearnDataset(template, forget, retain, method.views)  # doctest: +SKIP
+        >>> model = method(model, data, log=records.append)  # doctest: +SKIP
+    """
+
+    name: ClassVar[str]
+    views: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    """The sets it looks at, and so cannot do without."""
+
+    @abc.abstractmethod
+    def __call__(self, model: Any, data: UnlearnDataset, *, progress: Progress = silent, log: Log = unheard) -> Any:
+        """Return a model that has forgotten; it may be the one given, changed in place.
+
+        Args:
+            model: A causal language model, with or without adapters; only what is trainable changes.
+            data: The two sets, tokenised.
+            progress: Called with (what, done, of).
+            log: Called with the record of each step: ``step``, ``seconds``, and what the method measured.
+        """

@@ -1,0 +1,30 @@
+"""EK-FAC: K-FAC's eigenbases with the true second moments along them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from soul.curvature.kronecker import EigenInverse
+from soul.optim.kfac import KFACSpec
+from soul.optim.kronecker import KroneckerRule
+from soul.registry import OPTIMIZERS
+
+
+@OPTIMIZERS.register("ekfac")
+@dataclasses.dataclass(frozen=True)
+class EKFACSpec(KFACSpec):
+    """Natural gradient by Kronecker factors with corrected eigenvalues (EK-FAC, arXiv 1806.03884).
+
+    The eigenbases are found at the first refresh and kept; every later refresh corrects the moments along them.
+    """
+
+    def build(
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None
+    ) -> KroneckerRule:
+        """Return the rule over ``params`` of ``model``."""
+        factors = self.factors_of(model, outputs=True)
+        return self.rule(params, factors, EigenInverse(factors, self.damping), self.newton)

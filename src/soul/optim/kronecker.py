@@ -1,0 +1,304 @@
+"""The update rule of Kronecker-factored curvature; what divides by the factors is given to it."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, pack, unpack
+from soul.optim._elementwise import check_above, check_between, check_common
+from soul.optim.base import CurvatureOptimizerSpec, UpdateRule
+
+Others = Literal["frozen", "diagonal"]
+Preconditioner = KroneckerInverse | EigenInverse
+_LEVENBERG = 1.5  # factor by which damping follows the ratio of measured to predicted KL
+_DAMPING_RANGE = 30.0  # and how far it may go from where it began
+
+
+class KroneckerRule(UpdateRule):
+    """Momentum times the inverse of Kronecker-factored curvature, as long a step as a budget in that metric allows.
+
+    With ``P`` the preconditioner of a layer (:mod:`soul.curvature.kronecker`), ``g`` the gradient ``[O, I]``::
+
+        m <- b m + (1 - b) g                       m_hat = m / (1 - b^steps)
+        u = P m_hat                                |u|^2 = sum over layers <u, m_hat>
+        W <- W (1 - lr wd) - min(newton, lr / |u|) u
+
+    ``|u|`` is the step's length in the damped curvature: where ``P`` divides by both factors, ``1/2 lr^2`` is the KL
+    (nats a token of the curvature's source) that a step is predicted to cost at most, and ``newton = 1`` stops at the
+    Newton step. Where only inputs are whitened, ``lr^2`` is the mean squared change of the layers' outputs, summed over
+    outputs and layers, and there is no Newton step to stop at.
+
+    Parameters without factors (embeddings, head, norms, convolutions) are left as they are, or stepped by their
+    diagonal curvature ``m_hat / (h + damping mean(h))`` in the same metric.
+
+    Args:
+        params: Parameters or parameter groups of ``model``.
+        factors: The factors of the model's layers.
+        preconditioner: What divides by them.
+        lr: Longest step in the metric.
+        momentum: Decay ``b`` of the average of gradients.
+        decay: Decay of the factors a refresh, debiased.
+        newton: Largest share of the full Newton step; 0 for no bound.
+        others: What to do with parameters without factors.
+        weight_decay: Decoupled weight decay.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range, or no parameter belongs to a layer with factors.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        factors: KroneckerFactors,
+        preconditioner: Preconditioner,
+        *,
+        lr: float = 0.03,
+        momentum: float = 0.9,
+        decay: float = 0.95,
+        newton: float = 1.0,
+        others: Others = "frozen",
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_common(lr, weight_decay, momentum=momentum, decay=decay)
+        check_between("newton", newton, 0.0, math.inf)
+        if others not in ("frozen", "diagonal"):
+            raise ValueError(f"others must be frozen or diagonal, not {others!r}")
+        self.factors, self.preconditioner = factors, preconditioner
+        self._damping = self._damping_begun = preconditioner.damping
+        self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
+        defaults = {"lr": lr, "momentum": momentum, "decay": decay, "newton": newton, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "others": others, "refreshes": 0})
+        if not any(id(p) in self._layer_of for group in self.param_groups for p in group["params"]):
+            raise ValueError("none of the parameters belongs to a linear layer with Kronecker factors")
+
+    @contextlib.contextmanager
+    def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:
+        """Watch passes; see :meth:`KroneckerFactors.observing`. EK-FAC takes in the gradients that stand at the end."""
+        with self.factors.observing(mask_BT):
+            yield
+        if isinstance(self.preconditioner, EigenInverse) and self.preconditioner.ready:
+            for name, layer in self.factors.layers.items():
+                if layer.weight.grad is not None:
+                    bias = layer.bias.grad if layer.bias is not None else None
+                    self.preconditioner.correct(
+                        name, pack(layer, layer.weight.grad, bias), self.param_groups[0]["decay"]
+                    )
+
+    @torch.no_grad()
+    def update_curvature(self, estimate: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Take in what was watched, and the diagonal estimate for parameters without factors."""
+        for group in self.param_groups:
+            group["refreshes"] += 1
+        first = self.param_groups[0]
+        share = (1 - first["decay"]) / (1 - first["decay"] ** first["refreshes"])
+        self.preconditioner.damping = self._damping
+        self.factors.absorb(share)
+        for _, p in self._others():
+            if estimate is None and p.grad is None:
+                continue
+            new = p.grad.float().square() if estimate is None and p.grad is not None else (estimate or {})[p].float()
+            state = self.state[p]
+            state["curvature"] = state["curvature"].lerp_(new, share) if "curvature" in state else new.clone()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one update; parameters without a gradient stay as they are.
+
+        Raises:
+            ValueError: There is no curvature yet, or a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.param_groups[0]["refreshes"]:
+            raise ValueError(
+                f"{type(self).__name__} has no curvature yet: run a pass inside observing(), then update_curvature()"
+            )
+        moves = [*self._layer_moves(), *self._other_moves()]
+        if moves:
+            self._apply(moves)
+        return loss
+
+    def _layer_moves(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield ``(group, parameter, u, <u, m_hat>)`` of the layers with factors."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        for name, layer in self.factors.layers.items():
+            group = group_of.get(id(layer.weight))
+            if group is None or layer.weight.grad is None:
+                continue
+            bias = layer.bias if layer.bias is not None and layer.bias.requires_grad else None
+            m_hat = pack(
+                layer,
+                self._momentum(group, layer.weight),
+                None if bias is None else self._momentum(group_of[id(bias)], bias),
+            )
+            u = self.preconditioner(name, m_hat)
+            dot = (u * m_hat).sum()
+            u_weight, u_bias = unpack(layer, u)
+            yield group, layer.weight, u_weight, dot
+            if bias is not None and u_bias is not None:
+                yield group_of[id(bias)], bias, u_bias, torch.zeros_like(dot)
+
+    def _other_moves(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for group, p in self._others():
+            h = self.state[p].get("curvature")
+            if p.grad is None or h is None:
+                continue
+            m_hat = self._momentum(group, p)
+            floor = self._damping * h.mean()
+            u = torch.where(h + floor > 0, m_hat / (h + floor), 0)
+            yield group, p, u, (u * m_hat).sum()
+
+    def _apply(self, moves: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        length = torch.stack([dot for *_, dot in moves]).sum().clamp(min=0).sqrt()
+        first = self.param_groups[0]
+        scale = float(first["lr"]) / length.clamp(min=torch.finfo(length.dtype).tiny)
+        if first["newton"]:
+            scale = scale.clamp(max=first["newton"])
+        for group, p, u, _ in moves:
+            if group["weight_decay"]:
+                p.mul_(1 - float(group["lr"]) * group["weight_decay"])
+            p.sub_((scale * u).to(p.dtype))
+        self._last = {"newton_share": scale, "step_length": scale * length}
+
+    def _momentum(self, group: dict[str, Any], p: torch.Tensor) -> torch.Tensor:
+        """Update the average of a parameter's gradients and return it debiased, in fp32 at least."""
+        assert p.grad is not None
+        if p.grad.layout != torch.strided:
+            raise ValueError(f"{type(self).__name__} needs dense gradients")
+        state = self.state[p]
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        if "exp_avg" not in state:
+            state["step"], state["exp_avg"] = 0, torch.zeros_like(p, dtype=dtype)
+        state["step"] += 1
+        state["exp_avg"].lerp_(p.grad.to(dtype), 1 - group["momentum"])
+        return state["exp_avg"] / (1 - group["momentum"] ** state["step"])
+
+    def _others(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        for group in self.param_groups:
+            for p in group["params"] if group["others"] == "diagonal" else ():
+                if id(p) not in self._layer_of:
+                    yield group, p
+
+    def predicted_kl(self) -> float | None:
+        """Return ``1/2 |step|^2``, which bounds what the factors predict; None where inputs alone are whitened."""
+        last = getattr(self, "_last", None)
+        knows = isinstance(self.preconditioner, EigenInverse) or self.preconditioner.outputs
+        return 0.5 * float(last["step_length"]) ** 2 if last and knows else None
+
+    def feedback(self, scale: float, measured_kl: float) -> None:
+        """Raise damping where a step cost more than predicted, lower it where it cost less (Levenberg, Marquardt).
+
+        It takes effect at the next refresh, when the inverses are made anew.
+        """
+        predicted = self.predicted_kl()
+        if not predicted:
+            return
+        ratio = measured_kl / (scale**2 * predicted)
+        factor = _LEVENBERG if ratio > 2 else 1 / _LEVENBERG if ratio < 0.5 else 1.0
+        begun = self._damping_begun
+        self._damping = min(max(self._damping * factor, begun / _DAMPING_RANGE), begun * _DAMPING_RANGE)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the length of the last step in the metric, its share of the Newton step, and the damping."""
+        last = getattr(self, "_last", None)
+        return {k: float(v) for k, v in last.items()} | {"damping": self._damping} if last else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state and, under ``kronecker``, the factors and what was derived from them over time."""
+        return super().state_dict() | {
+            "kronecker": self.curvature_state() | {"damping": torch.tensor(self._damping, dtype=torch.float64)}
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over ``state_dict``, as copies and in the precision of the state."""
+        super().load_state_dict(state_dict)
+        exact = [p for group in state_dict["param_groups"] for p in group["params"]]
+        for key, p in zip(exact, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, torch.Tensor) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(p.device, copy=True)  # torch rounded it to the parameter's dtype
+        kept = dict(state_dict["kronecker"])
+        self._damping = self.preconditioner.damping = float(kept.pop("damping"))
+        if kept:
+            self._load_factors(kept)
+
+    def curvature_state(self) -> dict[str, torch.Tensor]:
+        """Return the factors, and EK-FAC's bases and moments, by name."""
+        own = self.preconditioner.state() if isinstance(self.preconditioner, EigenInverse) else {}
+        return {f"factor.{k}": v for k, v in self.factors.state().items()} | {f"eigen.{k}": v for k, v in own.items()}
+
+    def load_curvature_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Begin with curvature found earlier: one refresh is behind it."""
+        for group in self.param_groups:
+            group["refreshes"] = 1
+        self._load_factors(state)
+
+    def _load_factors(self, state: Mapping[str, torch.Tensor]) -> None:
+        parts: dict[str, dict[str, torch.Tensor]] = {"factor": {}, "eigen": {}}
+        for key, value in state.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self.factors.load_state(parts["factor"])
+        if isinstance(self.preconditioner, EigenInverse):
+            self.preconditioner.load_state(parts["eigen"])
+
+
+def _parameters(layer: nn.Linear) -> list[torch.Tensor]:
+    return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+
+
+@dataclasses.dataclass(frozen=True)
+class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
+    """What rules with Kronecker factors have in common.
+
+    Attributes:
+        lr: Longest step in the rule's metric.
+        momentum: Decay of the average of gradients.
+        decay: Decay of the factors a refresh.
+        damping: Share of each factor's mean eigenvalue that is added to it.
+        others: Parameters without factors (embeddings, head, norms): ``frozen``, or by their ``diagonal`` curvature.
+    """
+
+    lr: float = 0.03
+    momentum: float = 0.9
+    decay: float = 0.95
+    damping: float = 0.1
+    others: Others = "frozen"
+
+    needs_modules = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_common(self.lr, self.weight_decay, momentum=self.momentum, decay=self.decay)
+        check_above("damping", self.damping, 0.0)
+
+    def rule(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        factors: KroneckerFactors,
+        preconditioner: Preconditioner,
+        newton: float,
+    ) -> KroneckerRule:
+        """Return the rule over ``params`` with the preconditioner a subclass chose."""
+        settings = {k: v for k, v in self.settings().items() if k not in ("damping", "newton")}
+        return KroneckerRule(params, factors, preconditioner, newton=newton, **settings)
+
+    def factors_of(self, model: nn.Module | None, *, outputs: bool) -> KroneckerFactors:
+        """Return the factors of ``model``.
+
+        Raises:
+            ValueError: No model was given.
+        """
+        if model is None:
+            raise ValueError(f"{self.name} watches the model's layers: build(params, model) needs the model")
+        return KroneckerFactors(model, outputs=outputs)

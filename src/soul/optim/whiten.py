@@ -1,0 +1,35 @@
+"""Input whitening: the cheapest Kronecker factor, from forward passes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+
+from soul.curvature.kronecker import KroneckerInverse
+from soul.optim.kronecker import KroneckerRule, KroneckerSpec
+from soul.registry import OPTIMIZERS
+
+
+@OPTIMIZERS.register("whiten")
+@dataclasses.dataclass(frozen=True)
+class WhitenSpec(KroneckerSpec):
+    """Gradients divided by the second moment of each layer's retained inputs: ``dW (A + damping)^-1``.
+
+    Directions in which retained inputs are large are moved least, so what the layers give for retained text changes
+    least. It is K-FAC (arXiv 1503.05671) with the output side taken as a multiple of the identity. ``lr^2`` is the mean
+    squared change of the outputs of all layers that a step makes on the curvature's source.
+    """
+
+    lr: float = 1.0
+    damping: float = 0.003
+    others: Literal["frozen"] = "frozen"
+
+    def build(
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None
+    ) -> KroneckerRule:
+        """Return the rule over ``params`` of ``model``."""
+        factors = self.factors_of(model, outputs=False)
+        return self.rule(params, factors, KroneckerInverse(factors, self.damping, outputs=False), newton=0.0)

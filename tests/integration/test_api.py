@@ -1,0 +1,161 @@
+"""The library in Python: one call, a trainer, and an optimizer of one's own loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import datasets
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+import soul
+from soul.objectives.npo import NPO
+from soul.optim.sophia import SophiaSpec
+
+SHORT = {"max_steps": 3, "precision": "float32", "save_steps": 0}
+
+
+def rows(examples):
+    return [{"question": e.prompt, "answer": e.answer} for e in examples]
+
+
+def states(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_one_call_changes_the_model_in_place_and_returns_the_log(tokenizer, make_model, forget_set, retain_set):
+    model = make_model()
+    result = soul.unlearn(model, tokenizer, forget=forget_set, retain=retain_set, training=SHORT)
+    assert result.model is model
+    assert any(not torch.equal(v, make_model().state_dict()[k]) for k, v in model.state_dict().items())
+    assert [line["step"] for line in result.log] == [1, 2, 3]
+    assert all(
+        {"forget", "retain", "loss", "win_rate", "learning_rate", "seconds"} <= line.keys() for line in result.log
+    )
+
+
+def test_however_the_data_and_settings_are_given_the_result_is_the_same(
+    tokenizer, make_model, forget_set, retain_set, tmp_path
+):
+    for name, examples in (("f", forget_set), ("r", retain_set)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows(examples)))
+    prompts = [{"prompt": e.prompt, "response": e.answer} for e in forget_set]
+    chats = [
+        {"messages": [{"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.answer}]}
+        for e in forget_set
+    ]
+    plain = {"forget": forget_set, "retain": retain_set, "objective": "npo", "optimizer": "sophia"}
+    ways = [
+        plain,
+        plain | {"forget": str(tmp_path / "f.jsonl"), "retain": tmp_path / "r.jsonl"},
+        plain | {"forget": rows(forget_set), "retain": datasets.Dataset.from_list(rows(retain_set))},
+        plain | {"forget": prompts, "retain": (row for row in rows(retain_set))},
+        plain | {"forget": chats},
+        plain | {"objective": NPO(), "optimizer": SophiaSpec()},
+        plain | {"objective": {"name": "npo", "beta": NPO().beta}, "optimizer": {"name": "sophia"}},
+    ]
+    results = []
+    for way in ways:
+        model = make_model()
+        soul.unlearn(model, tokenizer, training=SHORT, **way)
+        results.append(states(model))
+    for other in results[1:]:
+        assert all(torch.equal(v, results[0][k]) for k, v in other.items())
+
+
+def test_settings_reach_the_run(tokenizer, make_model, forget_set, retain_set):
+    more = {"objective": {"name": "grad_diff", "retain": "kl"}, "optimizer": {"name": "adamw", "lr": 1e-3}}
+    training = soul.TrainingSpec(epochs=2, batch_size=4, warmup=0.0, schedule="constant", precision="float32")
+    result = soul.unlearn(make_model(), tokenizer, forget=forget_set, retain=retain_set, training=training, **more)
+    assert [line["learning_rate"] for line in result.log] == [1e-3] * 4
+    assert result.log[0]["retain"] == pytest.approx(0, abs=1e-6)  # KL to itself
+
+
+def test_only_the_adapter_of_a_peft_model_changes(tokenizer, make_model, forget_set, retain_set):
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = states(model)
+    objective = {"name": "npo", "retain": "kl"}
+    optimizer = {"name": "adamw", "lr": 1e-2}
+    training = SHORT | {"reference": "adapter_off"}
+    soul.unlearn(
+        model,
+        tokenizer,
+        forget=forget_set,
+        retain=retain_set,
+        objective=objective,
+        optimizer=optimizer,
+        training=training,
+    )
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all("lora_" in key for key in changed)
+
+
+def test_callbacks_of_transformers_are_called(tokenizer, make_model, forget_set, retain_set):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    result = soul.unlearn(
+        make_model(), tokenizer, forget=forget_set, retain=retain_set, callbacks=[Stop()], training=SHORT
+    )
+    assert len(result.log) == 2
+    assert issubclass(soul.UnlearnTrainer, transformers.Trainer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"forget": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
+        ({"forget": [{"frage": "x"}]}, r"forget\[0\]: no example in the columns found \(frage\)"),
+        ({"forget": [7]}, r"forget\[0\] must be a soul.Example or a mapping"),
+        ({"retain": []}, "needs a retain set"),
+        ({"objective": "nop"}, "Did you mean 'npo'"),
+        ({"optimizer": {"name": "adamw", "learning_rate": 1}}, "unknown setting optimizer.learning_rate"),
+        ({"training": {"epoch": 1}}, "Did you mean 'epochs'"),
+    ],
+)
+def test_mistakes_are_named(tokenizer, make_model, forget_set, retain_set, change, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        soul.unlearn(model, tokenizer, **({"forget": forget_set, "retain": retain_set} | change))
+    assert all(torch.equal(v, make_model().state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_the_same_item_in_both_sets_is_refused(tokenizer, make_model, forget_set, retain_set):
+    with pytest.raises(ValueError, match="1 of 8 forget items are also in the retain set"):
+        soul.unlearn(
+            make_model(), tokenizer, forget=forget_set, retain=[*retain_set, dataclasses.replace(forget_set[3])]
+        )
+
+
+def test_sophia_is_a_plain_optimizer_in_a_loop_of_ones_own():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 3)
+    x_BD, y_B = torch.randn(64, 4), torch.randint(0, 3, (64,))
+    optimizer = soul.optim.Sophia(net.parameters(), lr=0.05, rho=1.0)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    losses = []
+    for step in range(60):
+        if step % 10 == 0:
+            sampled = torch.distributions.Categorical(logits=net(x_BD).detach()).sample()
+            torch.nn.functional.cross_entropy(net(x_BD), sampled).mul(len(x_BD) ** 0.5).backward()
+            optimizer.update_curvature()
+            optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(net(x_BD), y_B)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_all_public_names_exist():
+    for name in soul.__all__:
+        assert getattr(soul, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'unlern'"):
+        soul.unlern  # noqa: B018 # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,190 @@
+"""The commands on a tiny model: what they print, what they leave behind, and that settings reach where they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from soul.cli import main
+from soul.models import ModelSpec, load_model
+from soul.recipe import read_recipe, recipe_from_tree
+from soul.registry import BENCHMARKS, OBJECTIVES, OPTIMIZERS
+
+QUICK = "evaluation.max_new_tokens=4 "
+UNLEARN = "unlearn --model model --forget forget.jsonl --retain retain.jsonl training.max_steps=3 " + QUICK
+TOFU = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+
+
+@pytest.fixture
+def place(tmp_path, make_model, tokenizer, forget_set, retain_set, monkeypatch) -> Path:
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    wrong = {"perturbed_answer": ["No.", "Yes."], "paraphrased_answer": "Indeed."}
+    for name, examples in (("forget", forget_set), ("retain", retain_set)):
+        lines = [json.dumps({"question": e.prompt, "answer": e.answer, **wrong}) for e in examples]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "tofu").mkdir()
+    for name in TOFU:
+        source = tmp_path / ("forget.jsonl" if name.startswith("forget") else "retain.jsonl")
+        (tmp_path / f"tofu/{name}.json").write_text(source.read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOUL_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def run(command: str) -> None:
+    assert main(command.split()) == 0
+
+
+def scores(folder: Path, when: str) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(s["split"], s["metric"]): s for s in json.loads((folder / "scores.json").read_text())[when]}
+
+
+def test_two_files_are_enough(place, capsys):
+    """Nothing but a model and what to forget: the run is judged, reported, and kept where it says."""
+    run("unlearn --model model --forget forget.jsonl training.max_steps=2 " + QUICK)
+    printed = capsys.readouterr().out
+    assert "runs/unlearn/model" in printed
+    assert "runs/unlearn/report.html" in printed
+    out = place / "runs/unlearn"
+    recipe = read_recipe(out / "recipe.yaml")
+    assert recipe.data.retain == "general:chat", "something holds the model in place"
+    for when in ("before", "after"):
+        for split in ("forget", "kept", "general"):
+            score = scores(out, when)[split, "probability"]
+            assert score["low"] <= score["value"] <= score["high"]
+            assert score["n"] > 0
+        assert scores(out, when)["text", "perplexity"]["n"] == 24
+    record = json.loads((out / "record.json").read_text())
+    assert (record["steps"], record["n_forget"], record["n_retain"]) == (2, 8, 40)
+
+
+def test_finetune_lowers_what_it_learns(place):
+    run("finetune --model model --retain retain.jsonl --out runs/taught training.epochs=30 optimizer.lr=3e-3")
+    losses = [json.loads(line)["loss"] for line in (place / "runs/taught/log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_settings_may_stand_anywhere(place):
+    run(
+        "unlearn training.max_steps=1 --model model --no-evaluate training.seed=5 --forget forget.jsonl --out a label=x"
+    )
+    recipe = read_recipe(place / "a/recipe.yaml")
+    assert (recipe.training.max_steps, recipe.training.seed, recipe.label) == (1, 5, "x")
+    assert not (place / "a/rows").exists()
+
+
+def test_options_go_before_the_recipe_file_and_its_settings_stay(place):
+    (place / "r.yaml").write_text("model: nowhere\nobjective: simnpo\ntraining: {max_steps: 1}\n")
+    run("unlearn --model model r.yaml --forget forget.jsonl --retain retain.jsonl --no-evaluate")
+    recipe = read_recipe(place / "runs/r/recipe.yaml")
+    assert (recipe.model.path, recipe.objective.name, recipe.data.forget) == ("model", "simnpo", "forget.jsonl")
+
+
+@pytest.mark.parametrize("retain", ["retain.jsonl", "general:chat"])
+def test_a_recipe_that_was_written_runs_again_to_the_same_weights(place, retain):
+    run(UNLEARN + f"--no-evaluate --out a data.retain={retain}")
+    run("unlearn a/recipe.yaml --no-evaluate --out b")
+    assert (place / "a/model/model.safetensors").read_bytes() == (place / "b/model/model.safetensors").read_bytes()
+
+
+def test_measuring_may_come_later(place):
+    run(UNLEARN + "--no-evaluate --out a")
+    written = (place / "a/model/model.safetensors").stat().st_mtime_ns
+    assert not (place / "a/scores.json").exists()
+    run(UNLEARN + "--out a")
+    assert scores(place / "a", "after").keys() == scores(place / "a", "before").keys()
+    assert (place / "a/model/model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("target", ["model", "run", "run/model"])
+def test_evaluate_a_folder_and_a_run(place, target, capsys):
+    run(UNLEARN + "--no-evaluate --out run")
+    capsys.readouterr()
+    run(f"evaluate {target} --benchmark tofu source=tofu forget=forget01 --out e limit=3 evaluation.max_new_tokens=4")
+    assert "report: e/report.html" in capsys.readouterr().out
+    found = scores(place / "e", "after")
+    assert found["", "model_utility"]["n"] == 9
+    assert found["forget", "probability"]["n"] == 8
+    before, after = (load_model(ModelSpec(p))[0].lm_head.weight for p in ("model", "run"))  # type: ignore[union-attr]
+    assert not before.equal(after)
+    rows = (place / "e/rows/after/forget.jsonl").read_text()
+    other = "run" if target == "model" else "model"
+    run(f"evaluate {other} source=tofu forget=forget01 --out f evaluation.generate=false")
+    assert (place / "f/rows/after/forget.jsonl").read_text() != rows
+
+
+def test_evaluate_gives_forget_quality_against_a_retained_model(place):
+    run(UNLEARN + "--no-evaluate --out run")
+    tofu = "--benchmark tofu source=tofu forget=forget01 evaluation.generate=false "
+    run("evaluate model --out retained " + tofu)
+    run("evaluate run --out run-measured --reference retained " + tofu)
+    assert 0 <= scores(place / "run-measured", "after")["forget", "forget_quality"]["value"] <= 1
+    run("evaluate model --out same --reference retained " + tofu)
+    assert scores(place / "same", "after")["forget", "forget_quality"]["value"] == 1
+
+
+def test_an_evaluation_continues_but_never_mixes(place, capsys):
+    command = (
+        "evaluate model --benchmark request forget=forget.jsonl kept=retain.jsonl --out e evaluation.generate=false"
+    )
+    run(command)
+    kept = (place / "e/rows/after/kept.jsonl").stat().st_mtime_ns
+    (place / "e/rows/after/forget.jsonl").unlink()
+    run(command)
+    assert (place / "e/rows/after/kept.jsonl").stat().st_mtime_ns == kept
+    assert main((command + " seed=1").split()) == 2
+    assert "another evaluation" in capsys.readouterr().err
+    run("finetune --model model --retain retain.jsonl --out t --no-evaluate training.max_steps=2 optimizer.lr=1e-2")
+    (place / "t/model/model.safetensors").rename(place / "model/model.safetensors")
+    (place / "model/model.safetensors").touch()
+    assert main(command.split()) == 2
+    assert "was changed after" in capsys.readouterr().err
+
+
+def test_report_of_several_runs(place, capsys):
+    for name in ("a", "b"):
+        run(UNLEARN + f"--out {name} label=run-{name} evaluation.generate=false")
+    capsys.readouterr()
+    run("report a b --out both.html")
+    page = (place / "both.html").read_text()
+    assert "run-a" in page
+    assert "run-b" in page
+    assert "run-a" in capsys.readouterr().out
+
+
+def test_show_prints_every_setting_and_reads_it_back(place, capsys):
+    (place / "r.yaml").write_text("objective: npo\noptimizer: {name: adamw, lr: 3e-5}\n")
+    run("show r.yaml objective.beta=0.3 training.epochs=2")
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["objective"]["beta"], tree["optimizer"]["lr"], tree["training"]["epochs"]) == (0.3, 3e-5, 2)
+    assert tree["training"].keys() >= {"batch_size", "seed", "max_grad_norm"}
+    assert recipe_from_tree(tree) == read_recipe(place / "r.yaml", ["objective.beta=0.3", "training.epochs=2"])
+    run("show")
+    assert recipe_from_tree(yaml.safe_load(capsys.readouterr().out)) == recipe_from_tree({})
+
+
+@pytest.mark.parametrize(
+    ("kind", "registry"), [("objectives", OBJECTIVES), ("optimizers", OPTIMIZERS), ("benchmarks", BENCHMARKS)]
+)
+def test_list_has_a_line_of_help_for_each(kind, registry, capsys):
+    run(f"list {kind}")
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == kind
+    assert [line.split()[0] for line in lines] == registry.names()
+    for line in lines:
+        assert len(line.split(maxsplit=1)[1]) > 20
+    run("list")
+    assert "\n".join([title, *lines]) in capsys.readouterr().out
+
+
+def test_version_and_help(capsys):
+    for command in ("--version", "--help", "unlearn --help", "evaluate --help"):
+        with pytest.raises(SystemExit) as stopped:
+            main(command.split())
+        assert stopped.value.code == 0
+    assert "soul 0." in capsys.readouterr().out
