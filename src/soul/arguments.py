@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-KINDS = ("objectives", "optimizers", "benchmarks")
+KINDS = ("objectives", "optimizers", "methods", "benchmarks")
 MODEL = "hub id, folder, GGUF file, run directory or smollm2-135m"
 SETTINGS = "settings to change, e.g. optimizer.lr=1e-5 (`soul show RECIPE` prints all of them)"
 UNLEARN = """examples:

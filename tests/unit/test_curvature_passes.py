@@ -196,7 +196,9 @@ def test_dropout_comes_back_after_a_fault(make_model: Any) -> None:
 
 def test_full_precision_reaches_behind_accelerate() -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # another test's precision would stay in force
     model: Any = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(nn.Linear(4, 4, bias=False))
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     exact = x @ model.weight.T
@@ -204,6 +206,7 @@ def test_full_precision_reaches_behind_accelerate() -> None:
     with full_precision(model):
         assert torch.equal(model(x), exact)
     assert not torch.equal(model(x), exact)
+    AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize("estimator", ["ggn", "gnb", "empirical", "hutchinson"])

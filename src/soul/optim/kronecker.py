@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, pack, unpack
-from soul.optim._elementwise import check_above, check_between, check_common
+from soul.optim._elementwise import check_above, check_between, check_common, check_last_group
 from soul.optim.base import CurvatureOptimizerSpec, UpdateRule
 
 Others = Literal["frozen", "diagonal"]
@@ -60,7 +60,7 @@ class KroneckerRule(UpdateRule):
         factors: KroneckerFactors,
         preconditioner: Preconditioner,
         *,
-        lr: float = 0.03,
+        lr: float = 1.5e-3,
         momentum: float = 0.9,
         decay: float = 0.95,
         newton: float = 1.0,
@@ -75,9 +75,18 @@ class KroneckerRule(UpdateRule):
         self._damping = self._damping_begun = preconditioner.damping
         self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
         defaults = {"lr": lr, "momentum": momentum, "decay": decay, "newton": newton, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "others": others, "refreshes": 0})
+        super().__init__(params, {**defaults, "others": others, "refreshes": 0, "maximize": False})
         if not any(id(p) in self._layer_of for group in self.param_groups for p in group["params"]):
             raise ValueError("none of the parameters belongs to a linear layer with Kronecker factors")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, with the rule's settings where it has none of its own.
+
+        Raises:
+            ValueError: Parameters that are not real floating-point, or ``differentiable`` or ``capturable``.
+        """
+        super().add_param_group(param_group)
+        check_last_group(self, "differentiable", "capturable")
 
     @contextlib.contextmanager
     def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:
@@ -180,7 +189,8 @@ class KroneckerRule(UpdateRule):
         if "exp_avg" not in state:
             state["step"], state["exp_avg"] = 0, torch.zeros_like(p, dtype=dtype)
         state["step"] += 1
-        state["exp_avg"].lerp_(p.grad.to(dtype), 1 - group["momentum"])
+        grad = p.grad.to(dtype)
+        state["exp_avg"].lerp_(-grad if group["maximize"] else grad, 1 - group["momentum"])
         return state["exp_avg"] / (1 - group["momentum"] ** state["step"])
 
     def _others(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
@@ -269,7 +279,7 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         others: Parameters without factors (embeddings, head, norms): ``frozen``, or by their ``diagonal`` curvature.
     """
 
-    lr: float = 0.03
+    lr: float = 1.5e-3
     momentum: float = 0.9
     decay: float = 0.95
     damping: float = 0.1
