@@ -15,6 +15,7 @@ from soul.data.general import refusals as builtin_refusals
 from soul.data.rows import to_example
 from soul.data.sources import check_disjoint, load_examples
 from soul.methods.base import Method
+from soul.models import without_autocast
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
 from soul.registry import METHODS, OBJECTIVES, OPTIMIZERS
@@ -100,6 +101,7 @@ def unlearn(
         )
         log.trainer = trainer
         trainer.train()
+    without_autocast(model)
     return UnlearnResult(model, log.records)
 
 

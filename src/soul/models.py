@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -159,14 +160,8 @@ def check_adapter(model: PreTrainedModel, spec: AdapterSpec) -> None:
     )
 
 
-def add_adapter(model: PreTrainedModel, spec: AdapterSpec, base: str = "") -> Any:
-    """Wrap the model in a LoRA adapter.
-
-    Args:
-        model: The model.
-        spec: Rank and so on.
-        base: Where the model came from, which the adapter's file will name; the folder it was read from by default.
-    """
+def add_adapter(model: PreTrainedModel, spec: AdapterSpec, seed: int = 0) -> Any:
+    """Wrap the model in a LoRA adapter, whose start depends on ``seed`` alone."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -176,23 +171,42 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, base: str = "") -> An
         target_modules=spec.target_modules,
         task_type="CAUSAL_LM",
     )
-    adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]  # peft's protocol is narrower than the class
-    if base:
-        local = Path(base).expanduser()
-        # A short name or a hub id says more than where this machine caches it; a folder is found from anywhere.
-        adapted.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.exists() else base
-    return adapted
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)  # type: ignore[arg-type]  # peft's protocol is narrower than the class
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def without_autocast(model: Any) -> Any:
+    """Undo what training in mixed precision leaves on a model, and return it.
+
+    accelerate puts autocast around ``model.forward`` and leaves it there, so that a measurement would be in bf16 and
+    differ from that of the same weights saved and loaded again.
+    """
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str = "") -> None:
     """Write the model (of a PEFT model, its adapter) and tokenizer as safetensors.
 
     The folder appears when it is complete.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        base: Where the model under an adapter came from, for its file to name: a short name or a hub id says more
+            than the folder in which this machine caches it.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     _write(model, tokenizer, part)
+    file = part / "adapter_config.json"
+    if base and file.is_file():
+        local = Path(base).expanduser()
+        described = json.loads(file.read_text(encoding="utf-8"))
+        described["base_model_name_or_path"] = str(local.resolve()) if local.exists() else base
+        file.write_text(json.dumps(described, indent=2), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)

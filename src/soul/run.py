@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
+from soul.data import hub
 from soul.data.batches import UnlearnDataset
 from soul.data.general import refusals as builtin_refusals
 from soul.data.sources import check_disjoint, load_examples
 from soul.evaluate import evaluate
 from soul.machine import environment, peak_memory, reset_peak_memory
 from soul.methods.base import json_lines
-from soul.models import add_adapter, check_adapter, load_model, save_model
+from soul.models import add_adapter, check_adapter, load_model, save_model, without_autocast
 from soul.recipe import DataSpec, Recipe
 from soul.rundir import check_folder, claim_folder, last_checkpoint, score_dict, write_json
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
@@ -120,7 +121,8 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     if dataset is None:
         model, _ = load_model(dataclasses.replace(recipe.model, path=str(out / "model")))
     else:
-        model = train_and_save(model, tokenizer, recipe, dataset, out, tick)
+        with hub.no_retries():  # peft asks about an adapter's base at every checkpoint
+            model = train_and_save(model, tokenizer, recipe, dataset, out, tick)
     if benchmark:
         measure("after")
         scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
@@ -144,18 +146,19 @@ def train_and_save(
 ) -> Any:
     """Unlearn, save to ``out/model``, and return the model with any adapter merged."""
     if recipe.adapter is not None:
-        model = add_adapter(model, recipe.adapter, recipe.model.path)
+        model = add_adapter(model, recipe.adapter, recipe.training.seed)
     if recipe.method is not None:
         model = recipe.method(model, dataset, progress=tick, log=json_lines(out / "log.jsonl"))
     else:
         train(model, dataset, recipe, out, tick)
+        model = without_autocast(model)
     tick("saving model", 0, 1)
     merge: Any = model.merge_and_unload if recipe.adapter is not None else lambda: model
     if recipe.adapter is None or recipe.adapter.merge:
         model = merge()
         save_model(model, tokenizer, out / "model")
     else:
-        save_model(model, tokenizer, out / "model")
+        save_model(model, tokenizer, out / "model", recipe.model.path)
         model = merge()
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # only needed to resume training, which is done
     tick("saving model", 1, 1)

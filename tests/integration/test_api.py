@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 import soul
+from soul.evaluate import EvaluationSpec, evaluate
 from soul.objectives.npo import NPO
 from soul.optim.sophia import SophiaSpec
 
@@ -93,6 +94,23 @@ def test_only_the_adapter_of_a_peft_model_changes(tokenizer, make_model, forget_
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
     assert all("lora_" in key for key in changed)
+
+
+def test_a_model_is_measured_in_its_own_precision_after_mixed_training(
+    tokenizer, make_model, forget_set, retain_set, tmp_path
+):
+    """What training in bf16 leaves on a model would otherwise make it score other than the same weights reloaded."""
+    model = make_model()
+    training = SHORT | {"precision": "bfloat16"}
+    soul.unlearn(model, tokenizer, forget=forget_set, retain=retain_set, training=training)
+    fresh = make_model()
+    fresh.load_state_dict(model.state_dict())
+    spec = EvaluationSpec(generate=False)
+    scores = [
+        [row["nll"] for row in evaluate(m, tokenizer, {"forget": forget_set}, spec=spec)["forget"]]
+        for m in (model, fresh)
+    ]
+    assert scores[0] == scores[1]
 
 
 def test_callbacks_of_transformers_are_called(tokenizer, make_model, forget_set, retain_set):

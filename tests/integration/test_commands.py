@@ -146,6 +146,26 @@ def test_an_evaluation_continues_but_never_mixes(place, capsys):
     assert "was changed after" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("adapter", ["", "adapter.r=2", "adapter.r=2 adapter.merge=false"])
+def test_the_saved_model_scores_what_the_run_measured(place, adapter):
+    """Whatever training leaves on the model in memory: mixed precision, adapters."""
+    request = "benchmark.name=request benchmark.forget=forget.jsonl benchmark.kept=retain.jsonl benchmark.text= "
+    run(UNLEARN + request + f"--out run training.precision=bfloat16 optimizer.lr=1e-3 {adapter}")
+    kept = "benchmark request forget=forget.jsonl kept=retain.jsonl text= "
+    run(f"evaluate run --{kept} --out again {QUICK}")
+    for split in ("forget", "kept"):
+        first, again = (
+            [
+                json.loads(line)["nll"]
+                for line in (place / folder / f"rows/after/{split}.jsonl").read_text().splitlines()
+            ]
+            for folder in ("run", "again")
+        )
+        before = [json.loads(x)["nll"] for x in (place / f"run/rows/before/{split}.jsonl").read_text().splitlines()]
+        assert first == pytest.approx(again, rel=1e-6)
+        assert first != pytest.approx(before, rel=1e-4)
+
+
 def test_report_of_several_runs(place, capsys):
     for name in ("a", "b"):
         run(UNLEARN + f"--out {name} label=run-{name} evaluation.generate=false")

@@ -59,14 +59,14 @@ def test_quick_mode_prints_its_tables_and_measures_the_same_thing_on_every_path(
     done = run("--quick", "--tofu", str(tofu), "--model", str(model), "--json", str(tmp_path / "raw.json"))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for head, rows in (("training", 4), ("seconds of a step", 4), ("evaluation", 3), ("ratio", 3)):
+    for head, rows in (("training", 5), ("seconds of a step", 5), ("evaluation", 4), ("ratio", 4)):
         start = next(i for i, line in enumerate(lines) if line.startswith(f"| {head} |"))
         table = lines[start : start + 2 + rows]
         assert len({line.count("|") for line in table}) == 1, table
         assert "nan" not in "".join(table)
 
     paths = {title: found[0] for title, found in json.loads((tmp_path / "raw.json").read_text())["paths"].items()}
-    assert len(paths) == 4
+    assert len(paths) == 5
     for title, found in paths.items():
         assert len(found["steps"]) == (1 if "released" in title else 2)
         for step in found["steps"]:
@@ -79,8 +79,6 @@ def test_quick_mode_prints_its_tables_and_measures_the_same_thing_on_every_path(
     assert all(step["head"] == step["answers"] for step in paths["soul, AdamW"]["steps"])
     assert all(step["head"] == step["body"] for step in plain["steps"])
     assert [(step["body"], step["head"]) for step in released["steps"]] == [(8 * 512, 8 * 512)]
-    # all see the same four pairs of eight in their first epoch of two steps: only one step of them is timed, though
-    assert sum(s["tokens"] for s in whole["steps"]) > 0
     assert whole["nll"] == pytest.approx(plain["nll"], rel=0.02)
     assert whole["nll"] == pytest.approx(released["nll"], rel=0.02)
     for found in (whole, plain, released):

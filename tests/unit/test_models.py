@@ -115,14 +115,14 @@ def test_code_of_a_model_is_not_run_unless_asked_for(own_code, tmp_path, make_mo
 def test_an_adapter_is_loaded_with_the_model_it_belongs_to(saved, tmp_path, tokenizer, merged, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, _ = load_model(ModelSpec("saved" if merged else str(saved)))
-    adapted = add_adapter(model, AdapterSpec(r=2), "saved")
+    adapted = add_adapter(model, AdapterSpec(r=2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in adapted.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
     if not merged:
-        save_model(adapted, tokenizer, tmp_path / "adapter")
+        save_model(adapted, tokenizer, tmp_path / "adapter", "saved")
     whole = adapted.merge_and_unload()
     if merged:
         save_model(whole, tokenizer, tmp_path / "adapter")
@@ -130,6 +130,16 @@ def test_an_adapter_is_loaded_with_the_model_it_belongs_to(saved, tmp_path, toke
     found, _ = load_model(ModelSpec(str(tmp_path / "adapter")))
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(found.state_dict()[key], value, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_starts_from_its_seed_alone(make_model):
+    starts = []
+    for noise, seed in ((1, 0), (2, 0), (3, 1)):
+        torch.manual_seed(noise)
+        starts.append(add_adapter(make_model(), AdapterSpec(r=2), seed))
+    first, again, other = starts
+    assert same(first, again)
+    assert not same(first, other)
 
 
 def test_only_the_modules_asked_for_get_an_adapter(make_model):
