@@ -15,7 +15,7 @@ given back.
 
 ``memorised``: the same estimators on a 135M model that knows the answers by heart (``recipes/first-run/taught.yaml``).
 
-Each writes its part of ``docs/results/curvature.json`` and prints the tables that ``docs/results/curvature.md`` shows.
+Each writes its part of ``docs/results/curvature.json`` and prints its tables.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ refreshed gradients.
 
 Only the linear layers of the blocks move, for every rule alike. A seed chooses which retained authors the curvature
 sees, which are evaluated, and the curvature's noise. Each line of ``docs/results/direction.jsonl`` is one (rule, steps,
-target, seed); what is there is not run again. ``docs/results/direction.md`` is made of it by ``--table``.
+target, seed); what is there is not run again, and ``--table`` prints tables of it.
 """
 
 from __future__ import annotations

@@ -15,10 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 PINNED = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
 )
-WITHOUT_AN_IMPORT = {
-    "accelerate": "transformers' Trainer needs it",
-    "gguf": "transformers reads GGUF files with it",
-}
+WITHOUT_AN_IMPORT = {"gguf": "transformers reads GGUF files with it"}
 OPTIONAL = {"datasets": "hub", "pyarrow": "parquet"}
 COMES_WITH = {"markupsafe": "jinja2", "huggingface-hub": "transformers"}
 
