@@ -385,26 +385,25 @@ def damage(bench: Bench) -> dict[str, float]:
 
 
 def one_seed(seed: int, jobs: Sequence[Job], only: Sequence[str], tick: Callable[[str, int, int], None]) -> None:
-    """Run what is missing of a seed, line by line, of the rules whose names begin as ``only`` says."""
+    """Run what is missing of a seed, job by job, of the rules whose names begin as ``only`` says."""
     done = {(x["rule"], x["steps"], x["target"], x["seed"]) for x in read()}
     model, tokenizer = load_model(ModelSpec(str(RUNS / "taught/model")))
     bench = Bench(model, sets_of(ChatTemplate(tokenizer), seed))
     if ("before", 0, 0.0, seed) not in done:
         write({"rule": "before", "steps": 0, "target": 0.0, "seed": seed, "forget_nll": bench.nll("forget")[0]}, bench)
-    for name, make in rules(bench, seed):
-        wanted = [(s, t) for s, t, names in jobs if not names or any(name.startswith(n) for n in names)]
-        missing = [(s, t) for s, t in wanted if (name, s, t, seed) not in done]
-        if not missing or not name.startswith(tuple(only)):
-            continue
-        started = time.perf_counter()
-        rule = make()
-        prepared = time.perf_counter() - started
-        for i, (steps, target) in enumerate(missing):
-            tick(f"seed {seed}: {name}", i, len(missing))
+    for steps, target, names in jobs:
+        for name, make in rules(bench, seed):
+            known = (name, steps, target, seed) in done
+            if known or not name.startswith(tuple(names or ("",))) or not name.startswith(tuple(only)):
+                continue
+            tick(f"seed {seed}, {steps} to {target:g}: {name}", 0, 1)
+            started = time.perf_counter()
+            rule = make()
+            prepared = time.perf_counter() - started
             _, value = walk(bench, rule, steps, target)
             line = {"rule": name, "steps": steps, "target": target, "seed": seed, "forget_nll": value}
             write(line | {"prepare_seconds": round(prepared, 1)}, bench)
-        tick(f"seed {seed}: {name}", len(missing), len(missing))
+            tick(f"seed {seed}, {steps} to {target:g}: {name}", 1, 1)
 
 
 def read() -> list[dict[str, Any]]:
@@ -450,7 +449,7 @@ JOBS: tuple[Job, ...] = (
     (1, 1.0, ()),
     (1, 2.0, CHOSEN),
     (5, 2.0, CHOSEN),
-    (10, 2.0, CHOSEN),
+    (10, 2.0, ("sign", "adamw", "input whitening, 0.003", "K-FAC, 0.1")),
 )
 
 

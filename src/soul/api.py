@@ -18,6 +18,7 @@ from soul.methods.base import Method
 from soul.models import without_autocast
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
+from soul.recipe import DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER
 from soul.registry import METHODS, OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
 from soul.types import Example
@@ -44,8 +45,8 @@ def unlearn(
     *,
     forget: Data = (),
     retain: Data = (),
-    objective: str | Mapping[str, Any] | Objective = "npo",
-    optimizer: str | Mapping[str, Any] | OptimizerSpec = "sophia",
+    objective: str | Mapping[str, Any] | Objective = DEFAULT_OBJECTIVE,
+    optimizer: str | Mapping[str, Any] | OptimizerSpec = DEFAULT_OPTIMIZER,
     method: str | Mapping[str, Any] | Method | None = None,
     training: TrainingSpec | Mapping[str, Any] | None = None,
     refusals: Sequence[str] | None = None,
@@ -71,10 +72,10 @@ def unlearn(
 
     Example:
         >>> result = soul.unlearn(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl")  # doctest: +SKIP
-        >>> result.log[-1]["win_rate"]  # doctest: +SKIP
+        >>> result.log[-1]["step_length"]  # doctest: +SKIP
     """
-    loss = objective if isinstance(objective, Objective) else config.component(OBJECTIVES, objective, "npo")
-    rule = optimizer if isinstance(optimizer, OptimizerSpec) else config.component(OPTIMIZERS, optimizer, "sophia")
+    loss = objective if isinstance(objective, Objective) else config.component(OBJECTIVES, objective, "")
+    rule = optimizer if isinstance(optimizer, OptimizerSpec) else config.component(OPTIMIZERS, optimizer, "")
     settings = (
         training if isinstance(training, TrainingSpec) else config.parse(TrainingSpec, training or {}, "training")
     )

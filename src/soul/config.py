@@ -94,6 +94,12 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown setting {where}.{key}.{hint} Known: {', '.join(known)}.")
     values = {k: _scalar(v) if isinstance(v, str) and _looks_numeric(v) else v for k, v in tree.items()}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        given = values.get(field.name)
+        if isinstance(given, Mapping) and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+            if dataclasses.is_dataclass(default):  # what is not given stays as this class has it by default
+                values[field.name] = parse(type(default), {**plain(default), **given}, f"{where}.{field.name}")
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:

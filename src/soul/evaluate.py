@@ -1,4 +1,4 @@
-"""The only place that runs a model without training it: batched, fp32, resumable split by split."""
+"""The only place that runs a model without training it: batched, fp32, resumable."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def evaluate(
         tokenizer: Its tokenizer.
         splits: Examples by split.
         spec: Batch sizes and lengths.
-        folder: Where ``<split>.jsonl`` is written as each split is done; splits already there are not measured again.
+        folder: Where ``<split>.jsonl`` is written as splits are done; what is already there is not measured again.
+            Splits too small to fill a batch of answers share one, and are done together.
         progress: Called with (what, done, of) as work goes on.
 
     Returns:
@@ -72,16 +73,32 @@ def evaluate(
     was_training = model.training
     model.eval()
     result: dict[str, list[Row]] = {}
-    for name, examples in splits.items():
-        file = folder / f"{name}.jsonl" if folder else None
-        rows = _read_rows(file, examples)
-        if rows is None:
-            rows = _measure(model, template, name, examples, spec, report)
-            if file is not None:
-                write_lines(file, rows)
-        result[name] = rows
+    for names in _groups(splits, spec):
+        group = {name: splits[name] for name in names}
+        files = {name: folder / f"{name}.jsonl" if folder else None for name in names}
+        rows = {name: _read_rows(files[name], examples) for name, examples in group.items()}
+        if any(found is None for found in rows.values()):  # all of them, so that batches do not depend on interruptions
+            rows = _measure(model, template, group, spec, report)
+            for name, file in files.items():
+                if file is not None:
+                    write_lines(file, rows[name])
+        result |= {name: found or [] for name, found in rows.items()}
     model.train(was_training)
     return result
+
+
+def _groups(splits: Mapping[str, Sequence[Example]], spec: EvaluationSpec) -> list[list[str]]:
+    """Return neighbouring splits that fit into one batch of answers together, in order."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, examples in splits.items():
+        asked = sum(bool(e.prompt) for e in examples) if spec.generate else 0
+        if not groups or asked > room or not spec.generate:
+            groups.append([])
+            room = spec.generation_batch
+        groups[-1].append(name)
+        room -= asked
+    return groups
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:
@@ -106,6 +123,26 @@ def _read_rows(file: Path | None, examples: Sequence[Example]) -> list[Row] | No
 
 
 def _measure(
+    model: Any,
+    template: ChatTemplate,
+    splits: Mapping[str, Sequence[Example]],
+    spec: EvaluationSpec,
+    report: Progress,
+) -> dict[str, list[Row]]:
+    rows = {name: _likelihoods(model, template, name, examples, spec, report) for name, examples in splits.items()}
+    if not spec.generate:
+        return rows
+    asked = [(name, i) for name, examples in splits.items() for i, e in enumerate(examples) if e.prompt]
+    prompts = [template.prompt_ids(splits[name][i]) for name, i in asked]
+    what = ", ".join(dict.fromkeys(name for name, _ in asked))
+    answers = generate(model, template, prompts, spec, lambda d, n: report(f"{what}: answers", d, n))
+    for (name, i), text in zip(asked, answers, strict=True):
+        rows[name][i]["generated"] = text
+        rows[name][i]["rougeL_recall"] = rouge_l_recall(text, splits[name][i].answer)
+    return rows
+
+
+def _likelihoods(
     model: Any, template: ChatTemplate, name: str, examples: Sequence[Example], spec: EvaluationSpec, report: Progress
 ) -> list[Row]:
     texts: list[tuple[int, str, Encoded]] = []  # (example, which answer, tokens)
@@ -132,12 +169,6 @@ def _measure(
             rows[i]["paraphrased_nll"] = value
         else:
             rows[i].setdefault("wrong_nll", []).append(value)
-    asked = [i for i, e in enumerate(examples) if e.prompt and spec.generate]
-    prompts = [template.prompt_ids(examples[i]) for i in asked]
-    answers = generate(model, template, prompts, spec, lambda d, n: report(f"{name}: answers", d, n))
-    for i, text in zip(asked, answers, strict=True):
-        rows[i]["generated"] = text
-        rows[i]["rougeL_recall"] = rouge_l_recall(text, examples[i].answer)
     return rows
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 import platform
 import resource
@@ -32,6 +34,9 @@ def environment() -> dict[str, Any]:
 
 def reset_peak_memory() -> None:
     """Start :func:`peak_memory` anew, so that a second run in the same process reports its own."""
+    gc.collect()  # models and trainers of an earlier run are in cycles
+    with contextlib.suppress(OSError, AttributeError):  # glibc only: it keeps what was freed, gigabytes of it
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # Linux only: 5 resets the high-water mark (man 5 proc)

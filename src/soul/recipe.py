@@ -39,6 +39,10 @@ class DataSpec:
         return [source for source in many if source]
 
 
+DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER = "npo", "kfac"
+"""What serves a request that asks for nothing else: ``docs/second-order.md`` says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """One run.
@@ -61,8 +65,8 @@ class Recipe:
     model: ModelSpec = dataclasses.field(default_factory=ModelSpec)
     adapter: AdapterSpec | None = None
     data: DataSpec = dataclasses.field(default_factory=DataSpec)
-    objective: Objective = dataclasses.field(default_factory=lambda: OBJECTIVES.get("npo")())
-    optimizer: OptimizerSpec = dataclasses.field(default_factory=lambda: OPTIMIZERS.get("sophia")())
+    objective: Objective = dataclasses.field(default_factory=lambda: OBJECTIVES.get(DEFAULT_OBJECTIVE)())
+    optimizer: OptimizerSpec = dataclasses.field(default_factory=lambda: OPTIMIZERS.get(DEFAULT_OPTIMIZER)())
     method: Method | None = None
     training: TrainingSpec = dataclasses.field(default_factory=TrainingSpec)
     benchmark: Benchmark | None = None
@@ -94,8 +98,8 @@ def recipe_from_tree(tree: Mapping[str, Any]) -> Recipe:
         parts[name] = config.parse(cls, sections.get(name) or {}, name)
     if sections.get("adapter") is not None:
         parts["adapter"] = config.parse(AdapterSpec, sections["adapter"], "adapter")
-    parts["objective"] = config.component(OBJECTIVES, sections.get("objective"), "npo")
-    parts["optimizer"] = config.component(OPTIMIZERS, sections.get("optimizer"), "sophia")
+    parts["objective"] = config.component(OBJECTIVES, sections.get("objective"), DEFAULT_OBJECTIVE)
+    parts["optimizer"] = config.component(OPTIMIZERS, sections.get("optimizer"), DEFAULT_OPTIMIZER)
     if sections.get("method") is not None:
         parts["method"] = config.component(METHODS, sections["method"], "")
     if sections.get("benchmark") is not None:

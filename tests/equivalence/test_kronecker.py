@@ -20,9 +20,12 @@ from soul.curvature.kronecker import (
     pack,
     unpack,
 )
+from soul.curvature.passes import CurvaturePasses
+from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate
 from soul.forward import forward_answers
+from soul.optim import kronecker as module
 from soul.optim.ekfac import EKFACSpec
 from soul.optim.kfac import KFACSpec
 from soul.optim.whiten import WhitenSpec
@@ -321,3 +324,46 @@ def test_refusals() -> None:
         rule.step()
     with pytest.raises(ValueError, match="no forward pass was watched"):
         rule.update_curvature()
+
+
+def test_whitening_looks_at_inputs_without_a_backward_pass(make_model, tokenizer, retain_set) -> None:
+    template = ChatTemplate(tokenizer)
+    rows = [template.encode(e, index=i) for i, e in enumerate(retain_set[:6])]
+    passes = CurvaturePasses(CurvatureSpec(batch=3, warm_start=2, cache=False), rows)
+    model = make_model()
+    lazy, full = (WhitenSpec().build(model.parameters(), model) for _ in range(2))
+    assert not lazy.needs_backward
+    assert KFACSpec().build(model.parameters(), model).needs_backward
+    before = torch.random.get_rng_state()
+    passes.refresh(model, lazy, 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    passes.estimate(model, full, passes.plan(0))
+    full.update_curvature()
+    found, expected = lazy.curvature_state(), full.curvature_state()
+    assert found.keys() == expected.keys()
+    assert any(name.endswith(".inputs") for name in found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_factors_that_do_not_fit_are_refused_before_they_are_made(make_model, monkeypatch) -> None:
+    model = make_model()
+    factors = KroneckerFactors(model)
+    taken = sum(t.numel() * t.element_size() for t in _observed(factors, model).state().values() if t.ndim)
+    assert taken <= factors.bytes() < 2 * taken  # query, key and value share an A; it is counted for each
+    there = 2 * KroneckerFactors(model, outputs=False).bytes()
+    monkeypatch.setattr(module, "_memory", lambda _: float(there))
+    with pytest.raises(ValueError, match=r"kfac would keep .* GB of factors .* use whiten .*, sophia"):
+        KFACSpec().build(model.parameters(), model)
+    WhitenSpec().build(model.parameters(), model)
+    there -= 1
+    with pytest.raises(ValueError, match=r"whiten would keep .*: use sophia, or an adapter"):
+        WhitenSpec().build(model.parameters(), model)
+
+
+def _observed(factors: KroneckerFactors, model: nn.Module) -> KroneckerFactors:
+    with factors.observing():
+        model(torch.arange(6)[None]).logits.sum().backward()
+    factors.absorb()
+    return factors

@@ -95,6 +95,17 @@ def test_micro_batches_mix_examples_and_text() -> None:
     assert [len(picks) for picks in few.plan(0)] == [3 + 5]  # no example twice in a pass where one pass is all
 
 
+def test_like_lengths_share_a_micro_batch() -> None:
+    rows = [Encoded(tuple(range(i, i + 4 + i % 3)), 1) for i in range(12)]
+    text = [Encoded(tuple(range(i, i + 30 + i)), 1) for i in range(6)]
+    source = CurvaturePasses(CurvatureSpec(batch=4, general_text=2, warm_start=3), rows, text)
+    plan = source.plan(0)
+    assert [len(picks) for picks in plan] == [6, 6, 6]
+    lengths = [len(pick.row) for picks in plan for pick in picks]
+    assert lengths == sorted((len(row) for row in rows + text), reverse=True)
+    assert sorted(map(id, (pick.row for picks in plan for pick in picks))) == sorted(map(id, rows + text))
+
+
 def test_nothing_to_pick_from_is_an_error() -> None:
     with pytest.raises(ValueError, match="no such examples"):
         CurvaturePasses(CurvatureSpec(), [])

@@ -257,6 +257,13 @@ def test_numbers_of_a_step_are_what_they_say() -> None:
     assert 0 < got["win_rate"] < 1
     assert got["win_rate"] == pytest.approx(float((inside * moving)[:40].sum() / moving[:40].sum()), abs=1e-6)
     assert got["win_rate_embedding"] == pytest.approx(float((inside * moving)[40:].sum() / moving[40:].sum()), abs=1e-6)
+    assert list(optimizer.win_rates()) == groups
+    assert list(optimizer.win_rates().values()) == pytest.approx([got["win_rate"], got["win_rate_embedding"]], abs=1e-6)
+    assert Signum([parameter(1.0)]).win_rates() == {}  # no step yet
+    whole = Sophia(groups, clip="block_rms")
+    whole.update_curvature()
+    whole.step()
+    assert whole.win_rates() == {}  # coordinates are not bounded
     assert got["cos_sign"] == pytest.approx(float(delta @ m.sign() / delta.norm() / m.sign().norm()), rel=1e-5)
     assert got["cos_momentum"] == pytest.approx(float(delta @ m / delta.norm() / m.norm()), rel=1e-5)
 

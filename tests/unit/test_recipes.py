@@ -66,3 +66,16 @@ def test_overrides_apply_to_a_model_in_its_short_form(tmp_path):
     path.write_text("model: some/model\n")
     recipe = read_recipe(path, ["model.dtype=bfloat16"])
     assert (recipe.model.path, recipe.model.dtype) == ("some/model", "bfloat16")
+
+
+def test_settings_given_in_part_leave_the_rest_as_that_component_has_it():
+    optimizer = recipe_from_tree({"optimizer": {"name": "kfac", "curvature": {"batch": 3}}}).optimizer
+    assert (optimizer.curvature.batch, optimizer.curvature.warm_start, optimizer.curvature.interval) == (3, 8, 0)
+    assert (
+        recipe_from_tree({"optimizer": {"name": "sophia", "curvature": {"batch": 3}}}).optimizer.curvature.interval
+        == 10
+    )
+    with pytest.raises(ValueError, match=r"unknown setting optimizer\.curvature\.bach\. Did you mean 'batch'\?"):
+        recipe_from_tree({"optimizer": {"name": "kfac", "curvature": {"bach": 3}}})
+    with pytest.raises(ValueError, match=r"curvature\.batch must be 1 or more"):
+        recipe_from_tree({"optimizer": {"name": "kfac", "curvature": {"batch": 0}}})

@@ -74,8 +74,10 @@ class _Sum:
 
     def add(self, rows_TD: torch.Tensor) -> None:
         with torch.autocast(rows_TD.device.type, enabled=False):  # a hook runs in its forward pass's precision
-            part = rows_TD.T @ rows_TD
-        self.total = part if self.total is None else self.total.add_(part)
+            if self.total is None:
+                self.total = rows_TD.T @ rows_TD
+            else:
+                self.total.addmm_(rows_TD.T, rows_TD)
         self.positions += len(rows_TD)
 
 
@@ -132,6 +134,16 @@ class KroneckerFactors:
         """Return the layer that keeps ``A`` for this one: itself, or the first of those with the same input."""
         return self._same_input.get(name, name)
 
+    def bytes(self) -> int:
+        """Return what the factors take or will take, in fp32; at most, since which layers share an ``A`` is not known.
+
+        Example:
+            >>> KroneckerFactors(nn.Sequential(nn.Linear(2, 3))).bytes()  # the bias is a third input
+            72
+        """
+        shapes = [pack(layer, layer.weight, layer.bias).shape for layer in self.layers.values()]
+        return 4 * sum(inputs**2 + (outputs**2 if self.watches_outputs else 0) for outputs, inputs in shapes)
+
     @contextlib.contextmanager
     def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:
         """Watch forward (and backward) passes; padding, where the mask is false, does not count."""
@@ -154,7 +166,7 @@ class KroneckerFactors:
                 self._a_sums.setdefault(name, _Sum()).add(self._input_rows(layer, x, mask))
                 self._last = (name, x)
             if self.watches_outputs and output.requires_grad:
-                output.register_hook(lambda grad: self._g_sums.setdefault(name, _Sum()).add(_rows(grad)))
+                output.register_hook(lambda grad: self._g_sums.setdefault(name, _Sum()).add(_real(_rows(grad), mask)))
 
         return hook
 
@@ -163,9 +175,7 @@ class KroneckerFactors:
 
     @staticmethod
     def _input_rows(layer: nn.Linear, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        rows = _rows(x.detach())
-        if mask is not None and len(mask) == len(rows):
-            rows = rows[mask]
+        rows = _real(_rows(x.detach()), mask)
         if layer.bias is not None and layer.bias.requires_grad:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         return rows
@@ -224,6 +234,11 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _real(rows_TD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows that are no padding; all of a layer that sees other positions than the batch's."""
+    return rows_TD if mask is None or len(mask) != len(rows_TD) else rows_TD[mask]
+
+
 def _blend(kept: dict[str, torch.Tensor], name: str, new: torch.Tensor, share: float) -> None:
     kept[name] = kept[name].lerp_(new, share) if name in kept and share < 1 else new
 
@@ -231,8 +246,11 @@ def _blend(kept: dict[str, torch.Tensor], name: str, new: torch.Tensor, share: f
 def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     """Return ``M + damping tr(M)/n I``; the identity where the matrix is 0, which knows of no direction."""
     mean = float(matrix.diagonal().mean())
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return matrix + identity * (damping * mean) if mean > 0 else identity
+    if not mean > 0:
+        return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    out = matrix.clone()
+    out.diagonal().add_(damping * mean)
+    return out
 
 
 def inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:

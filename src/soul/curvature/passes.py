@@ -28,6 +28,11 @@ Estimate = dict[torch.Tensor, torch.Tensor]
 class Observer(Protocol):
     """The side of an update rule that passes know (:class:`soul.optim.base.UpdateRule`)."""
 
+    @property
+    def needs_backward(self) -> bool:
+        """Whether a pass must go backward."""
+        ...
+
     def observing(self, mask_BT: torch.Tensor | None = None) -> contextlib.AbstractContextManager[None]:
         """Return the context of one micro-batch."""
         ...
@@ -98,13 +103,18 @@ class CurvaturePasses:
         """Return the picks of the refresh before ``step``, those of all processes.
 
         Examples are ranked by a hash of (seed, step, content), so removing one that was not picked changes nothing:
-        the retain set of the next request mostly leads to the same picks.
+        the retain set of the next request mostly leads to the same picks. Where nothing is picked twice, rows and text
+        of like length share a micro-batch, so that little is padded: the sum of squares is unbiased however they are
+        grouped.
         """
         size = min(self.spec.batch, len(self.rows))
         extra = min(self.spec.general_text, len(self.text))
         count = self.spec.passes(step) * _world()[1]
         picks = choose(self.rows, count * size, self.seed, step, "rows")
         text = choose(self.text, count * extra, self.seed, step, "text")
+        if len(picks) <= len(self.rows) and len(text) <= len(self.text):
+            both = sorted(picks + text, key=lambda pick: -len(pick.row))
+            return [both[i : i + size + extra] for i in range(0, len(both), size + extra)]
         return [picks[i * size : (i + 1) * size] + text[i * extra : (i + 1) * extra] for i in range(count)]
 
     def refresh(self, model: nn.Module, rule: Observer, step: int, *, identity: str = "") -> None:
@@ -134,7 +144,9 @@ class CurvaturePasses:
             self._take_over(model, rule, found, watches)
             return
         with _gradients_left_empty(model):
-            estimate = self.estimate(model, rule, plan, explicit=warm)
+            estimate = self.estimate(model, rule, plan, explicit=warm) if rule.needs_backward else None
+            if not rule.needs_backward:
+                self.look(model, rule, plan)
             keep = file if _world()[0] == 0 else None
             if keep and not watches:  # before the rule gets it, which may compute in place
                 cache.write(keep, _named(model, estimate or {}), self._describe(plan))
@@ -209,12 +221,26 @@ class CurvaturePasses:
                 dist.all_reduce(value)
         return dict(zip(params, sums, strict=True))
 
+    @torch.no_grad()
+    def look(self, model: nn.Module, rule: Observer, plan: Plan) -> None:
+        """Run the model forward only, for a rule that watches what goes into layers."""
+        rank, world = _world()
+        with without_noise(model):
+            for picks in plan[rank::world]:
+                batch = self._collate(model, picks)
+                with rule.observing(batch["attention_mask"].bool()), self.autocast():
+                    forward_answers(model, batch)
+
+    def _collate(self, model: nn.Module, picks: list[Pick]) -> dict[str, torch.Tensor]:
+        device = next(model.parameters()).device
+        return {k: v.to(device) for k, v in collate_rows([p.row for p in picks], pad_id=self.pad_id).items()}
+
     def _micro_batch(
         self, model: nn.Module, rule: Observer, picks: list[Pick], weight: float, params: list[torch.Tensor]
     ) -> list[torch.Tensor] | None:
         """Run the model on ``picks``; return their part of the diagonal, or None where gradients are to be squared."""
         device = params[0].device
-        batch = {k: v.to(device) for k, v in collate_rows([p.row for p in picks], pad_id=self.pad_id).items()}
+        batch = self._collate(model, picks)
         with rule.observing(batch["attention_mask"].bool()):
             if self.estimator.diagonal is not None:
                 seed = int.from_bytes(hashlib.blake2b(repr([p.seed for p in picks]).encode(), digest_size=7).digest())

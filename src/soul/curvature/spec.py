@@ -17,7 +17,7 @@ class CurvatureSpec:
         batch: Examples in a micro-batch of a pass.
         micro_batches: Micro-batches in a refresh; the estimate's variance falls as one over their number.
         warm_start: Micro-batches before the first step; 0 makes the first refresh like the others.
-        general_text: Plain passages mixed into every micro-batch.
+        general_text: Plain passages mixed in, for each micro-batch so many.
         cache: Keep what the warm start found on disk, by model and data, so that the next request starts with it.
     """
 

@@ -168,6 +168,33 @@ class ElementwiseRule(UpdateRule, abc.ABC):
                 samples.append(Sampled(u, slots[0], float(lr), weight, bool(group["embedding"])))
         return step_metrics(samples)
 
+    @torch.no_grad()
+    def win_rates(self) -> dict[torch.Tensor, float]:
+        """Return the win rate of each parameter in the last step, over all its coordinates that have momentum.
+
+        What :meth:`metrics` samples and sums, layer by layer, for who wants to look closer. Parameters without momentum
+        are left out, and all of them where the rule has no bound on a coordinate.
+
+        Example:
+            >>> p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+            >>> optimizer = SoulRelease([p, q])
+            >>> p.grad, q.grad = torch.tensor([1.0, 1e-4]), torch.zeros(2)
+            >>> optimizer.step()
+            >>> optimizer.win_rates()[p]
+            0.5
+        """
+        out: dict[torch.Tensor, float] = {}
+        for group, p, _ in getattr(self, "_last", []):
+            direction, moving, clipped = self._direction(group, p), 0, 0
+            for *slots, u in self._pieces(p) if direction is not None else ():
+                assert direction is not None
+                direction(*slots, u)
+                moving += int((slots[0] != 0).sum())
+                clipped += int((u.abs() >= 1).sum())
+            if moving:
+                out[p] = 1 - clipped / moving
+        return out
+
     def _last_alike(self) -> dict[tuple[Any, ...], list[tuple[dict[str, Any], torch.Tensor, Any]]]:
         out: dict[tuple[Any, ...], list[tuple[dict[str, Any], torch.Tensor, Any]]] = {}
         for group, p, lr in getattr(self, "_last", []):  # absent before the first step and after unpickling

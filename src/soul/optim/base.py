@@ -17,6 +17,11 @@ from soul.curvature.spec import CurvatureSpec
 class UpdateRule(torch.optim.Optimizer):
     """A torch optimizer with the further verbs the trainer uses; all do nothing by default."""
 
+    @property
+    def needs_backward(self) -> bool:
+        """Whether a curvature pass must go backward: not where a rule watches only what goes into layers."""
+        return True
+
     def observing(self, mask_BT: torch.Tensor | None = None) -> contextlib.AbstractContextManager[None]:
         """Return a context in which forward and backward passes are watched by a rule that needs more than gradients.
 

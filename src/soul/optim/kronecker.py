@@ -6,6 +6,7 @@ import abc
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, pack, unpack
+from soul.curvature.spec import CurvatureSpec
 from soul.optim._elementwise import check_above, check_between, check_common, check_last_group
 from soul.optim.base import CurvatureOptimizerSpec, UpdateRule
 
@@ -60,7 +62,7 @@ class KroneckerRule(UpdateRule):
         factors: KroneckerFactors,
         preconditioner: Preconditioner,
         *,
-        lr: float = 1.5e-3,
+        lr: float = 1e-3,
         momentum: float = 0.9,
         decay: float = 0.95,
         newton: float = 1.0,
@@ -87,6 +89,11 @@ class KroneckerRule(UpdateRule):
         """
         super().add_param_group(param_group)
         check_last_group(self, "differentiable", "capturable")
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether the factors' output sides or a diagonal are wanted."""
+        return self.factors.watches_outputs or any(group["others"] == "diagonal" for group in self.param_groups)
 
     @contextlib.contextmanager
     def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:
@@ -277,13 +284,17 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         decay: Decay of the factors a refresh.
         damping: Share of each factor's mean eigenvalue that is added to it.
         others: Parameters without factors (embeddings, head, norms): ``frozen``, or by their ``diagonal`` curvature.
+        curvature: When and from what the curvature is estimated; by default once, before the first step, and kept.
     """
 
-    lr: float = 1.5e-3
+    lr: float = 1e-3
     momentum: float = 0.9
     decay: float = 0.95
     damping: float = 0.1
     others: Others = "frozen"
+    curvature: CurvatureSpec = dataclasses.field(
+        default_factory=lambda: CurvatureSpec(warm_start=8, interval=0, general_text=2)
+    )
 
     needs_modules = True
 
@@ -307,8 +318,26 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         """Return the factors of ``model``.
 
         Raises:
-            ValueError: No model was given.
+            ValueError: No model was given, or its factors do not fit into memory.
         """
         if model is None:
             raise ValueError(f"{self.name} watches the model's layers: build(params, model) needs the model")
-        return KroneckerFactors(model, outputs=outputs)
+        factors = KroneckerFactors(model, outputs=outputs)
+        device = next(iter(factors.layers.values())).weight.device
+        needed, there = 2 * factors.bytes(), _memory(device)  # the inverses, or bases, take as much again
+        if needed > there:
+            smaller = "whiten (the input sides alone), sophia" if outputs else "sophia"
+            raise ValueError(
+                f"{self.name} would keep {needed / 1e9:.0f} GB of factors and inverses for this model, and {device} "
+                f"has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
+            )
+        return factors
+
+
+def _memory(device: torch.device) -> float:
+    """Return the bytes of memory that a device has free, or this machine has at all; infinite where unknown."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not POSIX
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return math.inf

@@ -263,6 +263,11 @@ class Sophia(DiagonalRule):
             total += 0.5 * float(lr) ** 2 * self._share(group, p) * float(cost)
         return total
 
+    def win_rates(self) -> dict[torch.Tensor, float]:
+        """Return what :class:`ElementwiseRule` does; nothing where whole tensors or steps are bounded."""
+        bounded = all(group["clip"] == "element" for group in self.param_groups)
+        return super().win_rates() if bounded else {}
+
     def metrics(self) -> dict[str, float]:
         """Return what :class:`ElementwiseRule` does, and what the chosen bound and calibration did.
 
