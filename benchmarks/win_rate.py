@@ -6,8 +6,8 @@
 Each rule serves the same request (``forget01`` under GradDiff, the recipe in ``recipes/first-run``) on the model that
 knows the answers. After every step the share of coordinates with momentum that were not clipped is counted in each
 tensor, over all its coordinates. Sophia's authors want 10 to 50 % (arXiv 2305.14342, section 3); near 0 the step is the
-sign of the momentum and no curvature is in it. Sophia is shown as the recipe has it and with ``win_rate: 0.3``, where
-``rho`` is set so that it comes out, which by itself proves nothing.
+sign of the momentum and no curvature is in it. Sophia is shown as the recipe has it (undamped), damped, and with
+``win_rate: 0.3``, where ``rho`` is set so that it comes out, which by itself proves nothing.
 
 Writes ``docs/results/win-rate.json`` and the figure ``docs/results/win-rate.png``, and prints the means; five minutes
 on two cores. A rule that is in the record is not run again; ``--figure`` only draws.
@@ -85,7 +85,14 @@ def measure(file: str, overrides: Sequence[str], tick: Any) -> dict[str, Any]:
         tick("training", 0, 1)
         trainer.train()
         tick("training", 1, 1)
-    return {"lr": recipe.optimizer.lr, "steps": watch.steps, "all": watch.whole}
+    names = {name: p.numel() for name, p in model.named_parameters() if any(name in step for step in watch.steps)}
+    return {
+        "lr": recipe.optimizer.lr,
+        "names": list(names),
+        "sizes": list(names.values()),
+        "rates": [[step.get(name) for name in names] for step in watch.steps],  # null: no momentum
+        "rule": watch.whole,
+    }
 
 
 def block_of(name: str) -> int | None:
@@ -101,10 +108,16 @@ def kind_of(name: str) -> str:
     return name.split(".")[-2] if block_of(name) is not None else "embedding"
 
 
-def grid(steps: Sequence[dict[str, float]], group: Any) -> tuple[list[Any], np.ndarray]:
-    """Return the groups and the mean win rate ``[group, step]`` of their tensors."""
-    groups = list(dict.fromkeys(g for name in steps[0] if (g := group(name)) is not None))
-    values = [[np.mean([v for n, v in step.items() if group(n) == g] or [np.nan]) for step in steps] for g in groups]
+def grid(found: dict[str, Any], group: Any) -> tuple[list[Any], np.ndarray]:
+    """Return the groups and the win rate ``[group, step]`` of their tensors, each weighing as much as it is large."""
+    of = [group(name) for name in found["names"]]
+    groups = list(dict.fromkeys(g for g in of if g is not None))
+    rates, sizes = np.array(found["rates"], dtype=float), np.array(found["sizes"], dtype=float)
+    values = []
+    for g in groups:
+        mine = np.array([x == g for x in of])
+        weights = np.where(np.isnan(rates[:, mine]), 0, sizes[mine])
+        values.append((np.nan_to_num(rates[:, mine]) * weights).sum(1) / np.maximum(weights.sum(1), 1))
     return groups, np.array(values)
 
 
@@ -116,10 +129,11 @@ def draw(record: dict[str, Any]) -> None:
     image = None
     for row, (title, found) in zip(axes, record.items(), strict=True):
         for axis, group, what in zip(row, (block_of, kind_of), ("block", ""), strict=True):
-            names, values = grid(found["steps"], group)
+            names, values = grid(found, group)
             shown = np.clip(values, SMALLEST, 1)
             extent = (0.5, values.shape[1] + 0.5, len(names) - 0.5, -0.5)
             norm = LogNorm(SMALLEST, 1)
+            axis.xaxis.get_major_locator().set_params(integer=True)
             image = axis.imshow(shown, aspect="auto", norm=norm, cmap="viridis", extent=extent, interpolation="nearest")
             axis.set_ylabel(what)
             if group is kind_of:
@@ -140,7 +154,7 @@ def show(record: dict[str, Any]) -> None:
     for title, found in record.items():
         cells = []
         for key in ("win_rate", "win_rate_embedding", "cos_sign", "cos_momentum"):
-            values = [step[key] for step in found["all"] if key in step]
+            values = [step[key] for step in found["rule"] if key in step]
             cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "")
         table.add_row(title, f"{found['lr']:g}", *cells)
     Console(width=140).print(table)

@@ -27,6 +27,7 @@ from soul.forward import unwrap
 from soul.methods.base import Method
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec, UpdateRule
+from soul.optim.groups import parameter_groups
 from soul.reference import Reference, build_reference
 from soul.trust_region import TrustRegion
 from soul.types import Example
@@ -226,19 +227,12 @@ class UnlearnTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the update rule; no weight decay on biases and norms."""
+        """Build the update rule; no weight decay on biases and norms, embeddings in a group of their own."""
         if self.optimizer is None:
             target = model or self.model
             assert target is not None
-            decayed = set(self.get_decay_parameter_names(target))
-            named = [(n, p) for n, p in target.named_parameters() if p.requires_grad]
-            if not named:
-                raise ValueError("the model has no trainable parameters")
-            groups = [
-                {"params": [p for n, p in named if n in decayed], "weight_decay": self.rule.weight_decay},
-                {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-            ]
-            self.optimizer = self.rule.build([g for g in groups if g["params"]], target)
+            decayed = self.get_decay_parameter_names(target)
+            self.optimizer = self.rule.build(parameter_groups(target, self.rule.weight_decay, decayed), target)
         return self.optimizer
 
     @property

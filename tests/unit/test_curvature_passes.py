@@ -311,6 +311,17 @@ def sophia(**settings: Any) -> Any:
     return OPTIMIZERS.get("sophia")(lr=1e-4, curvature=CurvatureSpec(**settings))
 
 
+def test_embeddings_are_damped_and_counted_apart_in_training(make_trainer: Any) -> None:
+    """Few rows of an embedding have any curvature: their mean would leave the matrices with next to no damping."""
+    trainer = make_trainer(sophia(interval=1), max_steps=2)
+    trainer.train()
+    rule = trainer.update_rule
+    marked = [p for group in rule.param_groups if group["embedding"] for p in group["params"]]
+    ends = [trainer.model.get_input_embeddings().weight, trainer.model.get_output_embeddings().weight]
+    assert {id(p) for p in marked} == {id(p) for p in ends}
+    assert {"win_rate", "win_rate_embedding"} <= rule.metrics().keys()
+
+
 class Watch(TrainerCallback):
     """Keeps what happens around a step."""
 

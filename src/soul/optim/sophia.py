@@ -271,13 +271,16 @@ class Sophia(DiagonalRule):
     def metrics(self) -> dict[str, float]:
         """Return what :class:`ElementwiseRule` does, and what the chosen bound and calibration did.
 
-        ``rho`` where ``win_rate`` sets it; ``kl_scale``, the factor that ``clip="kl"`` shortened the step by;
-        ``blocks_scaled``, the share of the tensors that ``block_rms`` shortened (there is no win rate then).
+        ``rho`` of the largest group (and of embeddings) where ``win_rate`` sets it; ``kl_scale``, the factor that
+        ``clip="kl"`` shortened the step by; ``blocks_scaled``, the share of the tensors that ``block_rms`` shortened
+        (there is no win rate then).
         """
         out, last = super().metrics(), getattr(self, "_last", [])
         if last and last[0][0]["clip"] != "element":
             out = {name: value for name, value in out.items() if not name.startswith("win_rate")}
-        for group, _, _ in last:
+        groups = {id(group): group for group, _, _ in last}.values()
+        by_size = sorted(groups, key=lambda group: sum(p.numel() for p in group["params"]))
+        for group in by_size:  # the largest one's stays
             if group["win_rate"] is not None and group["calibrations"]:
                 out["rho_embedding" if group["embedding"] else "rho"] = float(group["rho"])
         scales = getattr(self, "_scales", {}) if last else {}
