@@ -5,7 +5,7 @@
 The rates are a factor of 1.4 apart, around the best of a wider search by hand: ten minutes on two cores; an
 interrupted sweep goes on where it stopped. Best is the rate that stays furthest from the nearest of the demo's limits,
 each distance as a share of the largest possible one: forgotten probability at most .10, under the paraphrased question
-at most a third of before, kept probability at least .95 of before, perplexity of plain text at most 1.05 of before.
+at most a third of before and ROUGE-L at most .4, kept probability at least .95 of before, perplexity of plain text at most 1.05 of before.
 The recipes ``demo-*.yaml`` carry the winners.
 """
 
@@ -29,7 +29,7 @@ from soul.run import execute, write_json
 from soul.trainer import quiet
 
 RATES = {
-    "soul": (7e-4, 1e-3, 1.4e-3),
+    "soul": (8.5e-4, 1.2e-3, 1.7e-3),
     "adamw": (4.2e-5, 6e-5, 8.5e-5),
     "signum": (2.8e-5, 4e-5, 5.7e-5),
 }
@@ -37,9 +37,8 @@ RECORD = ROOT / "docs/results/demo-tuning.json"
 
 
 def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) -> dict[str, Any]:
-    """Serve the demo's request once, without generating answers, and return what decides."""
-    overrides = [f"optimizer.lr={lr!r}", "evaluation.generate=false"]
-    recipe = request_recipe(f"demo-{name}.yaml", taught, names, overrides)
+    """Serve the demo's request once and return what decides."""
+    recipe = request_recipe(f"demo-{name}.yaml", taught, names, [f"optimizer.lr={lr!r}"])
     assert isinstance(recipe.benchmark, DeletionRequest)
     recipe = dataclasses.replace(recipe, benchmark=dataclasses.replace(recipe.benchmark, general=""))
     out = folder / f"{name}-{lr:g}"
@@ -55,6 +54,7 @@ def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) 
     value = {(w, s["split"], s["metric"]): s["value"] for w in scores for s in scores[w]}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     forgotten = value["after", "forget", "probability"]
+    rouge = value["after", "forget_reworded", "rougeL_recall"]
     reworded, kept, text = (
         value["after", split, metric] / value["before", split, metric]
         for split, metric in (("forget_reworded", "probability"), ("kept", "probability"), ("text", "perplexity"))
@@ -64,10 +64,13 @@ def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) 
         "lr": lr,
         "forget_probability": forgotten,
         "reworded_probability_ratio": reworded,
+        "reworded_rougeL": rouge,
         "kept_probability_ratio": kept,
         "text_perplexity_ratio": text,
         "win_rate": log[-1].get("win_rate"),
-        "margin": min((0.1 - forgotten) / 0.1, 1 - 3 * reworded, (kept - 0.95) / 0.05, (1.05 - text) / 0.05),
+        "margin": min(
+            (0.1 - forgotten) / 0.1, 1 - 3 * reworded, (0.4 - rouge) / 0.4, (kept - 0.95) / 0.05, (1.05 - text) / 0.05
+        ),
         "n_forget": PEOPLE_FORGOTTEN * FACTS,
         "seed": recipe.training.seed,
     }
@@ -87,10 +90,12 @@ def main() -> int:
         for lr in rates:
             found.append(run_one(name, lr, taught, names, folder))
             write_json(RECORD, found)
-    table = Table("optimizer", "lr", "forgotten", "reworded ratio", "kept ratio", "perplexity ratio", "margin")
+    table = Table(
+        "optimizer", "lr", "forgotten", "reworded ratio", "ROUGE-L", "kept ratio", "perplexity ratio", "margin"
+    )
     for r in found:
         ratios = [r[f"{k}_ratio"] for k in ("reworded_probability", "kept_probability", "text_perplexity")]
-        numbers = [r["forget_probability"], *ratios, r["margin"]]
+        numbers = [r["forget_probability"], ratios[0], r["reworded_rougeL"], *ratios[1:], r["margin"]]
         table.add_row(r["optimizer"], f"{r['lr']:g}", *("-" if x is None else f"{x:.3f}" for x in numbers))
     Console().print(table)
     return 0
