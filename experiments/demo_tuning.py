@@ -5,8 +5,8 @@
 The rates are a factor of 1.4 apart, around the best of a wider search by hand: ten minutes on two cores; an
 interrupted sweep goes on where it stopped. Best is the rate that stays furthest from the nearest of the demo's limits,
 each distance as a share of the largest possible one: forgotten probability at most .10, under the paraphrased question
-at most a third of before and ROUGE-L at most .4, kept probability at least .95 of before, perplexity of plain text at most 1.05 of before.
-The recipes ``demo-*.yaml`` carry the winners.
+at most a third of before and ROUGE-L at most .4, kept probability at least .95 of before, perplexity of plain text at
+most 1.05 of before. The recipes ``demo-*.yaml`` carry the winners.
 """
 
 from __future__ import annotations
