@@ -35,7 +35,7 @@ def test_one_call_changes_the_model_in_place_and_returns_the_log(tokenizer, make
     assert any(not torch.equal(v, make_model().state_dict()[k]) for k, v in model.state_dict().items())
     assert [line["step"] for line in result.log] == [1, 2, 3]
     assert all(
-        {"forget", "retain", "loss", "win_rate", "learning_rate", "seconds"} <= line.keys() for line in result.log
+        {"forget", "retain", "loss", "step_length", "learning_rate", "seconds"} <= line.keys() for line in result.log
     )
 
 

@@ -110,7 +110,7 @@ def test_evaluate_a_folder_and_a_run(place, target, capsys):
     found = scores(place / "e", "after")
     assert found["", "model_utility"]["n"] == 9
     assert found["forget", "probability"]["n"] == 8
-    before, after = (load_model(ModelSpec(p))[0].lm_head.weight for p in ("model", "run"))  # type: ignore[union-attr]
+    before, after = (load_model(ModelSpec(p))[0].model.layers[0].mlp.up_proj.weight for p in ("model", "run"))
     assert not before.equal(after)
     rows = (place / "e/rows/after/forget.jsonl").read_text()
     other = "run" if target == "model" else "model"
