@@ -20,7 +20,7 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 # What the README's names stand for here. Nothing may be downloaded, so the hub's model is the offline one.
 STANDS_FOR = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m", "M": "smollm2-135m"}
 REDUCED = {
-    "unlearn": ["training.max_steps=2", "evaluation.generate=false"],
+    "unlearn": ["training.max_steps=2", "evaluation.generate=false", "optimizer.curvature.warm_start=1"],
     "finetune": ["training.max_steps=2"],
     "evaluate": ["evaluation.generate=false"],
 }
