@@ -34,13 +34,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of all micro-batches that passes have had."""
     made: list[int] = []
-    inner = CurvaturePasses._micro_batch
+    inner = CurvaturePasses._collate
 
-    def counted(self: Any, model: Any, rule: Any, picks: Any, weight: float, params: Any) -> Any:
+    def counted(self: Any, model: Any, picks: Any) -> Any:
         made.append(len(picks))
-        return inner(self, model, rule, picks, weight, params)
+        return inner(self, model, picks)
 
-    monkeypatch.setattr(CurvaturePasses, "_micro_batch", counted)
+    monkeypatch.setattr(CurvaturePasses, "_collate", counted)
     return made
 
 
