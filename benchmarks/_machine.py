@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from soul.trainer import has_bf16
 
 GEMM_SHAPES = ((2048, 2048, 2048), (1024, 1024, 1024), (512, 1536, 576))
 """(m, n, k): large squares, and one layer of a small model, which may stay in the cache and then is the fastest."""
@@ -26,6 +28,16 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(function, *args).result()
+
+
+def autocast() -> contextlib.AbstractContextManager[Any]:
+    """Return the precision that ``training.precision: auto`` means here."""
+    return torch.autocast("cpu", torch.bfloat16) if has_bf16() else contextlib.nullcontext()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def cpu_name() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import random
 import tempfile
@@ -15,14 +14,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from _machine import Clock, Matrices, Now, Step, Work
+from _machine import Clock, Matrices, Now, Step, Work, autocast
 from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate, Encoded
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.models import ModelSpec, load_model
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.run import peak_memory, reset_peak_memory
-from soul.trainer import TrainingSpec, UnlearnTrainer, has_bf16, make_dataset, quiet
+from soul.trainer import TrainingSpec, UnlearnTrainer, make_dataset, quiet
 from soul.types import Example
 
 IGNORED = -100
@@ -187,11 +186,6 @@ class Way(abc.ABC):
         """Return the tokens of an example with each of its answers."""
         answers = [example.answer, example.paraphrased_answer or example.answer, *example.wrong_answers]
         return [self.template.encode(example, answer=answer) for answer in answers]
-
-
-def autocast() -> contextlib.AbstractContextManager[Any]:
-    """Return bf16 autocast where the processor multiplies bf16 matrices."""
-    return torch.autocast("cpu", torch.bfloat16) if has_bf16() else contextlib.nullcontext()
 
 
 class _Timed(UnlearnTrainer):

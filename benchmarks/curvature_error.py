@@ -21,7 +21,6 @@ Each writes its part of ``docs/results/curvature.json`` and prints its tables.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -39,6 +38,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from _machine import autocast, table
 from soul.curvature import cache
 from soul.curvature.estimators import ESTIMATORS, Estimator
 from soul.curvature.hutchinson import hutchinson_diagonal
@@ -75,13 +75,6 @@ def record(part: str, value: Any) -> None:
     environment = {"torch": torch.__version__, "threads": torch.get_num_threads(), "bf16": has_bf16()}
     known[part] = {"environment": environment, "results": value}
     RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-
-
-def table(head: list[str], rows: list[list[str]]) -> None:
-    """Print a table in Markdown."""
-    for line in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(line) + " |")
-    print()
 
 
 # --- error -----------------------------------------------------------------------------------------------------------
@@ -230,16 +223,16 @@ def show_error(found: list[dict[str, Any]]) -> None:
     by = [f"p = {one['confidence']:g}" for one in found]
     for key, title in (("sum", "sum"), ("whole", "vector"), ("median", "median"), ("empty", "empty")):
         rows = [[name, *(f"{one['estimators'][name][key]:.2g}" for one in found)] for name in WITH_PASSES]
-        table([title, *by], rows)
+        print(table([title, *by], rows) + "\n")
     rows = [
         [f"{m} micro-batches", *(f"{one['micro_batches'][m]['sum']:.2g}" for one in found)] for m in ("1", "4", "16")
     ]
-    table(["ggn, sum", *by], rows)
+    print(table(["ggn, sum", *by], rows) + "\n")
     names = ("empirical", "hutchinson")
     rows = [[f"{n}: sum / sum of ggn", *(f"{one['sum_relative_to_ggn'][n]:.3g}" for one in found)] for n in names]
     rows += [[f"{n}: cosine to ggn", *(f"{one['cosine_to_ggn'][n]:.3g}" for one in found)] for n in names]
     rows += [["negative entries of the Hessian", *(f"{one['hessian_negative']:.0%}" for one in found)]]
-    table(["exact", *by], rows)
+    print(table(["exact", *by], rows) + "\n")
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -253,11 +246,6 @@ def tofu_rows(folder: Path, tokenizer: Any, count: int) -> list[Encoded]:
     """
     template = ChatTemplate(tokenizer)
     return [template.encode(e, index=i) for i, e in enumerate(load_examples(folder / "retain90.json", limit=count))]
-
-
-def autocast() -> contextlib.AbstractContextManager[Any]:
-    """Return the precision that ``training.precision: auto`` means here."""
-    return torch.autocast("cpu", torch.bfloat16) if has_bf16() else contextlib.nullcontext()
 
 
 def cases() -> Iterator[tuple[str, dict[str, int]]]:
@@ -372,8 +360,9 @@ def measure_cost(tofu: Path, repeats: int) -> None:
         ]
         for one in found
     ]
-    table(["", "seconds", "processor seconds", "of a step", "peak memory, GB"], rows)
-    table(["cache", "seconds"], [[name, f"{seconds:.2f}"] for name, seconds in disk.items() if name != "bytes"])
+    print(table(["", "seconds", "processor seconds", "of a step", "peak memory, GB"], rows) + "\n")
+    rows = [[name, f"{seconds:.2f}"] for name, seconds in disk.items() if name != "bytes"]
+    print(table(["cache", "seconds"], rows) + "\n")
     print(f"{disk['bytes'] / 1e6:.0f} MB on disk")
     errors = [one["relative_error"] for one in found if "relative_error" in one]
     print(f"differences against second derivatives, relative error: {errors[0]:.1e}")
@@ -451,7 +440,7 @@ def measure_memorised(tofu: Path, path: str, draws: int) -> None:
         for one in found
         for estimator, got in one["estimators"].items()
     ]
-    table(["model", "estimator", "mean", "relative std", "median", "below a tenth"], rows_out)
+    print(table(["model", "estimator", "mean", "relative std", "median", "below a tenth"], rows_out) + "\n")
 
 
 def main() -> None:

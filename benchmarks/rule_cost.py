@@ -21,13 +21,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from _machine import in_own_process
+from _machine import autocast, in_own_process, table
 from soul.curvature.ihvp import INVERSES, InverseSpec, make_inverse
 from soul.curvature.kronecker import linear_layers
 from soul.curvature.passes import CurvaturePasses
@@ -39,6 +38,7 @@ from soul.forward import forward_answers
 from soul.machine import peak_memory, reset_peak_memory
 from soul.models import ModelSpec, load_model
 from soul.registry import OPTIMIZERS
+from soul.rundir import write_json
 from soul.trainer import has_bf16, quiet
 
 RECORD = Path(__file__).parents[1] / "docs/results/rule-cost.json"
@@ -60,11 +60,6 @@ def timed(work: Any) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def autocast() -> Any:
-    """Return the precision of training."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=has_bf16())
 
 
 def cost_of_rule(name: str, tofu: Path, model_name: str) -> Line:
@@ -90,11 +85,7 @@ def cost_of_rule(name: str, tofu: Path, model_name: str) -> Line:
 
         def refresh(step: int) -> None:
             model.zero_grad()
-            one = passes.plan(step)[:1]
-            if not rule.needs_backward:
-                passes.look(model, rule, one)
-            estimate = passes.estimate(model, rule, one, explicit=False) if rule.needs_backward else None
-            rule.update_curvature(estimate)
+            rule.update_curvature(passes.estimate(model, rule, passes.plan(step)[:1], explicit=False))
             model.zero_grad()
 
         refresh(0)
@@ -136,11 +127,6 @@ def cost_of_inverse(name: str, tofu: Path, model_name: str) -> Line:
     }
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a Markdown table."""
-    print("\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)), end="\n\n")
-
-
 def show(record: dict[str, list[Line]]) -> None:
     """Print both tables."""
 
@@ -149,10 +135,13 @@ def show(record: dict[str, list[Line]]) -> None:
 
     keys = ("refresh", "first_step", "step", "gradient")
     rows = [[x["rule"], *(seconds(x, k) for k in keys), f"{x['memory'] / 1e9:.2f}"] for x in record["rules"]]
-    table(["rule", "refresh, s", "step after it, s", "later step, s", "gradient, s", "memory, GB"], rows)
+    print(
+        table(["rule", "refresh, s", "step after it, s", "later step, s", "gradient, s", "memory, GB"], rows),
+        end="\n\n",
+    )
     keys = ("prepare", "first_solve", "solve")
     rows = [[x["inverse"], *(seconds(x, k) for k in keys), f"{x['memory'] / 1e9:.2f}"] for x in record["inverses"]]
-    table(["inverse", "prepare, s", "first solve, s", "later solve, s", "memory, GB"], rows)
+    print(table(["inverse", "prepare, s", "first solve, s", "later solve, s", "memory, GB"], rows) + "\n")
 
 
 def main() -> int:
@@ -172,7 +161,7 @@ def main() -> int:
             print(name, file=sys.stderr, flush=True)
             record[part].append(in_own_process(measure, name, args.tofu, args.model))
             record["environment"] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "bf16": has_bf16()}
-            RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(RECORD, record)
     show(record)
     return 0
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 import _paths
-from _machine import Step, cpu_name, gemm_peak, in_own_process
+from _machine import Step, cpu_name, gemm_peak, in_own_process, table
 from soul.data.sources import load_examples
 from soul.trainer import has_bf16
 
@@ -90,11 +90,6 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{middle(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 @dataclasses.dataclass(frozen=True)

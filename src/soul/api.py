@@ -74,8 +74,11 @@ def unlearn(
         >>> result = soul.unlearn(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl")  # doctest: +SKIP
         >>> result.log[-1]["step_length"]  # doctest: +SKIP
     """
-    loss = objective if isinstance(objective, Objective) else config.component(OBJECTIVES, objective, "")
-    rule = optimizer if isinstance(optimizer, OptimizerSpec) else config.component(OPTIMIZERS, optimizer, "")
+    loss, rule = objective, optimizer
+    if not isinstance(loss, Objective):
+        loss = config.component(OBJECTIVES, loss, DEFAULT_OBJECTIVE)
+    if not isinstance(rule, OptimizerSpec):
+        rule = config.component(OPTIMIZERS, rule, DEFAULT_OPTIMIZER)
     settings = (
         training if isinstance(training, TrainingSpec) else config.parse(TrainingSpec, training or {}, "training")
     )

@@ -87,14 +87,15 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
         return tree
     if not isinstance(tree, Mapping):
         raise ValueError(f"{where} must be a mapping, not {tree!r}")
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # cls is a dataclass
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # cls is a dataclass
+    known = [f.name for f in fields]
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown setting {where}.{key}.{hint} Known: {', '.join(known)}.")
     values = {k: _scalar(v) if isinstance(v, str) and _looks_numeric(v) else v for k, v in tree.items()}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in fields:
         given = values.get(field.name)
         if isinstance(given, Mapping) and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

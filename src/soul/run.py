@@ -6,11 +6,11 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
@@ -165,7 +165,14 @@ def train_and_save(
     return model
 
 
-def train(model: Any, dataset: UnlearnDataset, recipe: Recipe, out: Path, tick: Progress) -> None:
+def train(
+    model: Any,
+    dataset: UnlearnDataset,
+    recipe: Recipe,
+    out: Path,
+    tick: Progress,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
     """Train, resuming from the last whole checkpoint in ``out/checkpoints`` if there is one."""
     device = next(model.parameters()).device.type
     log = LogCallback(out / "log.jsonl", lambda step, of, _: tick("training", step, of))
@@ -176,7 +183,7 @@ def train(model: Any, dataset: UnlearnDataset, recipe: Recipe, out: Path, tick: 
         objective=recipe.objective,
         optimizer=recipe.optimizer,
         training=recipe.training,
-        callbacks=[log],
+        callbacks=[log, *callbacks],
     )
     log.trainer = trainer
     trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))

@@ -331,19 +331,17 @@ def test_whitening_looks_at_inputs_without_a_backward_pass(make_model, tokenizer
     rows = [template.encode(e, index=i) for i, e in enumerate(retain_set[:6])]
     passes = CurvaturePasses(CurvatureSpec(batch=3, warm_start=2, cache=False), rows)
     model = make_model()
-    lazy, full = (WhitenSpec().build(model.parameters(), model) for _ in range(2))
-    assert not lazy.needs_backward
-    assert KFACSpec().build(model.parameters(), model).needs_backward
+    lazy, full = (spec.build(model.parameters(), model) for spec in (WhitenSpec(), KFACSpec()))
+    assert (lazy.needs_backward, full.needs_backward) == (False, True)
     before = torch.random.get_rng_state()
     passes.refresh(model, lazy, 0)
     assert torch.equal(torch.random.get_rng_state(), before)
-    passes.estimate(model, full, passes.plan(0))
-    full.update_curvature()
+    passes.refresh(model, full, 0)
     found, expected = lazy.curvature_state(), full.curvature_state()
-    assert found.keys() == expected.keys()
+    assert found.keys() == {name for name in expected if not name.endswith(".outputs")}
     assert any(name.endswith(".inputs") for name in found)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -351,10 +349,10 @@ def test_factors_that_do_not_fit_are_refused_before_they_are_made(make_model, mo
     model = make_model()
     factors = KroneckerFactors(model)
     taken = sum(t.numel() * t.element_size() for t in _observed(factors, model).state().values() if t.ndim)
-    assert taken <= factors.bytes() < 2 * taken  # query, key and value share an A; it is counted for each
+    assert taken / 2 < factors.bytes() <= taken  # the output projection is counted with query, key and value
     there = 2 * KroneckerFactors(model, outputs=False).bytes()
-    monkeypatch.setattr(module, "_memory", lambda _: float(there))
-    with pytest.raises(ValueError, match=r"kfac would keep .* GB of factors .* use whiten .*, sophia"):
+    monkeypatch.setattr(module, "memory_of", lambda _: float(there))
+    with pytest.raises(ValueError, match=r"kfac would keep at least .* GB of factors .* use whiten .*, sophia"):
         KFACSpec().build(model.parameters(), model)
     WhitenSpec().build(model.parameters(), model)
     there -= 1

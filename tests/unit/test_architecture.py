@@ -22,7 +22,7 @@ ONLY = {
     "report": {"types"},
     "metrics": {"types"},
     "data": {"types"},
-    "optim": {"registry", "curvature"},
+    "optim": {"registry", "curvature", "machine"},
     "forward": {"data"},
 }
 NOT_TOP = ("data", "metrics", "objectives", "optim", "curvature", "benchmarks", "forward", "reference", "models")

@@ -322,6 +322,16 @@ def test_embeddings_are_damped_and_counted_apart_in_training(make_trainer: Any) 
     assert {"win_rate", "win_rate_embedding"} <= rule.metrics().keys()
 
 
+def test_ekfac_at_its_defaults_corrects_what_kfac_would_do(make_trainer: Any) -> None:
+    trainer = make_trainer(OPTIMIZERS.get("ekfac")(), max_steps=3)
+    trainer.train()
+    inverse = trainer.update_rule.preconditioner
+    assert set(inverse.corrections.values()) == {2}  # before the second step and before the third
+    assert inverse.corrections.keys() == trainer.update_rule.factors.layers.keys()
+    with pytest.raises(ValueError, match=r"curvature\.interval must be 1 or more"):
+        OPTIMIZERS.get("ekfac")(curvature=CurvatureSpec(interval=0))
+
+
 class Watch(TrainerCallback):
     """Keeps what happens around a step."""
 

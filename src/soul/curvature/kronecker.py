@@ -135,14 +135,18 @@ class KroneckerFactors:
         return self._same_input.get(name, name)
 
     def bytes(self) -> int:
-        """Return what the factors take or will take, in fp32; at most, since which layers share an ``A`` is not known.
+        """Return the least that the factors take or will take, in fp32.
+
+        Which layers share an ``A`` shows when they run: here all those of one module with as many inputs do.
 
         Example:
             >>> KroneckerFactors(nn.Sequential(nn.Linear(2, 3))).bytes()  # the bias is a third input
             72
         """
-        shapes = [pack(layer, layer.weight, layer.bias).shape for layer in self.layers.values()]
-        return 4 * sum(inputs**2 + (outputs**2 if self.watches_outputs else 0) for outputs, inputs in shapes)
+        shapes = {name: pack(layer, layer.weight, layer.bias).shape for name, layer in self.layers.items()}
+        inputs = {(name.rpartition(".")[0], shape[1]) for name, shape in shapes.items()}
+        outputs = [shape[0] for shape in shapes.values()] if self.watches_outputs else []
+        return 4 * (sum(width**2 for _, width in inputs) + sum(width**2 for width in outputs))
 
     @contextlib.contextmanager
     def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:

@@ -144,9 +144,7 @@ class CurvaturePasses:
             self._take_over(model, rule, found, watches)
             return
         with _gradients_left_empty(model):
-            estimate = self.estimate(model, rule, plan, explicit=warm) if rule.needs_backward else None
-            if not rule.needs_backward:
-                self.look(model, rule, plan)
+            estimate = self.estimate(model, rule, plan, explicit=warm)
             keep = file if _world()[0] == 0 else None
             if keep and not watches:  # before the rule gets it, which may compute in place
                 cache.write(keep, _named(model, estimate or {}), self._describe(plan))
@@ -197,12 +195,17 @@ class CurvaturePasses:
     def estimate(self, model: nn.Module, rule: Observer, plan: Plan, *, explicit: bool = True) -> Estimate | None:
         """Return the estimate for each trainable parameter, in fp32 at least; None where it is the gradients' square.
 
+        A rule that watches only what goes into layers is given forward passes, and there is no estimate.
+
         Args:
             model: The model, in its wrapper if it has one.
             rule: Watches the passes; its ``update_curvature`` is not called.
             plan: The micro-batches of all processes.
             explicit: Return the estimate even where the gradients could be left to be squared.
         """
+        if not rule.needs_backward:
+            self._look(model, rule, plan)
+            return None
         params = list(_trainable(model).values())
         rank, world = _world()
         tokens = sum(pick.row.answer_length for picks in plan for pick in picks)
@@ -222,8 +225,8 @@ class CurvaturePasses:
         return dict(zip(params, sums, strict=True))
 
     @torch.no_grad()
-    def look(self, model: nn.Module, rule: Observer, plan: Plan) -> None:
-        """Run the model forward only, for a rule that watches what goes into layers."""
+    def _look(self, model: nn.Module, rule: Observer, plan: Plan) -> None:
+        """Run the model forward only."""
         rank, world = _world()
         with without_noise(model):
             for picks in plan[rank::world]:

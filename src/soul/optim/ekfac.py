@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from soul.curvature.kronecker import EigenInverse
+from soul.curvature.spec import CurvatureSpec
 from soul.optim.kfac import KFACSpec
 from soul.optim.kronecker import KroneckerRule
 from soul.registry import OPTIMIZERS
@@ -19,8 +20,20 @@ from soul.registry import OPTIMIZERS
 class EKFACSpec(KFACSpec):
     """Natural gradient by Kronecker factors with corrected eigenvalues (EK-FAC, arXiv 1806.03884).
 
-    The eigenbases are found at the first refresh and kept; every later refresh corrects the moments along them.
+    The eigenbases are found at the first refresh and kept; every later refresh corrects the moments along them. There
+    must be later ones: until the first correction the moments are K-FAC's own.
     """
+
+    curvature: CurvatureSpec = dataclasses.field(
+        default_factory=lambda: CurvatureSpec(warm_start=8, interval=1, general_text=2)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.curvature.interval:
+            raise ValueError(
+                "ekfac corrects its moments at refreshes after the first: curvature.interval must be 1 or more"
+            )
 
     def build(
         self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None

@@ -6,7 +6,6 @@ import abc
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, pack, unpack
 from soul.curvature.spec import CurvatureSpec
+from soul.machine import memory_of
 from soul.optim._elementwise import check_above, check_between, check_common, check_last_group
 from soul.optim.base import CurvatureOptimizerSpec, UpdateRule
 
@@ -324,20 +324,11 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
             raise ValueError(f"{self.name} watches the model's layers: build(params, model) needs the model")
         factors = KroneckerFactors(model, outputs=outputs)
         device = next(iter(factors.layers.values())).weight.device
-        needed, there = 2 * factors.bytes(), _memory(device)  # the inverses, or bases, take as much again
+        needed, there = 2 * factors.bytes(), memory_of(device)  # the inverses, or bases, take as much again
         if needed > there:
             smaller = "whiten (the input sides alone), sophia" if outputs else "sophia"
             raise ValueError(
-                f"{self.name} would keep {needed / 1e9:.0f} GB of factors and inverses for this model, and {device} "
-                f"has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
+                f"{self.name} would keep at least {needed / 1e9:.0f} GB of factors and inverses for this model, "
+                f"and {device} has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
             )
         return factors
-
-
-def _memory(device: torch.device) -> float:
-    """Return the bytes of memory that a device has free, or this machine has at all; infinite where unknown."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # not POSIX
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return math.inf
