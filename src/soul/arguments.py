@@ -30,6 +30,17 @@ EVALUATE = """examples:
 Settings without a section are the benchmark's; model.* and evaluation.* are those of a recipe."""
 
 
+BENCH = """examples:
+  soul bench recipes/contests/tofu20.yaml --out docs/results/contest
+  soul bench contest.yaml --out DIR --phase tune --minutes 60
+  soul bench contest.yaml --out DIR budget.points=24
+
+Every cell (task x objective x optimizer) gets the same trials, by the same rules; the best settings then serve the
+report requests. Several workers may run the same command on the same folder. The same command continues a contest, and
+`soul report DIR` shows what there is so far."""
+PHASES = ("reference", "pilot", "tune", "report")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse, with settings allowed after options too, where argparse alone gives up."""
     parser = _parser()
@@ -59,8 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_unlearn(commands)
     _add_finetune(commands)
     _add_evaluate(commands)
-    command = _add(commands, "report", "RUN [RUN ...] [--out FILE]", "Make one HTML report of one or more runs.")
-    command.add_argument("words", nargs="+", metavar="RUN", help="run directories, in the order to show them in")
+    _add_bench(commands)
+    command = _add(commands, "report", "RUN [RUN ...] [--out FILE]", "Make one HTML report of runs, or of a contest.")
+    help_runs = "run directories, in the order to show them in; or the folder of one contest"
+    command.add_argument("words", nargs="+", metavar="RUN", help=help_runs)
     command.add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
     command = _add(commands, "list", "[KIND]", "List what can be chosen.")
     command.add_argument("kind", nargs="?", choices=KINDS, help="only these")
@@ -117,3 +130,12 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--benchmark", metavar="NAME", default="tofu", help="tofu (default) or another (`soul list`)")
     command.add_argument("--reference", metavar="RUN", default="", help="evaluated retained model, for forget quality")
     command.add_argument("--out", metavar="DIR", help="where the record goes (default: runs/evaluate-BENCHMARK-MODEL)")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    usage = "MATRIX.yaml --out DIR [--phase P] [--minutes N] [key.sub=value ...]"
+    command = _add(commands, "bench", usage, "Run a contest between optimizers.", BENCH)
+    command.add_argument("words", nargs="+", metavar="MATRIX.yaml, key.sub=value", help="the matrix, and changes to it")
+    command.add_argument("--out", metavar="DIR", required=True, help="where the record is, or is to be")
+    command.add_argument("--phase", choices=PHASES, help="only jobs of this kind")
+    command.add_argument("--minutes", type=float, default=0.0, metavar="N", help="begin no trial later than this")

@@ -162,7 +162,42 @@ def _specs(model: str, assignments: Sequence[str]) -> Any:
     )
 
 
+def _bench(args: argparse.Namespace) -> int:
+    file, settings = _split(args.words)
+    if not file:
+        raise ValueError(
+            "no matrix: give a YAML file of tasks, objectives and optimizers, see recipes/contests/tofu20.yaml"
+        )
+    from soul.contest.jobs import Contest
+    from soul.contest.matrix import read_matrix
+    from soul.trainer import quiet
+
+    if args.minutes < 0:
+        raise ValueError(f"--minutes must be 0 (no bound) or more, not {args.minutes:g}")
+    matrix = read_matrix(Path(file), settings)
+    quiet()
+    contest = Contest(matrix, Path(args.out))
+    phases = (args.phase,) if args.phase else ()
+    with progress_bars() as tick:
+        done = contest.work(tick, phases=phases, seconds=60 * args.minutes or float("inf"))
+    Console().print(f"{done} jobs done, {contest.left()} left to do or under way elsewhere")
+    return _show_contest(Path(args.out), Path(args.out) / "report.html")
+
+
+def _show_contest(folder: Path, out: Path) -> int:
+    from soul.report.contest import contest_tables, write_contest
+
+    Console().print(contest_tables(folder), markup=False, highlight=False, soft_wrap=True)
+    Console().print(f"report: {escape(str(write_contest(folder, out)))}", soft_wrap=True)
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
+    contests = [word for word in args.words if (Path(word) / "trials.jsonl").is_file()]
+    if contests:
+        if len(args.words) > 1:
+            raise ValueError(f"{contests[0]} is a contest: report one at a time, and runs by themselves")
+        return _show_contest(Path(contests[0]), Path(args.out))
     return _show_report(args.words, Path(args.out))
 
 
@@ -206,6 +241,7 @@ COMMANDS = {
     "unlearn": _unlearn,
     "finetune": _finetune,
     "evaluate": _evaluate,
+    "bench": _bench,
     "report": _report,
     "list": _list,
     "show": _show,

@@ -71,6 +71,42 @@ def sequence_nll(
     return values
 
 
+@torch.no_grad()
+def extraction_strength(
+    model: Any, rows: Sequence[Encoded], *, pad_id: int, max_tokens: int = 4096, progress: Count | None = None
+) -> tuple[list[float], list[float]]:
+    """Return each answer's mean NLL and its extraction strength, from the same forward passes.
+
+    ``ES = 1 - min{k : greedy decoding from x and y_<k gives the rest of y} / |y|`` (arXiv 2012.07805 in spirit; defined
+    so in arXiv 2506.12618): 1 where the question alone brings the answer, 0 where even its last token must be given.
+    Greedy decoding gives the rest exactly where the most likely token is the true one at every later position, so one
+    teacher-forced pass tells. The end-of-turn token counts as one of ``|y|``.
+
+    Args:
+        model: A causal language model; it is run in its own dtype, without autocast.
+        rows: Tokenised examples.
+        pad_id: Token that fills rows up.
+        max_tokens: Padded tokens in a batch.
+        progress: Called with (done, of).
+    """
+    nll, strength = [math.nan] * len(rows), [math.nan] * len(rows)
+    device = next(model.parameters()).device
+    done = 0
+    for picked in length_batches([len(row) for row in rows], max_tokens):
+        batch = collate_rows([rows[i] for i in picked], pad_id=pad_id)
+        answers = forward_answers(model, {k: v.to(device) for k, v in batch.items()})
+        sums = answers.sum_rows(-answers.token_logps()).tolist()
+        right = (answers.logits_NV.argmax(-1) == answers.targets_N).split([rows[i].answer_length for i in picked])
+        for i, total, matches in zip(picked, sums, right, strict=True):
+            wrong = (~matches).nonzero()
+            given = int(wrong[-1]) + 1 if len(wrong) else 0
+            nll[i], strength[i] = total / len(matches), 1 - given / len(matches)
+        done += len(picked)
+        if progress:
+            progress(done, len(rows))
+    return nll, strength
+
+
 def _whole(model: Any, rows: Sequence[Encoded], pad_id: int) -> list[float]:
     """Read every row from its first token to its last."""
     device = next(model.parameters()).device

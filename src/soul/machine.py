@@ -33,6 +33,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def has_bf16(device: str = "cpu") -> bool:
+    """Say whether the device multiplies bf16 matrices in hardware."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(supported())
+
+
 def memory_of(device: torch.device) -> float:
     """Return the bytes of memory that a GPU has free, or this machine has at all; infinite where unknown."""
     if device.type == "cuda":

@@ -26,17 +26,27 @@ class DataSpec:
         forget: The set to forget.
         retain: The set to keep; several sources may be given as a list.
         refusals: A text file with a refusal a line; the built-in phrasings by default.
+        curvature: Where ``retain`` is a curvature's source, examples to take in its place; the retain set by default.
     """
 
     forget: str = ""
     retain: str | list[str] = ""
     refusals: str = ""
+    curvature: str | list[str] = ""
 
     @property
     def retain_sources(self) -> list[str]:
         """The retain sources as a list."""
-        many = self.retain if isinstance(self.retain, list) else [self.retain]
-        return [source for source in many if source]
+        return _listed(self.retain)
+
+    @property
+    def curvature_sources(self) -> list[str]:
+        """The sources of the curvature's examples as a list; empty where they are the retain set's."""
+        return _listed(self.curvature)
+
+
+def _listed(sources: str | list[str]) -> list[str]:
+    return [source for source in (sources if isinstance(sources, list) else [sources]) if source]
 
 
 DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER = "npo", "kfac"

@@ -37,6 +37,7 @@ class Request:
     forget: list[Example]
     retain: list[Example]
     refusals: list[str]
+    curvature: list[Example] = dataclasses.field(default_factory=list)
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:
@@ -53,7 +54,10 @@ def load_request(data: DataSpec) -> Request:
     retain = [example for source in data.retain_sources for example in load_examples(source)]
     if forget and retain:
         check_disjoint(forget, retain)
-    return Request(forget, retain, read_refusals(data.refusals))
+    curvature = [example for source in data.curvature_sources for example in load_examples(source)]
+    if forget and curvature:
+        check_disjoint(forget, curvature)
+    return Request(forget, retain, read_refusals(data.refusals), curvature)
 
 
 def read_refusals(path: str) -> list[str]:
@@ -138,7 +142,9 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, request: Reques
         ValueError: A set that the objective needs is not there, or a prompt leaves no room for its answer.
     """
     what = recipe.method or recipe.objective
-    return make_dataset(tokenizer, request.forget, request.retain, what, recipe.training, request.refusals)
+    return make_dataset(
+        tokenizer, request.forget, request.retain, what, recipe.training, request.refusals, request.curvature
+    )
 
 
 def train_and_save(

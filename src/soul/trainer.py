@@ -24,6 +24,7 @@ from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
 from soul.forward import unwrap
+from soul.machine import has_bf16
 from soul.methods.base import Method
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec, UpdateRule
@@ -52,6 +53,7 @@ class TrainingSpec:
         reference: How KL gets its reference: ``cache``, ``adapter_off`` or ``copy``.
         trust_kl: Largest KL (nats a token, on retained answers) of a step; a larger one is shrunk. 0 for no bound.
         trust_batch: Retained examples it is measured on.
+        frozen: ``embeddings`` leaves input embeddings and language-model head as they are, for every optimizer alike.
     """
 
     batch_size: int = 4
@@ -68,6 +70,7 @@ class TrainingSpec:
     reference: Literal["cache", "adapter_off", "copy"] = "cache"
     trust_kl: float = 0.0
     trust_batch: int = 8
+    frozen: Literal["nothing", "embeddings"] = "nothing"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "epochs", "max_length", "trust_batch"):
@@ -103,14 +106,6 @@ class TrainingSpec:
             dataloader_pin_memory=device != "cpu",
             remove_unused_columns=False,
         )
-
-
-def has_bf16(device: str = "cpu") -> bool:
-    """Say whether the device multiplies bf16 matrices in hardware."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(supported())
 
 
 class UnlearnTrainer(Trainer):
@@ -156,6 +151,8 @@ class UnlearnTrainer(Trainer):
         self.trust = TrustRegion(self, budget, rows) if budget else None
         if self.trust and not dataset.encoded["retain"]:
             raise ValueError("training.trust_kl measures KL on retained answers, and no retain set is in use")
+        if self.training_spec.frozen == "embeddings":
+            freeze_embeddings(model)
         self.last_terms: dict[str, float] = {}
         self._window: dict[str, float] = {}
         super().__init__(
@@ -261,12 +258,18 @@ class UnlearnTrainer(Trainer):
             return
         started = time.perf_counter()
         assert self.model_wrapped is not None
-        general = {field.name for field in dataclasses.fields(OptimizerSpec)}  # learning rate: no pass depends on it
-        settings = {name: value for name, value in self.rule.settings().items() if name not in general}
-        self._passes.refresh(self.model_wrapped, self.update_rule, step, identity=f"{self.rule.name} {settings}")
+        identity = f"{self.rule.name} {self.rule.curvature_settings()}"
+        self._passes.refresh(self.model_wrapped, self.update_rule, step, identity=identity)
         if self.args.device.type == "cuda":
             torch.cuda.synchronize()
         self.curvature_seconds = time.perf_counter() - started
+
+
+def freeze_embeddings(model: Any) -> None:
+    """Leave input embeddings and head (one matrix, where they are tied) out of training."""
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for p in part.parameters() if part is not None else ():
+            p.requires_grad_(False)
 
 
 class _CurvatureCallback(TrainerCallback):
@@ -302,6 +305,10 @@ class LogCallback(TrainerCallback):
         self.path, self.progress = path, progress
         self.records: list[dict[str, float]] = []
         self.trainer: UnlearnTrainer | None = None
+        self._started = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last step out of the next one's seconds."""
         self._started = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
@@ -348,10 +355,11 @@ def make_dataset(
     objective: Objective | Method,
     training: TrainingSpec,
     refusals: Sequence[str] = (),
+    curvature: Sequence[Example] = (),
 ) -> UnlearnDataset:
     """Tokenise what ``objective``, or a method in its place, looks at."""
     template = ChatTemplate(tokenizer, training.max_length)
-    return UnlearnDataset(template, forget, retain, objective.views, refusals, training.seed)
+    return UnlearnDataset(template, forget, retain, objective.views, refusals, training.seed, curvature)
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:

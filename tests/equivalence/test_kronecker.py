@@ -365,3 +365,28 @@ def _observed(factors: KroneckerFactors, model: nn.Module) -> KroneckerFactors:
         model(torch.arange(6)[None]).logits.sum().backward()
     factors.absorb()
     return factors
+
+
+def test_products_in_bf16_are_near_the_exact_ones_and_little_damping_is_exact(monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(24, 16, bias=False))
+    factors = KroneckerFactors(layer)
+    watch(layer, factors, torch.randn(200, 24) * torch.logspace(0, 1, 24))
+    factors.absorb()
+    gradient = torch.randn(16, 24)
+    monkeypatch.setattr("soul.curvature.kronecker.WIDE", 8)
+    exact = KroneckerInverse(factors, 0.1)("0", gradient)
+    rounded = KroneckerInverse(factors, 0.1, products=torch.bfloat16)("0", gradient)
+    assert rounded.dtype == exact.dtype
+    assert not torch.equal(exact, rounded)
+    assert float((exact - rounded).norm() / exact.norm()) < 0.02
+    a, g = factors.inputs("0"), factors.outputs("0")
+
+    def gain(u: torch.Tensor) -> float:
+        return float((gradient * u).sum() ** 2 / ((g @ u) * (u @ a)).sum())
+
+    assert gain(rounded) == pytest.approx(gain(exact), rel=0.02)
+    little = KroneckerInverse(factors, 0.003, products=torch.bfloat16)("0", gradient)
+    assert torch.equal(little, KroneckerInverse(factors, 0.003)("0", gradient))
+    monkeypatch.setattr("soul.curvature.kronecker.WIDE", 100)
+    assert torch.equal(exact, KroneckerInverse(factors, 0.1, products=torch.bfloat16)("0", gradient))

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from soul import likelihood
-from soul.data.templates import Encoded
+from soul.data.templates import ChatTemplate, Encoded
 
 V = 50
 ROTARY: dict[str, Any] = {
@@ -132,3 +132,27 @@ def test_progress_counts_every_row_once() -> None:
     likelihood.sequence_nll(build("llama"), rows, pad_id=0, max_tokens=30, progress=lambda d, n: seen.append((d, n)))
     assert [d for d, _ in seen] == sorted({d for d, _ in seen})
     assert seen[-1] == (len(rows), len(rows))
+
+
+def test_extraction_strength_is_what_greedy_decoding_needs(make_model, tokenizer, forget_set):
+    model, template = make_model(seed=3), ChatTemplate(tokenizer)
+    torch.manual_seed(0)
+    rows = [template.encode(e) for e in forget_set]
+    with torch.no_grad():  # let the ends of some answers be what the model says anyway
+        for i in (0, 3, 5):
+            ids, start = list(rows[i].input_ids), rows[i].answer_start
+            for t in range(start + (len(ids) - start) // 2, len(ids)):
+                ids[t] = int(model(torch.tensor([ids[:t]])).logits[0, -1].argmax())
+            rows[i] = Encoded(tuple(ids), start)
+    nll, strength = likelihood.extraction_strength(model, rows, pad_id=template.pad, max_tokens=60)
+    assert nll == pytest.approx(likelihood.sequence_nll(model, rows, pad_id=template.pad), rel=1e-5)
+    for row, found in zip(rows, strength, strict=True):
+        answer = list(row.input_ids[row.answer_start :])
+        for k in range(len(answer) + 1):  # the least k from which greedy decoding gives the rest
+            ids = list(row.input_ids[: row.answer_start + k])
+            while len(ids) < len(row.input_ids):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids == list(row.input_ids):
+                assert found == pytest.approx(1 - k / len(answer))
+                break
+    assert len({round(x, 3) for x in strength}) > 1

@@ -202,3 +202,38 @@ def test_a_lost_model_stops_the_run(tmp_path, make_trainer):
         trainer.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"the loss is nan at step 1.*lower optimizer.lr"):
         trainer.train()
+
+
+@pytest.mark.parametrize("rule", [ADAMW, {"name": "kfac", "others": "diagonal", "curvature": {"interval": 0}}])
+def test_frozen_embeddings_stay_and_the_rest_moves(tmp_path, make_trainer, make_model, rule):
+    trainer = make_trainer(tmp_path, "grad_diff", rule, batch_size=4, epochs=2, frozen="embeddings")
+    trainer.train()
+    start = make_model(0).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, start[name]) == ("embed" in name or "lm_head" in name), name
+
+
+def test_curvature_may_be_of_examples_of_its_own(tmp_path, make_model, tokenizer, forget_set, retain_set):
+    """The factors are those of a run whose retain set is the curvature's, and the loss is of the retain set."""
+    loss, kept = OBJECTIVES.get("grad_diff")(), {}
+    rule = config.component(OPTIMIZERS, {"name": "kfac", "curvature": {"interval": 0, "cache": False}}, "")
+    training = TrainingSpec(precision="float32", batch_size=4, epochs=1)
+    halves = {"retain": retain_set[:5], "curvature": retain_set[5:]}
+    for name, retain, own in (
+        ("apart", halves["retain"], halves["curvature"]),
+        ("same", halves["curvature"], ()),
+        ("other", halves["retain"], ()),
+    ):
+        log = LogCallback(None)
+        dataset = make_dataset(tokenizer, forget_set, retain, loss, training, [], own)
+        trainer = UnlearnTrainer(
+            make_model(0), training.arguments(tmp_path / name), dataset=dataset, objective=loss, optimizer=rule,
+            training=training, callbacks=[log],
+        )  # fmt: skip
+        log.trainer = trainer
+        trainer.train()
+        kept[name] = (trainer.update_rule.curvature_state(), log.records[0]["retain"])
+    factors = {name: state for name, (state, _) in kept.items()}
+    assert all(torch.equal(v, factors["same"][k]) for k, v in factors["apart"].items())
+    assert not all(torch.equal(v, factors["other"][k]) for k, v in factors["apart"].items())
+    assert kept["apart"][1] == kept["other"][1] != kept["same"][1]

@@ -19,7 +19,7 @@ ONLY = {
     "config": {"registry"},
     "arguments": set(),
     "machine": set(),
-    "report": {"types"},
+    "report": {"types", "metrics"},
     "metrics": {"types"},
     "data": {"types"},
     "optim": {"registry", "curvature", "machine"},

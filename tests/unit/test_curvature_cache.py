@@ -155,9 +155,9 @@ def test_the_next_request_starts_warm_where_it_takes_away_what_was_not_picked(
     assert sum(warm) == len(rows) - 4
 
 
-def test_rules_that_watch_passes_are_told_apart_by_their_settings(run: Any, passes: list[int], folder: Path) -> None:
+def test_rules_that_watch_passes_are_told_apart_by_what_they_keep(run: Any, passes: list[int], folder: Path) -> None:
     run(optimizer="kfac")
-    for i, (settings, made) in enumerate((({}, 1), ({"damping": 0.3}, 5))):
+    for i, (settings, made) in enumerate((({"damping": 0.3}, 1), ({"others": "diagonal"}, 5))):
         passes.clear()
         run(optimizer="kfac", settings=settings, lr=0.02)
         assert len(passes) == made
@@ -233,3 +233,23 @@ def test_fingerprints_know_weights_buffers_names_and_config(make_model: Any) -> 
             change(other)
             changes.append(cache.fingerprint(other))
     assert len({first, *changes}) == 6
+
+
+def test_a_diagonal_beside_factors_comes_back_with_them(run: Any, passes: list[int]) -> None:
+    settings = {"others": "diagonal"}
+    cold = run(optimizer="kfac", interval=0, settings=settings)
+    passes.clear()
+    assert same(cold, run(optimizer="kfac", interval=0, settings=settings))
+    assert not passes
+    frozen = run(optimizer="kfac", interval=0)
+    assert not torch.equal(cold[0]["model.norm.weight"], frozen[0]["model.norm.weight"])
+
+
+@pytest.mark.parametrize("setting", [{"damping": 0.5}, {"momentum": 0.5}])
+def test_factors_serve_whatever_is_done_with_them(run: Any, passes: list[int], setting: Any) -> None:
+    run(optimizer="kfac", interval=0)
+    passes.clear()
+    run(optimizer="kfac", interval=0, settings=setting)
+    assert not passes
+    run(optimizer="whiten", interval=0, settings={"damping": 0.1})
+    assert passes

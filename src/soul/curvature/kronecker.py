@@ -25,6 +25,11 @@ from torch import nn
 LARGEST = 16_384
 """Widest side of a factor: a 49,152-wide one (a vocabulary) would take 9.7 GB."""
 
+WIDE = 256
+"""Rows from which on a product in bf16 is worth its rounding."""
+ROUNDED = 0.01
+"""Least damping at which a product may be rounded to bf16: with less, rounding puts back what was divided away."""
+
 
 def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, nn.Linear]:
     """Return the trainable linear layers that have Kronecker factors, by the name of the module.
@@ -272,19 +277,33 @@ def inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
 class KroneckerInverse:
     """``D -> (G + damping)^-1 D (A + damping)^-1``, with both inverses kept until the factors change.
 
+    Inverses are found in fp32 at least. Kept and multiplied in bf16 they take half of the memory and, where the
+    hardware multiplies bf16, less than half of the time. On a 135M model with both sides, ``(m . u)^2 / <u, F u>``
+    (first-order gain for the curvature it costs) changes by .02 % at a damping of .1 and .1 % at .01. Inputs alone with
+    a damping of .003 lose seven eighths of it: a language model has inputs with eigenvalues thousands of times the
+    mean, and what rounding leaves along them costs more than all the rest. So little damping is always exact.
+
     Args:
         factors: The factors.
         damping: Share of each factor's mean eigenvalue that is added to it.
         outputs: Divide by ``G`` too; without it only inputs are whitened, ``D (A + damping)^-1``.
+        products: Dtype that inverses of at least :data:`WIDE` rows are kept and multiplied in; None for their own.
 
     Raises:
         ValueError: ``damping`` is not above 0.
     """
 
-    def __init__(self, factors: KroneckerFactors, damping: float, *, outputs: bool = True) -> None:
+    def __init__(
+        self,
+        factors: KroneckerFactors,
+        damping: float,
+        *,
+        outputs: bool = True,
+        products: torch.dtype | None = None,
+    ) -> None:
         if not damping > 0:
             raise ValueError(f"damping must be above 0, not {damping}")
-        self.factors, self.damping, self.outputs = factors, damping, outputs
+        self.factors, self.damping, self.outputs, self.products = factors, damping, outputs, products
         self._version = -1
         self._left: dict[str, torch.Tensor] = {}
         self._right: dict[str, torch.Tensor] = {}
@@ -296,13 +315,18 @@ class KroneckerInverse:
             self._left, self._right, self._version = {}, {}, self.factors.version
         shared = self.factors.input_of(name)
         if shared not in self._right:
-            self._right[shared] = inverse(self.factors.inputs(shared), self.damping)
+            self._right[shared] = self._inverse(self.factors.inputs(shared))
         result = matrix_OI.to(self._right[shared].dtype) @ self._right[shared]
         if self.outputs:
             if name not in self._left:
-                self._left[name] = inverse(self.factors.outputs(name), self.damping)
-            result = self._left[name] @ result
+                self._left[name] = self._inverse(self.factors.outputs(name))
+            result = self._left[name] @ result.to(self._left[name].dtype)
         return result.to(matrix_OI.dtype)
+
+    def _inverse(self, factor: torch.Tensor) -> torch.Tensor:
+        found = inverse(factor, self.damping)
+        exact = self.products is None or len(found) < WIDE or self.damping < ROUNDED
+        return found if exact else found.to(self.products)
 
 
 class EigenInverse:

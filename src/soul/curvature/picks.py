@@ -31,11 +31,16 @@ Plan = list[list[Pick]]
 def source_rows(dataset: UnlearnDataset, source: str) -> list[Encoded]:
     """Return the tokenised examples of a curvature source, all counted alike: of ``retain+forget`` both sets' union.
 
+    A set of the curvature's own (``data.curvature``) stands in for ``retain``.
+
     Raises:
         ValueError: A set is empty, or an example is too long.
     """
     rows: list[Encoded] = []
     for name in source.split("+"):
+        if name == "retain" and dataset.curvature:
+            rows += dataset.curvature
+            continue
         if not dataset.examples[name]:
             raise ValueError(
                 f"curvature.source is {source!r}, but there is no {name} set: give data.{name}, or set "

@@ -102,6 +102,7 @@ class UnlearnDataset(Dataset[Item]):
         views: What the objective looks at.
         refusals: Phrasings of "I don't know" for the ``refusal`` view.
         seed: Seed of the choice of phrasing, which depends on (seed, epoch, example) only.
+        curvature: Examples that curvature passes look at in place of ``retain``; the retain set where empty.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class UnlearnDataset(Dataset[Item]):
         views: Sequence[str],
         refusals: Sequence[str] = (),
         seed: int = 0,
+        curvature: Sequence[Example] = (),
     ) -> None:
         for view, examples, what in (("forget", forget, "a forget set"), ("retain", retain, "a retain set")):
             if view in views and not examples:
@@ -120,6 +122,7 @@ class UnlearnDataset(Dataset[Item]):
             raise ValueError("this objective needs a forget set and at least one refusal")
         self.template, self.views, self.refusals, self.seed = template, tuple(views), tuple(refusals), seed
         self.examples = {"forget": list(forget), "retain": list(retain)}
+        self.curvature = [template.encode(e, index=i) for i, e in enumerate(curvature)]
         self.encoded = {
             name: [template.encode(e, index=i) for i, e in enumerate(examples)] if self._uses(name) else []
             for name, examples in self.examples.items()

@@ -95,6 +95,14 @@ class OptimizerSpec(abc.ABC):
         """Return the hyper-parameters that the rule itself takes; the passes over data are the trainer's."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "curvature"}
 
+    def curvature_settings(self) -> dict[str, Any]:
+        """Return those settings that :meth:`UpdateRule.curvature_state` depends on: a kept one serves where they agree.
+
+        By default all but learning rate and weight decay, which is safe and finds less in the cache than it could.
+        """
+        general = {field.name for field in dataclasses.fields(OptimizerSpec)}
+        return {name: value for name, value in self.settings().items() if name not in general}
+
     @abc.abstractmethod
     def build(
         self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from soul.curvature.kronecker import KroneckerInverse
+from soul.machine import has_bf16
 from soul.optim._elementwise import check_between
 from soul.optim.kronecker import KroneckerRule, KroneckerSpec
 from soul.registry import OPTIMIZERS
@@ -24,9 +26,12 @@ class KFACSpec(KroneckerSpec):
 
     Attributes:
         newton: Largest share of the full Newton step; 0 for no bound.
+        products: ``auto`` multiplies by the inverses in bf16 where the hardware does so and weights are fp32, unless
+            damping is too small for it; ``exact`` never.
     """
 
     newton: float = 0.0
+    products: Literal["auto", "exact"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,4 +42,7 @@ class KFACSpec(KroneckerSpec):
     ) -> KroneckerRule:
         """Return the rule over ``params`` of ``model``."""
         factors = self.factors_of(model, outputs=True)
-        return self.rule(params, factors, KroneckerInverse(factors, self.damping), self.newton)
+        weight = next(iter(factors.layers.values())).weight
+        rounded = self.products == "auto" and weight.dtype == torch.float32 and has_bf16(weight.device.type)
+        inverse = KroneckerInverse(factors, self.damping, products=torch.bfloat16 if rounded else None)
+        return self.rule(params, factors, inverse, self.newton)

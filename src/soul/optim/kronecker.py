@@ -250,9 +250,13 @@ class KroneckerRule(UpdateRule):
             self._load_factors(kept)
 
     def curvature_state(self) -> dict[str, torch.Tensor]:
-        """Return the factors, and EK-FAC's bases and moments, by name."""
+        """Return the factors, EK-FAC's bases and moments, and the diagonal of parameters without factors, by name."""
         own = self.preconditioner.state() if isinstance(self.preconditioner, EigenInverse) else {}
-        return {f"factor.{k}": v for k, v in self.factors.state().items()} | {f"eigen.{k}": v for k, v in own.items()}
+        parts = {f"factor.{k}": v for k, v in self.factors.state().items()} | {f"eigen.{k}": v for k, v in own.items()}
+        for i, (_, p) in enumerate(self._others()):
+            if "curvature" in self.state.get(p, {}):
+                parts[f"other.{i}"] = self.state[p]["curvature"]
+        return parts
 
     def load_curvature_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Begin with curvature found earlier: one refresh is behind it."""
@@ -261,10 +265,14 @@ class KroneckerRule(UpdateRule):
         self._load_factors(state)
 
     def _load_factors(self, state: Mapping[str, torch.Tensor]) -> None:
-        parts: dict[str, dict[str, torch.Tensor]] = {"factor": {}, "eigen": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {"factor": {}, "eigen": {}, "other": {}}
         for key, value in state.items():
             part, _, name = key.partition(".")
             parts[part][name] = value
+        others = [p for _, p in self._others()]
+        for index, value in parts["other"].items():
+            p = others[int(index)]
+            self.state[p]["curvature"] = value.to(p.device, copy=True)
         self.factors.load_state(parts["factor"])
         if isinstance(self.preconditioner, EigenInverse):
             self.preconditioner.load_state(parts["eigen"])
@@ -303,6 +311,10 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         check_common(self.lr, self.weight_decay, momentum=self.momentum, decay=self.decay)
         check_above("damping", self.damping, 0.0)
 
+    def curvature_settings(self) -> dict[str, Any]:
+        """Return what factors found before the first step depend on: not damping, momentum or decay."""
+        return {"others": self.others}
+
     def rule(
         self,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
@@ -311,7 +323,7 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         newton: float,
     ) -> KroneckerRule:
         """Return the rule over ``params`` with the preconditioner a subclass chose."""
-        settings = {k: v for k, v in self.settings().items() if k not in ("damping", "newton")}
+        settings = {k: v for k, v in self.settings().items() if k not in ("damping", "newton", "products")}
         return KroneckerRule(params, factors, preconditioner, newton=newton, **settings)
 
     def factors_of(self, model: nn.Module | None, *, outputs: bool) -> KroneckerFactors:

@@ -1,0 +1,70 @@
+"""The record of a contest: one JSON line a job, appended whole, shared by all workers that see the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from soul.metrics.contest import read_lines
+
+Line = dict[str, Any]
+
+
+class Book:
+    """Lines of ``trials.jsonl`` in a folder, and who is at work on which.
+
+    A job is claimed by an operating-system lock that goes when its process does, so that a killed worker's job is free
+    again at once and none needs to be cleaned up.
+
+    Args:
+        folder: The contest's folder.
+
+    Raises:
+        ValueError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "trials.jsonl"
+        self._locks = folder / "locks"
+        try:
+            self._locks.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
+
+    def lines(self) -> list[Line]:
+        """Return what was recorded, in the order of recording; the first of a job counts."""
+        return read_lines(self.file)
+
+    def append(self, line: Line) -> None:
+        """Add a job's line; one that a kill cut short before it is taken away."""
+        with FileLock(self._locks / "book.lock"):
+            if self.file.is_file():
+                raw = self.file.read_bytes()
+                whole = raw[: raw.rfind(b"\n") + 1]
+                if whole != raw:
+                    with self.file.open("r+b") as file:
+                        file.truncate(len(whole))
+            with self.file.open("ab") as file:
+                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Try to take a job; yields whether it is ours."""
+        lock = FileLock(self._locks / f"{key.replace('/', '~')}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()

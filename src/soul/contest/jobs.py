@@ -1,0 +1,251 @@
+"""The jobs of a contest, in the order of their worth: references, pilots, trials, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from soul import config
+from soul.contest.book import Book, Line
+from soul.contest.matrix import Matrix, matrix_from_tree
+from soul.contest.measure import Sets, Values, load_sets
+from soul.contest.trial import Run, Tick, do, measured, never
+from soul.machine import environment
+from soul.metrics.contest import Cell, choose, point, references_of, runs_of
+from soul.metrics.frontier import FLOOR
+from soul.rundir import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Something to be done once.
+
+    Attributes:
+        kind: ``reference``, ``pilot``, ``tune`` or ``report``.
+        task: The task.
+        request: The deletion request.
+        cell: The cell; None for a reference.
+        point: Which of the cell's trials; -1 where it is none.
+        which: ``before`` or ``gold``, of a reference.
+    """
+
+    kind: str
+    task: str
+    request: str
+    cell: Cell | None = None
+    point: int = -1
+    which: str = ""
+
+    @property
+    def key(self) -> str:
+        """The job's name in the record."""
+        parts = [self.kind, self.task, self.request]
+        if self.cell:
+            parts += [self.cell.objective, self.cell.optimizer]
+        return "/".join(
+            [*parts, *([self.which] if self.which else []), *([str(self.point)] if self.point >= 0 else [])]
+        )
+
+
+class Contest:
+    """A matrix and its record.
+
+    Args:
+        matrix: What is to be done.
+        folder: Where the record goes; a copy of the matrix is kept beside it.
+
+    Raises:
+        ValueError: The folder holds another contest, or cannot be written.
+    """
+
+    def __init__(self, matrix: Matrix, folder: Path) -> None:
+        self.matrix, self.book = matrix, Book(folder)
+        self._sets: dict[tuple[str, str], Sets] = {}
+        text, file = config.dump(matrix.tree()), folder / "matrix.yaml"
+        if file.is_file() and file.read_text(encoding="utf-8") != text and self.book.lines():
+            _refuse_other(file, matrix)
+        file.write_text(text, encoding="utf-8")
+        write_json(folder / "environment.json", environment())
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield all jobs that can be done now, done or not; settings go on to report when their cell is tuned.
+
+        Trials go by point first and cell second, so that at any time all cells have had about as many.
+        """
+        m = self.matrix
+        for (name, task), phase in itertools.product(m.tasks.items(), ("tune", "report")):
+            for request, which in itertools.product(getattr(task, phase), ("before", "gold")):
+                if phase == "tune" or self._all_tuned():
+                    yield Job("reference", name, request, which=which)
+        for cell in m.cells:
+            yield Job("pilot", cell.task, m.tasks[cell.task].tune[0], cell)
+        for number in range(m.budget.points):
+            for cell in m.cells:
+                for request in m.tasks[cell.task].tune:
+                    yield Job("tune", cell.task, request, cell, number)
+        lines = self.book.lines()
+        for name, task in m.tasks.items():
+            for request in task.report:
+                for cell in (c for c in m.cells if c.task == name):
+                    for number in self._chosen(lines, cell) or ():
+                        yield Job("report", name, request, cell, number)
+
+    def _all_tuned(self) -> bool:
+        lines = self.book.lines()
+        return all(self._chosen(lines, cell) is not None for cell in self.matrix.cells)
+
+    def _chosen(self, lines: list[Line], cell: Cell) -> list[int] | None:
+        budget = self.matrix.budget
+        return choose(lines, cell, self.matrix.tasks[cell.task].tune, budget.points, budget.settings)
+
+    def work(self, tick: Tick, *, phases: tuple[str, ...] = (), seconds: float = float("inf")) -> int:
+        """Do what is not done and not claimed by another worker, until there is nothing left or time is up.
+
+        Args:
+            tick: Called with (what, done, of).
+            phases: Kinds of jobs to do; all where empty.
+            seconds: No job begins later than this.
+
+        Returns:
+            Jobs done.
+        """
+        began, done = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            job = self._next(phases)
+            if job is None:
+                return done
+            with self.book.claim(job.key) as ours:
+                if not ours or job.key in {line["key"] for line in self.book.lines()}:
+                    self._taken.add(job.key)
+                    continue
+                self.book.append({"key": job.key, **self._do(job, tick)})
+                done += 1
+        return done
+
+    def left(self) -> int:
+        """Return how many of the jobs known by now are not done."""
+        known = {line["key"] for line in self.book.lines()}
+        return sum(job.key not in known for job in self.jobs())
+
+    def _next(self, phases: tuple[str, ...]) -> Job | None:
+        known = {line["key"] for line in self.book.lines()}
+        for job in self.jobs():
+            if job.key not in known and job.key not in self._taken and (not phases or job.kind in phases):
+                return job
+        return None
+
+    @property
+    def _taken(self) -> set[str]:
+        return self.__dict__.setdefault("_others", set())
+
+    def _do(self, job: Job, tick: Tick) -> Line:
+        m, task = self.matrix, self.matrix.tasks[job.task]
+        head: Line = {"kind": job.kind, "task": job.task, "request": job.request}
+        title = job.key.replace("/", " ")
+        sets = self._sets_of(job)
+        if job.cell is None:
+            path = task.source("model" if job.which == "before" else "gold", job.request)
+            tick(title, 0, 1)
+            found = measured(path, sets, m.training, m.evaluation)
+            tick(title, 1, 1)
+            return {**head, "which": job.which, **found}
+        run = self._run(job, sets)
+        stop = self._stopper(job) if job.kind == "tune" else never
+        line = do(run, lambda _what, d, n: tick(title, d, n), stop)
+        where = {"objective": job.cell.objective, "optimizer": job.cell.optimizer}
+        settings = self._settings(job)
+        if job.kind == "pilot":
+            centre = run.optimizer.lr * m.budget.update_rms / line["update_rms"]
+            return {**head, **where, "lr": run.optimizer.lr, "centre": centre, **line}
+        return {**head, **where, "point": job.point, "settings": settings, **line}
+
+    def _sets_of(self, job: Job) -> Sets:
+        key = job.task, job.request
+        if key not in self._sets:
+            self._sets[key] = load_sets(self.matrix.tasks[job.task], job.request)
+        return self._sets[key]
+
+    def _settings(self, job: Job) -> dict[str, float]:
+        assert job.cell is not None
+        if job.kind == "pilot":
+            return {"retain_weight": 1.0}
+        pilot = Job("pilot", job.task, self.matrix.tasks[job.task].tune[0], job.cell).key
+        centre = next(line["centre"] for line in self.book.lines() if line["key"] == pilot)
+        return self.matrix.settings(job.cell.optimizer, job.point, centre)
+
+    def _run(self, job: Job, sets: Sets) -> Run:
+        assert job.cell is not None
+        m, settings = self.matrix, self._settings(job)
+        entry = m.entry(job.cell.optimizer)
+        training, checkpoints = dataclasses.replace(m.training, save_steps=0, seed=m.seed), m.checkpoints
+        if job.kind == "pilot":  # at the full rate from the first step
+            training = dataclasses.replace(training, max_steps=m.budget.pilot_steps, warmup=0.0, schedule="constant")
+            checkpoints = []
+        return Run(
+            m.tasks[job.task],
+            job.request,
+            sets,
+            entry,
+            m.objective(job.cell.objective, settings),
+            entry.spec(settings),
+            training,
+            m.evaluation,
+            checkpoints,
+            m.budget.interpolate if job.kind == "report" else (),
+            full=job.kind == "report",
+        )
+
+    def _stopper(self, job: Job) -> Any:
+        """Return the rule by which a trial ends at its first checkpoint: out of the judged area, or behind another."""
+        assert job.cell is not None
+        lines = self.book.lines()
+        references = references_of(lines, job.task, job.request, full=False)
+        rivals = [
+            point(line["measures"][0]["values"], references, full=False)
+            for line in runs_of(lines, job.cell, "tune", job.request)
+            if line["measures"]
+        ]
+        least_f, least_u = self.matrix.budget.ahead
+
+        def stop(values: Values) -> str:
+            f, u = point(values, references, full=False)
+            if u < FLOOR:
+                return "diverged"
+            if any(rf >= f + least_f and ru >= u + least_u for rf, ru in rivals):
+                return "dominated"
+            return ""
+
+        return stop
+
+
+def _refuse_other(file: Path, matrix: Matrix) -> None:
+    """More points, cells, requests or settings may join a contest; what its trials have in common may not change."""
+    try:
+        earlier = matrix_from_tree(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): choose another --out") from error
+    trained, before = config.plain(matrix.training), config.plain(earlier.training)
+    pairs = [("training", before, trained), ("seed", earlier.seed, matrix.seed)]
+    free = {"points", "settings"}
+    budgets = [{k: v for k, v in config.plain(x.budget).items() if k not in free} for x in (earlier, matrix)]
+    pairs.append(("budget", *budgets))
+    pairs += [
+        (f"tasks.{n}.{k}", getattr(t, k), getattr(matrix.tasks[n], k))
+        for n, t in earlier.tasks.items()
+        if n in matrix.tasks
+        for k in ("model", "gold", "forget", "retain", "curvature", "unseen", "facts", "text")
+    ]
+    old = {e.name: e for e in earlier.optimizers}
+    pairs += [(f"optimizers.{e.name}", old[e.name], e) for e in matrix.optimizers if e.name in old]
+    for name, was, now in pairs:
+        if was != now:
+            raise ValueError(
+                f"{file.parent} holds trials of another contest ({name} was {was!r} there and is {now!r} now): choose "
+                "another --out, or delete that folder"
+            )

@@ -1,0 +1,319 @@
+"""What a contest is: its tasks, its cells, and the trials that each of them gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import qmc
+
+from soul import config
+from soul.evaluate import EvaluationSpec
+from soul.metrics.contest import Cell
+from soul.objectives.base import Objective
+from soul.optim.base import OptimizerSpec
+from soul.registry import OBJECTIVES, OPTIMIZERS
+from soul.trainer import TrainingSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """The one further setting of an update rule that is tuned, beside learning rate and retain weight.
+
+    Attributes:
+        setting: Its name, e.g. ``damping``; ``betas.1`` is the second of two.
+        low: Smallest value.
+        high: Largest value.
+        scale: ``log`` spaces trials evenly in the logarithm; ``complement`` in that of one minus the value, for decays.
+    """
+
+    setting: str
+    low: float
+    high: float
+    scale: Literal["log", "linear", "complement"] = "log"
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high or (self.scale == "log" and self.low <= 0):
+            raise ValueError(f"knob {self.setting}: low must be below high (and above 0 where scale is log)")
+        if self.scale == "complement" and not self.high < 1:
+            raise ValueError(f"knob {self.setting}: high must be below 1 where scale is complement")
+
+    def at(self, share: float) -> float:
+        """Return the value at ``share`` of the way, in [0, 1].
+
+        Example:
+            >>> Knob("damping", 0.01, 1.0).at(0.5)
+            0.1
+        """
+        if self.scale == "linear":
+            return self.low + share * (self.high - self.low)
+        if self.scale == "complement":
+            return 1 - float((1 - self.low) ** (1 - share) * (1 - self.high) ** share)
+        return float(self.low ** (1 - share) * self.high**share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An update rule that takes part.
+
+    Attributes:
+        optimizer: Name and fixed settings, as in a recipe.
+        label: What tables call it; the optimizer's name by default.
+        order: ``first`` or ``second``: whose side it is on.
+        knob: What is tuned beside learning rate and retain weight; None tunes these alone.
+        extra_retain: Give it the curvature's examples as retain examples too (a control: the same data, no curvature).
+    """
+
+    optimizer: dict[str, Any]
+    label: str = ""
+    order: Literal["first", "second"] = "first"
+    knob: Knob | None = None
+    extra_retain: bool = False
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.label or str(self.optimizer["name"])
+
+    def spec(self, settings: Mapping[str, float]) -> OptimizerSpec:
+        """Return the update rule with the tuned settings filled in (see :meth:`Matrix.settings`)."""
+        tree = dict(self.optimizer)
+        if "lr" in settings:
+            tree["lr"] = settings["lr"]
+        if self.knob is not None and "knob" in settings:
+            name, _, part = self.knob.setting.partition(".")
+            if part:
+                whole = list(tree.get(name) or getattr(OPTIMIZERS.get(str(tree["name"])), name))
+                whole[int(part)] = settings["knob"]
+                tree[name] = whole
+            else:
+                tree[name] = settings["knob"]
+        return config.component(OPTIMIZERS, tree, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model and deletion requests against it; ``{request}`` in a source stands for the request's name.
+
+    Attributes:
+        model: The model that knows everything.
+        gold: The model retrained without the request's forget set.
+        forget: What to forget, with a paraphrased question for each.
+        retain: What the loss keeps.
+        curvature: What the curvature is of; the loss's examples where empty.
+        seen: Some of ``retain``, to be measured.
+        unseen: Other examples that are to be kept, which neither loss nor curvature sees.
+        facts: Further knowledge with wrong answers, by name.
+        text: Plain passages.
+        tune: Requests that settings are chosen on.
+        report: Requests that results are of.
+    """
+
+    model: str
+    gold: str
+    forget: str
+    retain: str
+    seen: str
+    unseen: str
+    text: str
+    tune: list[str]
+    report: list[str]
+    curvature: str = ""
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tune or not self.report:
+            raise ValueError("a task needs requests to tune on and requests to report (tune, report)")
+        both = set(self.tune) & set(self.report)
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))}: a request is tuned on or reported, not both")
+
+    def source(self, name: str, request: str) -> str:
+        """Return a source with the request's name filled in."""
+        return string.Formatter().vformat(getattr(self, name), (), {"request": request})
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every cell gets.
+
+    Attributes:
+        points: Trials of a cell.
+        settings: Of these, how many go on to the report requests.
+        checkpoints: Equally spaced measurements in a run.
+        interpolate: Shares of the way from the original to the final weights that are measured too, on report requests.
+        decades: Width of the learning rate's range around the pilot.
+        retain_weight: Range of the retain weight, even in the logarithm.
+        update_rms: Root mean square change of a weight in a step, by which the pilot centres learning rates.
+        pilot_steps: Steps of the pilot.
+        ahead: What a trial must lack, in forgetting and in utility, against another of its cell at the first checkpoint
+            to be stopped there.
+    """
+
+    points: int = 12
+    settings: int = 2
+    checkpoints: int = 4
+    interpolate: list[float] = dataclasses.field(default_factory=lambda: [0.5])
+    decades: float = 2.0
+    retain_weight: tuple[float, float] = (0.5, 8.0)
+    update_rms: float = 3e-5
+    pilot_steps: int = 3
+    ahead: tuple[float, float] = (0.05, 0.01)
+
+    def __post_init__(self) -> None:
+        if min(self.points, self.settings, self.checkpoints, self.pilot_steps) < 1 or self.settings > self.points:
+            raise ValueError("budget: points, settings, checkpoints, pilot_steps must be 1 or more, settings <= points")
+        if not 0 < self.retain_weight[0] <= self.retain_weight[1]:
+            raise ValueError("budget.retain_weight must be a range above 0, e.g. [0.5, 8]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A contest.
+
+    Attributes:
+        label: Its title.
+        tasks: By name.
+        objectives: As in recipes; their retain weight is tuned.
+        optimizers: Who takes part.
+        training: Length, batches, precision: the same for all; its ``max_steps`` must be given.
+        budget: What every cell gets.
+        evaluation: How measurements are made.
+        seed: Of the trials' points and of training.
+    """
+
+    tasks: dict[str, Task]
+    objectives: list[dict[str, Any]]
+    optimizers: list[Entry]
+    training: TrainingSpec
+    label: str = "contest"
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.training.max_steps:
+            raise ValueError("training.max_steps must be given: every run of a contest has the same number of steps")
+        if self.training.max_steps < self.budget.checkpoints:
+            raise ValueError("training.max_steps must be at least budget.checkpoints")
+        for what, names in (("objectives", self.objective_names), ("optimizers", [e.name for e in self.optimizers])):
+            if len(set(names)) != len(names):
+                raise ValueError(f"two of the {what} have the same label: {', '.join(names)}; give each its own label")
+
+    @property
+    def objective_names(self) -> list[str]:
+        """What tables call the objectives."""
+        return [str(tree.get("label") or tree["name"]) for tree in self.objectives]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, in the order of the file."""
+        return [Cell(t, o, e.name) for t in self.tasks for o in self.objective_names for e in self.optimizers]
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Steps after which a run is measured."""
+        steps, parts = self.training.max_steps, self.budget.checkpoints
+        return [round(steps * (i + 1) / parts) for i in range(parts)]
+
+    def tree(self) -> dict[str, Any]:
+        """Return the plain tree that :func:`matrix_from_tree` reads back."""
+        plain = config.plain(self)
+        plain["optimizers"] = [{**e.pop("optimizer"), **e} for e in plain["optimizers"]]
+        return plain
+
+    def entry(self, name: str) -> Entry:
+        """Return the update rule that tables call so."""
+        return next(e for e in self.optimizers if e.name == name)
+
+    def objective(self, name: str, settings: Mapping[str, float]) -> Objective:
+        """Return the objective that tables call so, with the tuned retain weight."""
+        tree = dict(self.objectives[self.objective_names.index(name)])
+        tree.pop("label", None)
+        if "retain_weight" in settings:
+            tree["retain_weight"] = settings["retain_weight"]
+        return config.component(OBJECTIVES, tree, "")
+
+    def points(self) -> np.ndarray:
+        """Return the points of the unit cube that all cells share, [points, 3]: the head of a scrambled Sobol sequence.
+
+        Its columns are learning rate, retain weight and knob. More points leave those before as they were.
+        """
+        power = int(np.ceil(np.log2(max(2, self.budget.points))))
+        return qmc.Sobol(3, scramble=True, rng=np.random.default_rng(self.seed)).random_base2(power)[
+            : self.budget.points
+        ]
+
+    def settings(self, name: str, point: int, centre: float) -> dict[str, float]:
+        """Return the settings of a trial: ``lr``, ``retain_weight`` and, where the rule has one, ``knob``.
+
+        Args:
+            name: What tables call the update rule.
+            point: Which trial.
+            centre: Learning rate the pilot found.
+        """
+        x, y, z = (float(v) for v in self.points()[point])
+        low, high = self.budget.retain_weight
+        found = {
+            "lr": centre * 10 ** ((x - 0.5) * self.budget.decades),
+            "retain_weight": low ** (1 - y) * high**y,
+        }
+        knob = self.entry(name).knob
+        return found if knob is None else {**found, "knob": knob.at(z)}
+
+
+def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
+    """Validate a plain tree.
+
+    Raises:
+        ValueError: An unknown or missing section, or a wrong value in one.
+    """
+    known = [f.name for f in dataclasses.fields(Matrix)]
+    for key in tree:
+        if key not in known:
+            raise ValueError(f"unknown section {key!r} in the matrix. Known: {', '.join(known)}.")
+    for key in ("tasks", "objectives", "optimizers", "training"):
+        if not tree.get(key):
+            raise ValueError(f"the matrix lacks {key}: see recipes/contests/tofu20.yaml for one that is complete")
+    for key, kind in (("tasks", Mapping), ("objectives", list), ("optimizers", list)):
+        if not isinstance(tree[key], kind):
+            raise ValueError(f"{key} of the matrix must be a {'mapping' if kind is Mapping else 'list'}")
+    tasks = {str(name): config.parse(Task, task, f"tasks.{name}") for name, task in tree["tasks"].items()}
+    objectives = [_named(tree, "objectives") for tree in tree["objectives"]]
+    optimizers = [_entry(item, i) for i, item in enumerate(tree["optimizers"])]
+    parts: dict[str, Any] = {}
+    for name, cls in (("training", TrainingSpec), ("budget", Budget), ("evaluation", EvaluationSpec)):
+        parts[name] = config.parse(cls, tree.get(name) or {}, name)
+    matrix = Matrix(
+        tasks, objectives, optimizers, label=str(tree.get("label", "contest")), seed=int(tree.get("seed", 0)), **parts
+    )
+    for name in matrix.objective_names:  # whatever is wrong with a component is found before the first trial
+        matrix.objective(name, {"retain_weight": 1.0})
+    for entry in matrix.optimizers:
+        entry.spec({} if entry.knob is None else {"knob": entry.knob.at(0.5)})
+    return matrix
+
+
+def _named(item: Any, where: str) -> dict[str, Any]:
+    if isinstance(item, str):
+        return {"name": item}
+    if not isinstance(item, Mapping) or "name" not in item:
+        raise ValueError(f"{where}: each is a name, or a mapping with a name, not {item!r}")
+    return dict(item)
+
+
+def _entry(item: Any, index: int) -> Entry:
+    tree = _named(item, "optimizers")
+    own: dict[str, Any] = {k: tree.pop(k) for k in ("label", "order", "knob", "extra_retain") if k in tree}
+    if own.get("knob") is not None:
+        own["knob"] = config.parse(Knob, own["knob"], f"optimizers[{index}].knob")
+    return config.parse(Entry, {"optimizer": tree, **own}, f"optimizers[{index}]")
+
+
+def read_matrix(path: Path, overrides: Sequence[str] = ()) -> Matrix:
+    """Read a YAML matrix and apply ``key.sub=value`` overrides."""
+    return matrix_from_tree(config.override(config.read_yaml(path), overrides))

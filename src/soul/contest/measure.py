@@ -1,0 +1,169 @@
+"""What a contest measures on a model, thin along a run and in full where results are reported."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from soul.contest.matrix import Task
+from soul.data.sources import check_disjoint, load_examples
+from soul.data.templates import ChatTemplate
+from soul.evaluate import EvaluationSpec, generate
+from soul.likelihood import extraction_strength, sequence_nll
+from soul.metrics.text import rouge_l_recall
+from soul.metrics.tofu import answer_probability, log_truth_ratio, normalised_probability
+from soul.types import Example, Row
+
+Values = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """The examples of a request."""
+
+    forget: list[Example]
+    seen: list[Example]
+    unseen: list[Example]
+    facts: dict[str, list[Example]]
+    text: list[Example]
+
+
+def load_sets(task: Task, request: str) -> Sets:
+    """Load what a request is measured on.
+
+    Raises:
+        ValueError: A source cannot be read, a forget example has no paraphrased question, or ``unseen`` holds what the
+            loss or the curvature sees.
+    """
+    forget = load_examples(task.source("forget", request))
+    bare = [e for e in forget if not e.paraphrased_prompt]
+    if bare:
+        raise ValueError(
+            f"{task.source('forget', request)}: {len(bare)} of {len(forget)} items have no paraphrased_question, and "
+            "forgetting is judged by it"
+        )
+    unseen = load_examples(task.source("unseen", request))
+    for name in ("forget", "retain", "curvature"):
+        source = task.source(name, request)
+        if source:
+            check_disjoint(unseen, load_examples(source))
+    facts = {name: load_examples(source) for name, source in task.facts.items()}
+    text = load_examples(task.source("text", request))
+    return Sets(forget, load_examples(task.source("seen", request)), unseen, facts, text)
+
+
+class Meter:
+    """Measures models on a request's sets.
+
+    Args:
+        sets: The request's examples.
+        tokenizer: The models' tokenizer.
+        spec: Batch sizes and lengths.
+        fast: The precision of thin measurements; full ones are made in the weights' own.
+    """
+
+    def __init__(
+        self,
+        sets: Sets,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: EvaluationSpec,
+        fast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self.sets, self.spec, self.fast = sets, spec, fast
+        self.template = ChatTemplate(tokenizer, spec.max_length)
+
+    def __call__(self, model: Any, *, full: bool) -> Values:
+        """Return the measurements: means over sets, and in full the log truth ratio of each forget example."""
+        was_training = model.training
+        model.eval()
+        try:
+            if full:
+                with own_precision(model):
+                    return self._thin(model) | self._further(model)
+            with self.fast():
+                return self._thin(model)
+        finally:
+            model.train(was_training)
+
+    @torch.no_grad()
+    def _thin(self, model: Any) -> Values:
+        forget = [self.template.encode(e) for e in self.sets.forget]
+        nll, strength = extraction_strength(model, forget, pad_id=self.template.pad, max_tokens=self.spec.max_tokens)
+        return {
+            "forget_probability": _mean(_probabilities(nll)),
+            "extraction_strength": _mean(strength),
+            "paraphrased_probability": self._probability(model, self.sets.forget, paraphrased=True),
+            "unseen_probability": self._probability(model, self.sets.unseen),
+            **{f"{name}_probability": self._choice(model, examples) for name, examples in self.sets.facts.items()},
+            "text_nll": self._text(model),
+        }
+
+    @torch.no_grad()
+    def _further(self, model: Any) -> Values:
+        asked = [dataclasses.replace(e, prompt=e.paraphrased_prompt or e.prompt) for e in self.sets.forget]
+        prompts = [self.template.prompt_ids(e) for e in asked]
+        texts = generate(model, self.template, prompts, self.spec)
+        found: Values = {
+            "paraphrased_rougeL": _mean([rouge_l_recall(t, e.answer) for t, e in zip(texts, asked, strict=True)]),
+            "seen_probability": self._probability(model, self.sets.seen),
+        }
+        if all(e.wrong_answers for e in self.sets.forget):
+            found["log_truth_ratios"] = [round(log_truth_ratio(row), 5) for row in self._rows(model, self.sets.forget)]
+        return found
+
+    def _probability(self, model: Any, examples: Sequence[Example], *, paraphrased: bool = False) -> float:
+        rows = [self.template.encode(e, prompt=e.paraphrased_prompt if paraphrased else None) for e in examples]
+        nll = sequence_nll(model, rows, pad_id=self.template.pad, max_tokens=self.spec.max_tokens)
+        return _mean(_probabilities(nll))
+
+    def _choice(self, model: Any, examples: Sequence[Example]) -> float:
+        """Return the answer's mean probability; among the answers offered, where there are wrong ones."""
+        rows = self._rows(model, examples)
+        return _mean([normalised_probability(r) if r.get("wrong_nll") else answer_probability(r) for r in rows])
+
+    def _rows(self, model: Any, examples: Sequence[Example]) -> list[Row]:
+        """Return likelihoods of the true answer (as paraphrased, where it is) and of the wrong ones."""
+        flat, owner = [], []
+        for i, e in enumerate(examples):
+            answers = [e.paraphrased_answer or e.answer, *e.wrong_answers]
+            flat += [self.template.encode(e, answer=answer) for answer in answers]
+            owner += [i] * len(answers)
+        nll = sequence_nll(model, flat, pad_id=self.template.pad, max_tokens=self.spec.max_tokens)
+        rows: list[Row] = []
+        for i, value in zip(owner, nll, strict=True):
+            if i == len(rows):
+                e = examples[i]
+                rows.append({"id": e.id, "subject": "", "prompt": "", "answer": "", "nll": value, "tokens": 0})
+            else:
+                rows[i].setdefault("wrong_nll", []).append(value)
+        return rows
+
+    def _text(self, model: Any) -> float:
+        rows = [self.template.encode(e) for e in self.sets.text]
+        nll = sequence_nll(model, rows, pad_id=self.template.pad, max_tokens=self.spec.max_tokens)
+        return float(np.average(nll, weights=[row.answer_length for row in rows]))
+
+
+@contextlib.contextmanager
+def own_precision(model: Any) -> Iterator[None]:
+    """Take off the autocast that accelerate puts around ``model.forward``, and put it back."""
+    wrapped = {name: model.__dict__.pop(name) for name in ("forward",) if name in model.__dict__}
+    try:
+        yield  # the class's own forward shows where the instance has none
+    finally:
+        model.__dict__.update(wrapped)
+
+
+def _probabilities(nll: Sequence[float]) -> list[float]:
+    return [math.exp(-value) for value in nll]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

@@ -1,0 +1,208 @@
+"""One run of a contest: train, measure on the way, and say what was found in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from soul.contest.matrix import Entry, Task
+from soul.contest.measure import Meter, Sets, Values
+from soul.data.general import refusals
+from soul.data.sources import check_disjoint, load_examples
+from soul.evaluate import EvaluationSpec
+from soul.machine import peak_memory, reset_peak_memory
+from soul.models import ModelSpec, load_model, without_autocast
+from soul.objectives.base import Objective
+from soul.optim.base import OptimizerSpec
+from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, has_bf16, make_dataset
+
+Line = dict[str, Any]
+Stop = Callable[[Values], str]
+Tick = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is done in a trial.
+
+    Attributes:
+        task: The task.
+        request: The deletion request.
+        sets: What it is measured on.
+        entry: Who takes part.
+        objective: The loss, settings filled in.
+        optimizer: The update rule, settings filled in.
+        training: Length, batches, precision, seed.
+        evaluation: How measurements are made.
+        checkpoints: Steps after which the run is measured.
+        interpolate: Shares of the way to the final weights that are measured at the end.
+        full: Measure in full.
+    """
+
+    task: Task
+    request: str
+    sets: Sets
+    entry: Entry
+    objective: Objective
+    optimizer: OptimizerSpec
+    training: TrainingSpec
+    evaluation: EvaluationSpec
+    checkpoints: Sequence[int] = ()
+    interpolate: Sequence[float] = ()
+    full: bool = False
+
+
+class _Measuring(TrainerCallback):
+    """Measures after the steps asked for, and ends the run where ``stop`` gives a reason after the first."""
+
+    def __init__(self, run: Run, meter: Meter, log: LogCallback, stop: Stop) -> None:
+        self.run, self.meter, self.log, self.stop = run, meter, log, stop
+        self.found: list[Line] = []
+        self.seconds = 0.0
+        self.reason = ""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
+        if state.global_step not in self.run.checkpoints:
+            return
+        started = time.perf_counter()
+        values = self.meter(kwargs["model"], full=self.run.full)
+        self.found.append({"step": state.global_step, "share": 1.0, "values": rounded(values)})
+        if len(self.found) == 1:
+            self.reason = self.stop(values)
+            control.should_training_stop = bool(self.reason)
+        self.seconds += time.perf_counter() - started
+        self.log.restart_clock()  # measuring is no part of a step
+
+
+def never(_values: Values) -> str:
+    """Give no reason to stop."""
+    return ""
+
+
+def fast_precision(training: TrainingSpec, device: str = "cpu") -> Callable[[], Any]:
+    """Return a context in the precision that training runs in."""
+    on = training.precision == "bfloat16" or (training.precision == "auto" and has_bf16(device))
+    return functools.partial(torch.autocast, device, torch.bfloat16, enabled=on)
+
+
+def measured(path: str, sets: Sets, training: TrainingSpec, evaluation: EvaluationSpec) -> dict[str, Values]:
+    """Measure a model as it is, thin and in full."""
+    model, tokenizer = load_model(ModelSpec(path))
+    meter = _meter(model, tokenizer, sets, training, evaluation)
+    return {"thin": rounded(meter(model, full=False)), "full": rounded(meter(model, full=True))}
+
+
+def _meter(
+    model: Any, tokenizer: PreTrainedTokenizerBase, sets: Sets, training: TrainingSpec, evaluation: EvaluationSpec
+) -> Meter:
+    device = next(model.parameters()).device.type
+    return Meter(sets, tokenizer, evaluation, fast_precision(training, device))
+
+
+def do(run: Run, tick: Tick, stop: Stop = never) -> Line:
+    """Train once from the task's model and return what was measured.
+
+    A run whose loss is no longer a number is a result like any other: its ``state`` is ``lost``.
+    """
+    reset_peak_memory()
+    model, tokenizer = load_model(ModelSpec(run.task.model))
+    meter = _meter(model, tokenizer, run.sets, run.training, run.evaluation)
+    dataset = _dataset(tokenizer, run)
+    log = LogCallback(None, lambda step, of, _: tick("training", step, of))
+    watch = _Measuring(run, meter, log, stop)
+    # the weights that move, as they were
+    state, trouble = "done", ""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = UnlearnTrainer(
+            model,
+            run.training.arguments(folder, next(model.parameters()).device.type),
+            dataset=dataset,
+            objective=run.objective,
+            optimizer=run.optimizer,
+            training=run.training,
+            callbacks=[log, watch],
+        )
+        log.trainer = trainer
+        origin = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        try:
+            trainer.train()
+        except ValueError as error:
+            if "the model is lost" not in str(error):
+                raise
+            state, trouble = "lost", str(error)
+        seconds = {
+            "train": round(sum(r["seconds"] for r in log.records), 2),
+            "curvature": round(sum(r.get("curvature_seconds", 0.0) for r in log.records), 2),
+        }
+        peak = peak_memory()
+        del trainer
+    without_autocast(model)
+    if watch.reason:
+        state, trouble = "stopped", watch.reason
+    steps = len(log.records)
+    line: Line = {
+        "state": state,
+        "why": trouble,
+        "steps": steps,
+        "update_rms": _moved(model, origin) / max(1, steps),
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+        "win_rate": _mean_of(log.records, "win_rate"),
+    }
+    if state == "done":
+        watch.found += _between(model, origin, run, meter)
+    line["seconds"]["measure"] = round(watch.seconds, 2)
+    return {**line, "measures": watch.found}
+
+
+def _dataset(tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:
+    forget, retain, curvature = (
+        load_examples(source) if source else []
+        for source in (run.task.source(name, run.request) for name in ("forget", "retain", "curvature"))
+    )
+    check_disjoint(forget, [*retain, *curvature])
+    if run.entry.extra_retain:
+        retain, curvature = [*retain, *curvature], []
+    return make_dataset(tokenizer, forget, retain, run.objective, run.training, refusals(), curvature)
+
+
+@torch.no_grad()
+def _between(model: Any, origin: Mapping[str, torch.Tensor], run: Run, meter: Meter) -> list[Line]:
+    """Measure the models on the straight line from the original to the final weights, and leave the final ones."""
+    weights = {n: p for n, p in model.named_parameters() if n in origin}
+    final = {n: p.detach().clone() for n, p in weights.items()} if run.interpolate else {}
+    found: list[Line] = []
+    for share in run.interpolate:
+        for n, p in weights.items():
+            p.copy_(torch.lerp(origin[n], final[n], share))
+        values = rounded(meter(model, full=run.full))
+        found.append({"step": run.training.max_steps, "share": share, "values": values})
+    for n, p in weights.items():
+        if final:
+            p.copy_(final[n])
+    return found
+
+
+@torch.no_grad()
+def _moved(model: Any, origin: Mapping[str, torch.Tensor]) -> float:
+    """Return the root mean square change of the weights that were free to move."""
+    total = sum(float((p.detach() - origin[n]).square().sum()) for n, p in model.named_parameters() if n in origin)
+    return math.sqrt(total / sum(p.numel() for p in origin.values()))
+
+
+def _mean_of(records: Sequence[Mapping[str, float]], name: str) -> float | None:
+    values = [r[name] for r in records if r.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def rounded(values: Values) -> Values:
+    """Return the measurements with six digits after the point: enough, and a record can be read."""
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}

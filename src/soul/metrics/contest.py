@@ -1,0 +1,125 @@
+"""From a contest's record to points, chosen settings and scores: pure functions of its lines."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from soul.metrics.frontier import Point, forgetting, lost_area, utility
+
+Line = Mapping[str, Any]
+Values = Mapping[str, Any]
+THIN = ("paraphrased_probability", "extraction_strength")
+FULL = (*THIN, "paraphrased_rougeL")
+"""What knowledge of the forget set is the mean of; thin measurements generate nothing."""
+_KEPT = "_probability"
+_NOT_KEPT = ("forget_probability", "paraphrased_probability", "seen_probability")
+
+
+class Cell(NamedTuple):
+    """One square of the matrix: who is judged on what."""
+
+    task: str
+    objective: str
+    optimizer: str
+
+
+def knowledge(values: Values, *, full: bool) -> float:
+    """Return ``K``, what a model knows of the forget set: the mean of its measures."""
+    return float(np.mean([values[name] for name in (FULL if full else THIN)]))
+
+
+def point(values: Values, references: Mapping[str, Values], *, full: bool) -> Point:
+    """Return forgetting and utility of a measurement (:mod:`soul.metrics.frontier`).
+
+    Utility is of unseen retained answers, of facts and of general text; forgetting of the paraphrased question's answer
+    (its probability and, in full, ROUGE-L) and of extraction strength.
+
+    Args:
+        values: The measurement.
+        references: Those of the models ``before`` and ``gold``.
+        full: Whether it was made in full.
+    """
+    before, gold = references["before"], references["gold"]
+    names = [n for n in before if n.endswith(_KEPT) and n not in _NOT_KEPT] + ["text_nll"]
+    f = forgetting(*(knowledge(v, full=full) for v in (values, before, gold)))
+    return f, utility({n: values[n] for n in names}, {n: before[n] for n in names})
+
+
+def references_of(lines: Sequence[Line], task: str, request: str, *, full: bool) -> dict[str, Values]:
+    """Return what the models ``before`` and ``gold`` measure on a request."""
+    kind = "full" if full else "thin"
+    return {
+        x["which"]: x[kind] for x in lines if x["kind"] == "reference" and (x["task"], x["request"]) == (task, request)
+    }
+
+
+def runs_of(lines: Sequence[Line], cell: Cell, kind: str, request: str) -> list[Line]:
+    """Return a cell's lines of a kind (``pilot``, ``tune``, ``report``) on a request."""
+    return [
+        x
+        for x in lines
+        if x["kind"] == kind
+        and (x["task"], x["request"]) == (cell.task, request)
+        and (x["objective"], x["optimizer"]) == (cell.objective, cell.optimizer)
+    ]
+
+
+def points_of(
+    lines: Sequence[Line], cell: Cell, kind: str, request: str, numbers: Sequence[int] | None = None
+) -> list[Point]:
+    """Return all points that a cell's runs (those of some ``numbers``) offer on a request."""
+    full = kind == "report"
+    references = references_of(lines, cell.task, request, full=full)
+    return [
+        point(measure["values"], references, full=full)
+        for line in runs_of(lines, cell, kind, request)
+        if numbers is None or line["point"] in numbers
+        for measure in line["measures"]
+    ]
+
+
+def choose(lines: Sequence[Line], cell: Cell, requests: Sequence[str], points: int, settings: int) -> list[int] | None:
+    """Return the trials whose joint frontier loses least area on the tuning requests; None before all are done.
+
+    Every set of ``settings`` trials is tried; the mean over requests counts, and the first of equals.
+
+    Args:
+        lines: The record.
+        cell: Whose trials.
+        requests: Requests that are tuned on.
+        points: Trials of a cell.
+        settings: How many to choose.
+    """
+    for request in requests:
+        if len({x["point"] for x in runs_of(lines, cell, "tune", request) if x["point"] < points}) < points:
+            return None
+    by = {(r, i): points_of(lines, cell, "tune", r, [i]) for r in requests for i in range(points)}
+
+    def loss(numbers: tuple[int, ...]) -> float:
+        return float(np.mean([lost_area([p for i in numbers for p in by[r, i]]) for r in requests]))
+
+    return list(min(itertools.combinations(range(points), settings), key=loss))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a record, the first of each job.
+
+    Raises:
+        ValueError: A line is no JSON object with a ``key``.
+    """
+    if not file.is_file():
+        return []
+    found: dict[str, dict[str, Any]] = {}
+    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+            found.setdefault(line["key"], line)
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}, line {number}: not a line of a contest's record ({error})") from error
+    return list(found.values())

@@ -1,0 +1,303 @@
+"""The report of a contest, from its folder alone: ``matrix.yaml`` and ``trials.jsonl`` in, tables and figures out."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import yaml
+from markupsafe import Markup, escape
+
+from soul.metrics.contest import Cell, choose, points_of, read_lines, references_of, runs_of
+from soul.metrics.frontier import FLOOR, Point, forgetting_at, lost_area, ratio_interval
+from soul.metrics.stats import ks_margin, ks_two_sided
+from soul.report import plots
+from soul.report.text import clean, one_line
+
+TIE = 0.01
+"""Lost areas of a request closer than this are a tie."""
+SATURATED = 0.03
+"""A cell whose best first-order lost area is below this says little."""
+Table = tuple[str, list[str], list[list[str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What one cell showed.
+
+    Attributes:
+        cell: The cell.
+        order: ``first`` or ``second``.
+        tuned: Trials by state.
+        tuning_loss: Lost area of the chosen trials on the tuning requests; of all trials so far, where none are chosen.
+        chosen: Numbers of the chosen trials; empty before tuning is done.
+        lost: Lost area by report request.
+        at95: Forgetting at a utility of .95 by report request.
+        seconds: Median seconds of a whole run: training, curvature from the cache included.
+        cold: Seconds of the first curvature passes where the cache had nothing.
+        memory: Largest peak memory in bytes.
+    """
+
+    cell: Cell
+    order: str
+    tuned: dict[str, int]
+    tuning_loss: float
+    chosen: list[int]
+    lost: dict[str, float]
+    at95: dict[str, float]
+    seconds: float
+    cold: float
+    memory: int
+
+
+class ContestRecord:
+    """A contest's folder, read.
+
+    Raises:
+        ValueError: There is no contest in the folder, or its record is broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        file = folder / "matrix.yaml"
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no matrix.yaml, so it is no contest: give the --out of `soul bench`")
+        try:
+            self.matrix: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+            self.label = str(self.matrix["label"])
+            self.entries = {str(e["label"] or e["name"]): e for e in self.matrix["optimizers"]}
+            self.objectives = [str(o.get("label") or o["name"]) for o in self.matrix["objectives"]]
+            self.tasks: dict[str, Any] = self.matrix["tasks"]
+            self.budget: dict[str, Any] = self.matrix["budget"]
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not a contest's matrix ({error})") from error
+        self.lines = read_lines(folder / "trials.jsonl")
+
+    def standing(self, cell: Cell) -> Standing:
+        """Return what a cell showed so far."""
+        task, budget = self.tasks[cell.task], self.budget
+        tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < budget["points"]]
+        chosen = choose(self.lines, cell, task["tune"], budget["points"], budget["settings"]) or []
+        known = [r for r in task["tune"] if len(references_of(self.lines, cell.task, r, full=False)) == 2]
+        numbers = chosen or None
+        losses = [lost_area(points_of(self.lines, cell, "tune", r, numbers)) for r in known]
+        reported = {r: runs_of(self.lines, cell, "report", r) for r in task["report"]}
+        whole = {
+            r: points_of(self.lines, cell, "report", r, chosen)
+            for r, x in reported.items()
+            if len(x) >= len(chosen) > 0
+        }
+        runs = [x for x in [*tuned, *(x for many in reported.values() for x in many)] if x["state"] == "done"]
+        pilots = [x for r in task["tune"] for x in runs_of(self.lines, cell, "pilot", r)]
+        return Standing(
+            cell,
+            str(self.entries[cell.optimizer]["order"]),
+            {s: sum(x["state"] == s for x in tuned) for s in ("done", "stopped", "lost")},
+            float(np.mean(losses)) if losses else 1.0,
+            chosen,
+            {r: lost_area(points) for r, points in whole.items()},
+            {r: forgetting_at(points, 0.95) for r, points in whole.items()},
+            statistics.median([x["seconds"]["train"] for x in runs]) if runs else float("nan"),
+            max((x["seconds"]["curvature"] for x in pilots), default=0.0),
+            max((x["peak_memory_bytes"] for x in runs), default=0),
+        )
+
+    def squares(self) -> list[tuple[str, str, list[Standing]]]:
+        """Return the standings of each (task, objective)."""
+        return [
+            (task, objective, [self.standing(Cell(task, objective, name)) for name in self.entries])
+            for task in self.tasks
+            for objective in self.objectives
+        ]
+
+    def distances(self, cell: Cell, request: str) -> list[float]:
+        """Return, for each chosen run's final model, TOFU's KS statistic against the retrained one."""
+        gold = references_of(self.lines, cell.task, request, full=True).get("gold", {}).get("log_truth_ratios")
+        found = []
+        for line in runs_of(self.lines, cell, "report", request):
+            final = [m["values"] for m in line["measures"] if m["share"] == 1.0]
+            if gold and final and final[-1].get("log_truth_ratios"):
+                found.append(ks_two_sided(final[-1]["log_truth_ratios"], gold)[0])
+        return found
+
+
+def rival(standings: Sequence[Standing], value: Callable[[Standing], float]) -> Standing | None:
+    """Return the best first-order side: the least mean of what ``value`` gives."""
+    first = [s for s in standings if s.order == "first"]
+    return min(first, key=value) if first else None
+
+
+def verdict(standings: Sequence[Standing]) -> list[list[str]]:
+    """Return a row for each cell: lost area, and its ratio to the best first-order side on the same requests."""
+
+    def mean(s: Standing) -> float:
+        return statistics.mean(s.lost.values()) if s.lost else float("inf")
+
+    best = rival(standings, mean)
+    rows = []
+    for s in sorted(standings, key=mean):
+        if not s.lost:
+            continue
+        shared = [r for r in s.lost if best and r in best.lost]
+        ratio = wins = "-"
+        if best and s is not best and shared:
+            mine, other = [s.lost[r] for r in shared], [best.lost[r] for r in shared]
+            value, low, high = ratio_interval(mine, other)
+            ratio = f"{value:.2f} [{low:.2f}, {high:.2f}]"
+            difference = [a - b for a, b in zip(mine, other, strict=True)]
+            won, lost = sum(d < -TIE for d in difference), sum(d > TIE for d in difference)
+            wins = f"{won} / {len(shared) - won - lost} / {lost}"
+        name = s.cell.optimizer + (" (rival)" if s is best else "")
+        spread = f"{mean(s):.3f} ({min(s.lost.values()):.3f} to {max(s.lost.values()):.3f})"
+        cost = [f"{s.seconds:.0f}", f"{s.cold:.0f}", f"{s.memory / 1e9:.1f}"]
+        rows.append(
+            [name, s.order, str(len(s.lost)), spread, ratio, wins, f"{statistics.mean(s.at95.values()):.2f}", *cost]
+        )
+    return rows
+
+
+def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:
+    """Return a row for each cell: its trials, what they lose on the tuning requests, and the settings chosen."""
+    rows = []
+    for s in sorted(standings, key=lambda s: s.tuning_loss):
+        if not sum(s.tuned.values()):
+            continue
+        requests = record.tasks[s.cell.task]["tune"]
+        lines = {x["point"]: x for r in requests for x in runs_of(record.lines, s.cell, "tune", r)}
+        said = []
+        for i in s.chosen:
+            tuned = lines[i]["settings"]
+            said.append(", ".join(f"{k} {v:.3g}" for k, v in tuned.items()))
+        states = [str(s.tuned[k]) for k in ("done", "stopped", "lost")]
+        rows.append(
+            [
+                s.cell.optimizer,
+                *states,
+                f"{s.tuning_loss:.3f}",
+                "; ".join(said) or "(tuning goes on)",
+                f"{s.seconds:.0f}",
+            ]
+        )
+    return rows
+
+
+def tables(record: ContestRecord) -> list[Table]:
+    """Return all tables as (title, head, rows)."""
+    found: list[Table] = []
+    for task, objective, standings in record.squares():
+        head = ["optimizer", "order", "requests", "lost area", "ratio to rival", "won / tied / lost"]
+        head += ["forgetting at .95", "s a run", "s cold curvature", "peak GB"]
+        rows = verdict(standings)
+        if rows:
+            found.append((f"{task}, {objective}: on the report requests", head, rows))
+        head = ["optimizer", "whole", "stopped", "lost", "lost area", "chosen", "s a run"]
+        rows = tuning(record, standings)
+        if rows:
+            found.append((f"{task}, {objective}: tuning", head, rows))
+        rows = distances(record, standings)
+        if rows:
+            found.append(
+                (f"{task}, {objective}: KS statistic to the retrained model", ["optimizer", "mean", "runs"], rows)
+            )
+    return found
+
+
+def distances(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:
+    """Return a row for each cell: how far its final models are from retrained ones in TOFU's truth ratio."""
+    rows = []
+    for s in standings:
+        requests = record.tasks[s.cell.task]["report"]
+        values = [d for r in requests for d in record.distances(s.cell, r)]
+        if values:
+            n = 40
+            rows.append(
+                [
+                    s.cell.optimizer,
+                    f"{statistics.mean(values):.3f} (a request's: +- {ks_margin(n, n):.2f})",
+                    str(len(values)),
+                ]
+            )
+    return rows
+
+
+def contest_tables(folder: Path) -> str:
+    """Return the tables of a contest as Markdown."""
+    record = ContestRecord(folder)
+    parts = [f"# {one_line(record.label, 200)}", f"{len(record.lines)} jobs on record."]
+    for title, head, rows in tables(record):
+        lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        parts.append("\n".join(lines))
+    return clean("\n\n".join(parts), limit=200_000) + "\n"
+
+
+def attained(points: Sequence[Point], grid: np.ndarray) -> np.ndarray:
+    """Return the best utility among points that forget at least so much, for each value of the grid."""
+    return np.array([max((u for f, u in points if f >= least), default=0.0) for least in grid])
+
+
+def frontier_plot(record: ContestRecord, task: str, objective: str, name: str) -> str:
+    """Return the frontiers of a square: utility against forgetting, mean over requests, one line an optimizer.
+
+    On the report requests where all sides have some, else on those that are tuned on.
+    """
+    standings = [record.standing(Cell(task, objective, entry)) for entry in record.entries]
+    kind = "report" if all(s.lost for s in standings) else "tune"
+    grid = np.linspace(0, 1, 201)
+    with matplotlib.rc_context(plots._STYLE):
+        figure, axes = plots._axes(6.4, 4.4)
+        for i, s in enumerate(standings, 1):
+            requests = list(s.lost) if kind == "report" else record.tasks[task]["tune"]
+            curves = [
+                attained(points_of(record.lines, s.cell, kind, r, s.chosen or None), grid)
+                for r in requests
+                if len(references_of(record.lines, task, r, full=kind == "report")) == 2
+            ]
+            if curves:
+                mean = np.maximum(np.mean(curves, axis=0), FLOOR)
+                style = "-" if s.order == "second" else "--"
+                axes.plot(grid, mean, style, color=plots.color_of(i), drawstyle="steps-pre", linewidth=1.8)
+                axes.annotate(str(i), (grid[-1], mean[-1]), (4, 0), textcoords="offset points", color=plots.color_of(i))
+        axes.set(xlim=(0, 1.02), ylim=(FLOOR, 1.01), xlabel="forgetting", ylabel="utility")
+        return plots._svg(figure, name)
+
+
+def write_contest(folder: Path, out: Path) -> Path:
+    """Write one self-contained HTML page about a contest and return its path.
+
+    Raises:
+        ValueError: ``folder`` is no contest, or ``out`` cannot be written.
+    """
+    record = ContestRecord(folder)
+    parts = [Markup("<h1>{}</h1>").format(clean(record.label))]
+    for k, (task, objective, _) in enumerate(record.squares()):
+        names = "; ".join(f"{i} {name}" for i, name in enumerate(record.entries, 1))
+        parts.append(Markup("<h2>{}, {}</h2>").format(task, objective))
+        parts.append(Markup(frontier_plot(record, task, objective, f"frontier{k}")))  # noqa: S704 - numbers only
+        parts.append(Markup("<p>Utility kept at each share forgotten, mean over requests: {}.</p>").format(names))
+    for title, head, rows in tables(record):
+        cells = [Markup("").join(Markup("<td>{}</td>").format(clean(c)) for c in row) for row in rows]
+        body = Markup("").join(Markup("<tr>{}</tr>").format(row) for row in cells)
+        top = Markup("").join(Markup("<th>{}</th>").format(h) for h in head)
+        parts.append(Markup("<h2>{}</h2><table><tr>{}</tr>{}</table>").format(clean(title), top, body))
+    style = "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#1f2937}"
+    style += "table{border-collapse:collapse;font-size:13px}td,th{padding:.3em .7em;border-bottom:1px solid #e5e7eb;"
+    style += "text-align:left}svg{max-width:100%;height:auto}"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    page = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(clean(record.label))}</title>'
+        f"<style>{style}</style></head><body>{Markup('').join(parts)}</body></html>\n"
+    )
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(page, encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    return out

@@ -1,0 +1,206 @@
+"""A whole contest on a tiny model: every phase, interruption and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from soul.cli import main
+from soul.contest.book import Book
+from soul.contest.jobs import Contest
+from soul.contest.matrix import read_matrix
+from soul.metrics.contest import Cell, choose, points_of
+from soul.metrics.frontier import lost_area
+from soul.report.contest import ContestRecord, contest_tables, write_contest
+
+
+def write(file: Path, examples) -> None:
+    rows = [
+        {
+            "question": e.prompt,
+            "answer": e.answer,
+            "paraphrased_question": f"Please tell: {e.prompt}",
+            "perturbed_answer": ["No.", "Yes."],
+        }
+        for e in examples
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def matrix_file(tmp_path_factory, make_model, tokenizer, forget_set, retain_set):
+    """Two requests of four questions; the model was taught all of it, the retrained ones all but a request."""
+    folder = tmp_path_factory.mktemp("contest")
+    make_model().save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    requests = {"first": forget_set[:4], "second": forget_set[4:]}
+    for name, lost in requests.items():
+        write(folder / name / "forget.jsonl", lost)
+        write(folder / name / "retain.jsonl", retain_set[:4])
+        write(folder / name / "curvature.jsonl", retain_set[4:7])
+        write(folder / name / "unseen.jsonl", retain_set[7:])
+        write(folder / name / "kept.jsonl", [*(e for e in forget_set if e not in lost), *retain_set])
+    write(folder / "all.jsonl", [*forget_set, *retain_set])
+    taught = {"taught": "all.jsonl"} | {f"gold-{name}": f"{name}/kept.jsonl" for name in requests}
+    for out, data in taught.items():
+        words = ["--model", str(folder / "base"), "--retain", str(folder / data), "--out", str(folder / out)]
+        settings = ["--no-evaluate", "optimizer.lr=3e-3", "training.epochs=30", "training.save_steps=0"]
+        assert main(["finetune", *words, *settings]) == 0
+    task = {name: str(folder / "{request}" / f"{name}.jsonl") for name in ("forget", "retain", "curvature", "unseen")}
+    task |= {"model": str(folder / "taught/model"), "gold": str(folder / "gold-{request}/model")}
+    task |= {"seen": task["retain"], "text": str(folder / "text.jsonl"), "tune": ["first"], "report": ["second"]}
+    (folder / "text.jsonl").write_text('{"text": "The river runs by the small house."}\n')
+    task["facts"] = {"facts": str(folder / "second/unseen.jsonl")}
+    tree = {
+        "label": "tiny <b>contest</b>",
+        "tasks": {"tiny": task},
+        "objectives": ["npo"],
+        "optimizers": [
+            {"name": "signum", "knob": {"setting": "momentum", "low": 0.5, "high": 0.95, "scale": "complement"}},
+            {"name": "kfac", "order": "second", "curvature": {"warm_start": 2}}
+            | {"knob": {"setting": "damping", "low": 0.01, "high": 1.0}},
+        ],
+        "training": {"batch_size": 2, "max_steps": 6, "precision": "float32", "frozen": "embeddings"},
+        "budget": {"points": 3, "checkpoints": 3, "update_rms": 3e-3},
+        "evaluation": {"max_new_tokens": 6},
+    }
+    file = folder / "matrix.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(matrix_file, tmp_path_factory):
+    """The finished contest, run by the command in two sittings."""
+    os.environ["SOUL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    out = matrix_file.parent / "out"
+    assert main(["bench", str(matrix_file), "--out", str(out), "--phase", "reference"]) == 0
+    first = len(Book(out).lines())
+    assert main(["bench", str(matrix_file), "--out", str(out)]) == 0
+    return out, first
+
+
+def test_every_job_is_done_once(done, matrix_file):
+    out, first = done
+    lines = Book(out).lines()
+    kinds = [line["kind"] for line in lines]
+    assert first == 2  # before and gold of the request to tune on; the others wait for the tuning
+    assert {k: kinds.count(k) for k in kinds} == {"reference": 4, "pilot": 2, "tune": 6, "report": 4}
+    before = (out / "trials.jsonl").read_bytes()
+    assert main(["bench", str(matrix_file), "--out", str(out)]) == 0
+    assert (out / "trials.jsonl").read_bytes() == before
+
+
+def test_trials_have_the_settings_of_their_point(done, matrix_file):
+    out, _ = done
+    matrix, lines = read_matrix(matrix_file), Book(out).lines()
+    centre = {x["optimizer"]: x["centre"] for x in lines if x["kind"] == "pilot"}
+    assert centre["signum"] == pytest.approx(3e-3, rel=0.35)  # its step is its rate, wherever the sign stays the same
+    for x in lines:
+        if x["kind"] in ("tune", "report"):
+            assert x["settings"] == matrix.settings(x["optimizer"], x["point"], centre[x["optimizer"]])
+            assert x["steps"] == 6 or x["state"] != "done"
+            expected = [2, 4, 6] + ([6] if x["kind"] == "report" else [])
+            if x["state"] == "done":
+                assert [m["step"] for m in x["measures"]] == expected
+            for m in x["measures"]:
+                assert ("paraphrased_rougeL" in m["values"]) == (x["kind"] == "report")
+
+
+def test_the_model_before_and_the_retrained_one_differ_on_what_is_forgotten(done):
+    out, _ = done
+    thin = {x["which"]: x["thin"] for x in Book(out).lines() if x["kind"] == "reference" and x["request"] == "first"}
+    assert thin["before"]["forget_probability"] > thin["gold"]["forget_probability"] + 0.2
+
+
+def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):
+    out, _ = done
+    record = ContestRecord(out)
+    lines = record.lines
+    for name in ("signum", "kfac"):
+        cell = Cell("tiny", "npo", name)
+        standing = record.standing(cell)
+        assert standing.chosen == choose(lines, cell, ["first"], 3, 2)
+        assert standing.lost["second"] == lost_area(points_of(lines, cell, "report", "second"))
+    text = contest_tables(out)
+    assert "on the report requests" in text
+    assert "signum (rival)" in text
+    assert main(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "&lt;b&gt;contest" in page
+    assert "<b>contest" not in page
+    assert page.count("<svg") == 1
+    assert "contest" in capsys.readouterr().out
+
+
+def test_the_report_needs_the_folder_only(done, tmp_path):
+    out, _ = done
+    for name in ("matrix.yaml", "trials.jsonl"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    assert contest_tables(tmp_path) == contest_tables(out)
+    assert write_contest(tmp_path, tmp_path / "a.html").read_bytes() == write_contest(out, out / "b.html").read_bytes()
+
+
+def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
+    out, _ = done
+    with pytest.raises(ValueError, match=r"another contest \(training"):
+        Contest(read_matrix(matrix_file, ["training.max_steps=9"]), out)
+    text = (out / "matrix.yaml").read_text()
+    try:
+        wider = Contest(read_matrix(matrix_file, ["budget.points=4"]), out)
+        assert wider.left() == 2  # a trial more for both cells; reports wait for it
+    finally:
+        (out / "matrix.yaml").write_text(text)
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from soul.contest.book import Book\n"
+        "with Book(Path(sys.argv[1])).claim('a/b') as ours:\n    print(ours, flush=True); time.sleep(60)"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    assert worker.stdout.readline().strip() == "True"
+    book = Book(tmp_path)
+    with book.claim("a/b") as ours:
+        assert not ours
+    with book.claim("a/c") as ours:
+        assert ours
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    with book.claim("a/b") as ours:
+        assert ours
+
+
+def test_a_line_that_a_kill_cut_short_goes(tmp_path):
+    book = Book(tmp_path)
+    book.append({"key": "a"})
+    with book.file.open("ab") as file:
+        file.write(b'{"key": "b", "half')
+    assert [x["key"] for x in book.lines()] == ["a"]
+    book.append({"key": "c"})
+    assert [x["key"] for x in book.lines()] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "nowhere.yaml", "--out", "x"], "no such recipe"),
+        (["bench", "seed=1", "--out", "x"], "no matrix"),
+        (["bench", "{m}", "--out", "{d}/x", "--minutes", "-1"], "--minutes must be"),
+        (["bench", "{m}", "--out", "{m}/x"], "cannot write"),
+        (["report", "{d}/out", "{d}/out"], "one at a time"),
+    ],
+)
+def test_bad_input_ends_with_one_message(words, message, matrix_file, done, capsys):
+    given = [w.format(m=matrix_file, d=matrix_file.parent) for w in words]
+    assert main(given) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from soul import config
+from soul.contest.matrix import Knob, matrix_from_tree, read_matrix
+
+FOLDER = Path(__file__).parents[2] / "recipes/contests"
+TREE = {
+    "tasks": {
+        "t": {
+            **{name: f"{{request}}/{name}.jsonl" for name in ("forget", "retain", "seen", "unseen")},
+            "model": "m",
+            "gold": "gold/{request}",
+            "text": "general:text",
+            "tune": ["a"],
+            "report": ["b"],
+        }
+    },
+    "objectives": ["npo", {"name": "grad_diff"}],
+    "optimizers": [
+        "signum",
+        {"name": "kfac", "order": "second", "knob": {"setting": "damping", "low": 0.01, "high": 1}},
+    ],
+    "training": {"max_steps": 12},
+    "budget": {"points": 5, "checkpoints": 3},
+}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_contests_of_the_repository_load(path):
+    matrix = read_matrix(path)
+    assert matrix_from_tree(yaml.safe_load(config.dump(matrix.tree()))) == matrix
+    assert {e.order for e in matrix.optimizers} == {"first", "second"}
+
+
+def test_cells_checkpoints_and_sources():
+    matrix = matrix_from_tree(TREE)
+    assert len(matrix.cells) == 4
+    assert matrix.checkpoints == [4, 8, 12]
+    assert matrix.tasks["t"].source("forget", "a") == "a/forget.jsonl"
+    assert matrix.tasks["t"].source("curvature", "a") == ""
+
+
+def test_all_cells_share_their_points_and_more_points_leave_them():
+    few, many = matrix_from_tree(TREE), matrix_from_tree({**TREE, "budget": {"points": 8}})
+    assert np.array_equal(few.points(), many.points()[:5])
+    centre = 1e-3
+    for i, (x, y, z) in enumerate(few.points()):
+        found = few.settings("kfac", i, centre)
+        assert found["lr"] == pytest.approx(centre * 10 ** (2 * x - 1))
+        assert found["retain_weight"] == pytest.approx(0.5 * 16**y)
+        assert found["knob"] == pytest.approx(0.01 * 100**z)
+        assert few.settings("signum", i, centre).keys() == {"lr", "retain_weight"}
+        assert few.entry("kfac").spec(found).lr == found["lr"]
+        assert few.objective("npo", found).retain_weight == found["retain_weight"]
+
+
+def test_a_knob_may_be_part_of_a_setting():
+    optimizers = [{"name": "adamw", "knob": {"setting": "betas.1", "low": 0.9, "high": 0.999, "scale": "complement"}}]
+    entry = matrix_from_tree({**TREE, "optimizers": optimizers}).entry("adamw")
+    assert entry.spec({"knob": 0.95}).settings()["betas"] == (0.9, 0.95)
+    assert Knob("x", 0.9, 0.999, "complement").at(0.5) == pytest.approx(0.99)
+    assert Knob("x", 0.0, 2.0, "linear").at(0.25) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("objectives",), [], "lacks objectives"),
+        (("optimisers",), [], "unknown section 'optimisers'"),
+        (("optimizers",), ["adam"], "unknown optimizer 'adam'"),
+        (("optimizers",), ["signum", "signum"], "same label"),
+        (
+            ("optimizers",),
+            [{"name": "signum", "knob": {"setting": "moment", "low": 0.1, "high": 1}}],
+            "optimizer.moment",
+        ),
+        (
+            ("optimizers",),
+            [{"name": "signum", "knob": {"setting": "momentum", "low": 1, "high": 0.1}}],
+            "low must be below",
+        ),
+        (("optimizers",), "signum", "must be a list"),
+        (("objectives",), [3], "a name, or a mapping"),
+        (("training", "max_steps"), 0, "max_steps must be given"),
+        (("training", "max_steps"), 2, "at least budget.checkpoints"),
+        (("budget", "settings"), 6, "settings <= points"),
+        (("tasks", "t", "report"), ["a"], "tuned on or reported, not both"),
+        (("tasks", "t", "report"), [], "needs requests"),
+        (("tasks", "t", "golden"), "x", "unknown setting tasks.t.golden"),
+    ],
+)
+def test_a_bad_matrix_is_told(path, value, message):
+    tree = copy.deepcopy(TREE)
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        matrix_from_tree(tree)
