@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -54,7 +55,9 @@ def matrix_file(tmp_path_factory, make_model, tokenizer, forget_set, retain_set)
         words = ["--model", str(folder / "base"), "--retain", str(folder / data), "--out", str(folder / out)]
         settings = ["--no-evaluate", "optimizer.lr=3e-3", "training.epochs=30", "training.save_steps=0"]
         assert main(["finetune", *words, *settings]) == 0
-    task = {name: str(folder / "{request}" / f"{name}.jsonl") for name in ("forget", "retain", "curvature", "unseen")}
+    task: dict[str, Any] = {
+        name: str(folder / "{request}" / f"{name}.jsonl") for name in ("forget", "retain", "curvature", "unseen")
+    }
     task |= {"model": str(folder / "taught/model"), "gold": str(folder / "gold-{request}/model")}
     task |= {"seen": task["retain"], "text": str(folder / "text.jsonl"), "tune": ["first"], "report": ["second"]}
     (folder / "text.jsonl").write_text('{"text": "The river runs by the small house."}\n')
