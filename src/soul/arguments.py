@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-KINDS = ("objectives", "optimizers", "methods", "benchmarks")
+KINDS = ("objectives", "optimizers", "methods", "benchmarks", "attacks")
 MODEL = "hub id, folder, GGUF file, run directory or smollm2-135m"
 SETTINGS = "settings to change, e.g. optimizer.lr=1e-5 (`soul show RECIPE` prints all of them)"
 UNLEARN = """examples:
@@ -38,7 +38,7 @@ BENCH = """examples:
 Every cell (task x objective x optimizer) gets the same trials, by the same rules; the best settings then serve the
 report requests. Several workers may run the same command on the same folder. The same command continues a contest, and
 `soul report DIR` shows what there is so far."""
-PHASES = ("reference", "pilot", "tune", "report")
+PHASES = ("reference", "pilot", "tune", "report", "attack")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -216,10 +216,10 @@ def _show_report(runs: Sequence[str], out: Path) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from soul.registry import BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS
+    from soul.registry import ATTACKS, BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS
 
     console = Console(highlight=False)
-    for kind, registry in zip(KINDS, (OBJECTIVES, OPTIMIZERS, METHODS, BENCHMARKS), strict=True):
+    for kind, registry in zip(KINDS, (OBJECTIVES, OPTIMIZERS, METHODS, BENCHMARKS, ATTACKS), strict=True):
         if args.kind in (None, kind):
             console.print(f"[bold]{kind}[/]")
             for name in registry.names():

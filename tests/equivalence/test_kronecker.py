@@ -390,3 +390,19 @@ def test_products_in_bf16_are_near_the_exact_ones_and_little_damping_is_exact(mo
     assert torch.equal(little, KroneckerInverse(factors, 0.003)("0", gradient))
     monkeypatch.setattr("soul.curvature.kronecker.WIDE", 100)
     assert torch.equal(exact, KroneckerInverse(factors, 0.1, products=torch.bfloat16)("0", gradient))
+
+
+def test_scrambled_factors_have_their_spectra_in_other_directions() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(8, 6, bias=False)).double()
+    factors = KroneckerFactors(layer)
+    watch(layer, factors, torch.randn(50, 8, dtype=torch.float64) * torch.logspace(0, 1, 8))
+    factors.absorb()
+    before = factors.inputs("0").clone(), factors.outputs("0").clone()
+    factors.scramble(torch.Generator().manual_seed(0))
+    for old, new in zip(before, (factors.inputs("0"), factors.outputs("0")), strict=True):
+        torch.testing.assert_close(torch.linalg.eigvalsh(new), torch.linalg.eigvalsh(old))
+        assert float((new - old).norm() / old.norm()) > 0.3
+    rule = EKFACSpec().build(layer.parameters(), layer)
+    with pytest.raises(ValueError, match="ekfac"):
+        rule.scramble(0)

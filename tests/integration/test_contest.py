@@ -74,6 +74,7 @@ def matrix_file(tmp_path_factory, make_model, tokenizer, forget_set, retain_set)
         "training": {"batch_size": 2, "max_steps": 6, "precision": "float32", "frozen": "embeddings"},
         "budget": {"points": 3, "checkpoints": 3, "update_rms": 3e-3},
         "evaluation": {"max_new_tokens": 6},
+        "attacks": [{"name": "relearn", "lr": 1e-3, "share": 0.5}, {"name": "quantize", "bits": 3, "label": "3 bits"}],
     }
     file = folder / "matrix.yaml"
     file.write_text(yaml.safe_dump(tree))
@@ -96,7 +97,7 @@ def test_every_job_is_done_once(done, matrix_file):
     lines = Book(out).lines()
     kinds = [line["kind"] for line in lines]
     assert first == 2  # before and gold of the request to tune on; the others wait for the tuning
-    assert {k: kinds.count(k) for k in kinds} == {"reference": 4, "pilot": 2, "tune": 6, "report": 4}
+    assert {k: kinds.count(k) for k in kinds} == {"reference": 4, "pilot": 2, "tune": 6, "report": 4, "attack": 4}
     before = (out / "trials.jsonl").read_bytes()
     assert main(["bench", str(matrix_file), "--out", str(out)]) == 0
     assert (out / "trials.jsonl").read_bytes() == before
@@ -122,6 +123,18 @@ def test_the_model_before_and_the_retrained_one_differ_on_what_is_forgotten(done
     out, _ = done
     thin = {x["which"]: x["thin"] for x in Book(out).lines() if x["kind"] == "reference" and x["request"] == "first"}
     assert thin["before"]["forget_probability"] > thin["gold"]["forget_probability"] + 0.2
+
+
+def test_each_side_is_attacked_beside_the_references(done):
+    out, _ = done
+    lines = Book(out).lines()
+    attacked = {x.get("which") or x["optimizer"]: x["attacked"] for x in lines if x["kind"] == "attack"}
+    assert attacked.keys() == {"before", "gold", "signum", "kfac"}
+    assert all(found.keys() == {"relearn", "3 bits"} for found in attacked.values())
+    whole = {x["which"]: x["full"] for x in lines if x["kind"] == "reference" and x["request"] == "second"}
+    gold, before = attacked["gold"]["relearn"], attacked["before"]["3 bits"]
+    assert gold["forget_probability"] > whole["gold"]["forget_probability"]  # it learned what it was shown
+    assert before["forget_probability"] != whole["before"]["forget_probability"]
 
 
 def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):

@@ -253,3 +253,19 @@ def test_factors_serve_whatever_is_done_with_them(run: Any, passes: list[int], s
     assert not passes
     run(optimizer="whiten", interval=0, settings={"damping": 0.1})
     assert passes
+
+
+@pytest.mark.parametrize("optimizer", ["sophia", "kfac"])
+def test_shuffled_curvature_is_a_control_and_the_cache_keeps_the_true_one(
+    run: Any, passes: list[int], folder: Path, optimizer: str
+) -> None:
+    true = run(optimizer=optimizer, interval=0)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    passes.clear()
+    warm = run(optimizer=optimizer, interval=0, shuffled=True)
+    assert not passes
+    assert file.read_bytes() == whole
+    assert not same(true, warm)
+    cold = run(optimizer=optimizer, interval=0, shuffled=True, cache=False)
+    assert same(cold, warm)

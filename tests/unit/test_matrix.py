@@ -42,7 +42,7 @@ def test_contests_of_the_repository_load(path):
 def test_cells_checkpoints_and_sources():
     matrix = matrix_from_tree(TREE)
     assert len(matrix.cells) == 4
-    assert matrix.checkpoints == [4, 8, 12]
+    assert matrix.checkpoints(12) == [4, 8, 12]
     assert matrix.tasks["t"].source("forget", "a") == "a/forget.jsonl"
     assert matrix.tasks["t"].source("curvature", "a") == ""
 
@@ -104,3 +104,15 @@ def test_a_bad_matrix_is_told(path, value, message):
     node[path[-1]] = value
     with pytest.raises(ValueError, match=message):
         matrix_from_tree(tree)
+
+
+def test_the_same_seconds_are_more_steps_for_who_takes_less():
+    slow = {"seconds": {"curvature": 20.0, "first": 8.0, "step": 4.0}}
+    quick = {"seconds": {"curvature": 0.0, "first": 2.0, "step": 2.0}}
+    matrix = matrix_from_tree({**TREE, "budget": {"points": 5, "checkpoints": 3, "seconds": 80}})
+    assert (matrix.steps(slow), matrix.steps(quick)) == (19, 40)
+    cold = matrix_from_tree({**TREE, "budget": {"points": 5, "checkpoints": 3, "seconds": 80, "cold": True}})
+    assert (cold.steps(slow), cold.steps(quick)) == (14, 40)
+    assert matrix_from_tree(TREE).steps(slow) == matrix_from_tree(TREE).steps(quick) == 12
+    none = matrix_from_tree({**TREE, "budget": {"points": 5, "checkpoints": 3, "seconds": 1}})
+    assert none.steps(slow) == 3

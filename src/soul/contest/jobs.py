@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from soul import config
 from soul.contest.book import Book, Line
 from soul.contest.matrix import Matrix, matrix_from_tree
 from soul.contest.measure import Sets, Values, load_sets
-from soul.contest.trial import Run, Tick, do, measured, never
+from soul.contest.trial import Run, Tick, do, measured, measured_under, never
 from soul.machine import environment
-from soul.metrics.contest import Cell, choose, point, references_of, runs_of
+from soul.metrics.contest import Cell, choose, point, references_of, runs_of, sides
 from soul.metrics.frontier import FLOOR
+from soul.optim.base import CurvatureOptimizerSpec
 from soul.rundir import write_json
+
+_PATIENCE = 2.0  # seconds between looks at what other workers do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Job:
     """Something to be done once.
 
     Attributes:
-        kind: ``reference``, ``pilot``, ``tune`` or ``report``.
+        kind: ``reference``, ``pilot``, ``tune``, ``report`` or ``attack``.
         task: The task.
         request: The deletion request.
         cell: The cell; None for a reference.
@@ -74,31 +77,51 @@ class Contest:
         write_json(folder / "environment.json", environment())
 
     def jobs(self) -> Iterator[Job]:
-        """Yield all jobs that can be done now, done or not; settings go on to report when their cell is tuned.
+        """Yield all jobs that can be done now, done or not.
 
-        Trials go by point first and cell second, so that at any time all cells have had about as many.
+        A trial needs its cell's pilot and its request's references; reports wait until every cell is tuned, which is
+        when the matrix says who goes on. Trials go by point first and cell second, so that at any time all cells have
+        had about as many.
         """
-        m = self.matrix
-        for (name, task), phase in itertools.product(m.tasks.items(), ("tune", "report")):
-            for request, which in itertools.product(getattr(task, phase), ("before", "gold")):
-                if phase == "tune" or self._all_tuned():
+        m, lines = self.matrix, self.book.lines()
+        known = {line["key"] for line in lines}
+        chosen = {cell: self._chosen(lines, cell) for cell in m.cells}
+        tuned = all(numbers is not None for numbers in chosen.values())
+        for phase in ("tune", "report") if tuned else ("tune",):
+            for name, task in m.tasks.items():
+                for request, which in itertools.product(getattr(task, phase), ("before", "gold")):
                     yield Job("reference", name, request, which=which)
         for cell in m.cells:
-            yield Job("pilot", cell.task, m.tasks[cell.task].tune[0], cell)
-        for number in range(m.budget.points):
-            for cell in m.cells:
-                for request in m.tasks[cell.task].tune:
+            yield self._pilot_of(cell)
+        for number, cell in itertools.product(range(m.budget.points), m.cells):
+            for request in m.tasks[cell.task].tune:
+                needed = [Job("reference", cell.task, request, which=which) for which in ("before", "gold")]
+                if {job.key for job in [*needed, self._pilot_of(cell)]} <= known:
                     yield Job("tune", cell.task, request, cell, number)
-        lines = self.book.lines()
-        for name, task in m.tasks.items():
-            for request in task.report:
-                for cell in (c for c in m.cells if c.task == name):
-                    for number in self._chosen(lines, cell) or ():
+        if tuned:
+            for name, task in m.tasks.items():
+                for request, (cell, numbers) in itertools.product(task.report, chosen.items()):
+                    for number in (numbers or ()) if cell.task == name else ():
                         yield Job("report", name, request, cell, number)
+            if m.attacks:
+                yield from self._attacks(lines, chosen, known)
 
-    def _all_tuned(self) -> bool:
-        lines = self.book.lines()
-        return all(self._chosen(lines, cell) is not None for cell in self.matrix.cells)
+    def _attacks(self, lines: list[Line], chosen: Mapping[Cell, list[int] | None], known: set[str]) -> Iterator[Job]:
+        """Yield the attacks on references, and on each side's best of the squares whose reports are done."""
+        m = self.matrix
+        for name, task in m.tasks.items():
+            for request, which in itertools.product(task.report, ("before", "gold")):
+                yield Job("attack", name, request, which=which)
+            for objective in m.objective_names:
+                cells = {c: n for c, n in chosen.items() if (c.task, c.objective) == (name, objective) and n}
+                reports = [Job("report", name, r, c, i).key for r in task.report for c, n in cells.items() for i in n]
+                if known.issuperset(reports):
+                    best = sides(lines, cells, {e.name: e.order for e in m.optimizers}, task.report)
+                    for request, (cell, number) in itertools.product(task.report, best.values()):
+                        yield Job("attack", name, request, cell, number)
+
+    def _pilot_of(self, cell: Cell) -> Job:
+        return Job("pilot", cell.task, self.matrix.tasks[cell.task].tune[0], cell)
 
     def _chosen(self, lines: list[Line], cell: Cell) -> list[int] | None:
         budget = self.matrix.budget
@@ -116,33 +139,29 @@ class Contest:
             Jobs done.
         """
         began, done = time.perf_counter(), 0
+        elsewhere: set[str] = set()
         while time.perf_counter() - began < seconds:
-            job = self._next(phases)
-            if job is None:
-                return done
+            known = {line["key"] for line in self.book.lines()}
+            waiting = [j for j in self.jobs() if j.key not in known and (not phases or j.kind in phases)]
+            job = next((j for j in waiting if j.key not in elsewhere), None)
+            if job is None and not waiting:
+                break
+            if job is None:  # another worker is at what is left, and may leave it, or something that follows from it
+                elsewhere.clear()
+                time.sleep(_PATIENCE)
+                continue
             with self.book.claim(job.key) as ours:
-                if not ours or job.key in {line["key"] for line in self.book.lines()}:
-                    self._taken.add(job.key)
-                    continue
-                self.book.append({"key": job.key, **self._do(job, tick)})
-                done += 1
+                if not ours:
+                    elsewhere.add(job.key)
+                elif job.key not in {line["key"] for line in self.book.lines()}:
+                    self.book.append({"key": job.key, **self._do(job, tick)})
+                    done += 1
         return done
 
     def left(self) -> int:
         """Return how many of the jobs known by now are not done."""
         known = {line["key"] for line in self.book.lines()}
         return sum(job.key not in known for job in self.jobs())
-
-    def _next(self, phases: tuple[str, ...]) -> Job | None:
-        known = {line["key"] for line in self.book.lines()}
-        for job in self.jobs():
-            if job.key not in known and job.key not in self._taken and (not phases or job.kind in phases):
-                return job
-        return None
-
-    @property
-    def _taken(self) -> set[str]:
-        return self.__dict__.setdefault("_others", set())
 
     def _do(self, job: Job, tick: Tick) -> Line:
         m, task = self.matrix, self.matrix.tasks[job.task]
@@ -152,7 +171,11 @@ class Contest:
         if job.cell is None:
             path = task.source("model" if job.which == "before" else "gold", job.request)
             tick(title, 0, 1)
-            found = measured(path, sets, m.training, m.evaluation)
+            if job.kind == "attack":
+                attacked = measured_under(m.attackers, path, sets, m.training, m.evaluation)
+                found: dict[str, Any] = {"attacked": attacked}
+            else:
+                found = measured(path, sets, m.training, m.evaluation)
             tick(title, 1, 1)
             return {**head, "which": job.which, **found}
         run = self._run(job, sets)
@@ -175,30 +198,42 @@ class Contest:
         assert job.cell is not None
         if job.kind == "pilot":
             return {"retain_weight": 1.0}
-        pilot = Job("pilot", job.task, self.matrix.tasks[job.task].tune[0], job.cell).key
-        centre = next(line["centre"] for line in self.book.lines() if line["key"] == pilot)
-        return self.matrix.settings(job.cell.optimizer, job.point, centre)
+        return self.matrix.settings(job.cell.optimizer, job.point, self._pilot(job)["centre"])
+
+    def _pilot(self, job: Job) -> Line:
+        assert job.cell is not None
+        key = self._pilot_of(job.cell).key
+        return next(line for line in self.book.lines() if line["key"] == key)
 
     def _run(self, job: Job, sets: Sets) -> Run:
         assert job.cell is not None
         m, settings = self.matrix, self._settings(job)
         entry = m.entry(job.cell.optimizer)
-        training, checkpoints = dataclasses.replace(m.training, save_steps=0, seed=m.seed), m.checkpoints
+        optimizer = entry.spec(settings)
+        training, checkpoints = dataclasses.replace(m.training, save_steps=0, seed=m.seed), []
         if job.kind == "pilot":  # at the full rate from the first step
             training = dataclasses.replace(training, max_steps=m.budget.pilot_steps, warmup=0.0, schedule="constant")
-            checkpoints = []
+            if isinstance(optimizer, CurvatureOptimizerSpec):  # what curvature costs where there is none yet
+                apart = dataclasses.replace(optimizer.curvature, cache=False)
+                optimizer = dataclasses.replace(optimizer, curvature=apart)
+        else:
+            training = dataclasses.replace(training, max_steps=m.steps(self._pilot(job)))
+            checkpoints = m.checkpoints(training.max_steps)
+            if job.kind == "attack":
+                checkpoints = checkpoints[-1:]
         return Run(
             m.tasks[job.task],
             job.request,
             sets,
             entry,
             m.objective(job.cell.objective, settings),
-            entry.spec(settings),
+            optimizer,
             training,
             m.evaluation,
             checkpoints,
             m.budget.interpolate if job.kind == "report" else (),
-            full=job.kind == "report",
+            full=job.kind in ("report", "attack"),
+            attacks=m.attackers if job.kind == "attack" else {},
         )
 
     def _stopper(self, job: Job) -> Any:

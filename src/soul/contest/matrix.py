@@ -12,11 +12,12 @@ import numpy as np
 from scipy.stats import qmc
 
 from soul import config
+from soul.attacks.base import Attack
 from soul.evaluate import EvaluationSpec
 from soul.metrics.contest import Cell
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
-from soul.registry import OBJECTIVES, OPTIMIZERS
+from soul.registry import ATTACKS, OBJECTIVES, OPTIMIZERS
 from soul.trainer import TrainingSpec
 
 
@@ -152,6 +153,9 @@ class Budget:
         pilot_steps: Steps of the pilot.
         ahead: What a trial must lack, in forgetting and in utility, against another of its cell at the first checkpoint
             to be stopped there.
+        seconds: Give every run as many steps as fit into so many seconds, curvature included, by what the pilot took;
+            0 gives every run ``training.max_steps``.
+        cold: Count the curvature before the first step as the pilot met it, with nothing in the cache.
     """
 
     points: int = 12
@@ -163,6 +167,8 @@ class Budget:
     update_rms: float = 3e-5
     pilot_steps: int = 3
     ahead: tuple[float, float] = (0.05, 0.01)
+    seconds: float = 0.0
+    cold: bool = False
 
     def __post_init__(self) -> None:
         if min(self.points, self.settings, self.checkpoints, self.pilot_steps) < 1 or self.settings > self.points:
@@ -183,6 +189,7 @@ class Matrix:
         training: Length, batches, precision: the same for all; its ``max_steps`` must be given.
         budget: What every cell gets.
         evaluation: How measurements are made.
+        attacks: What the better setting of each side's best cell, the model before and the retrained one go through.
         seed: Of the trials' points and of training.
     """
 
@@ -193,6 +200,7 @@ class Matrix:
     label: str = "contest"
     budget: Budget = dataclasses.field(default_factory=Budget)
     evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
+    attacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -215,10 +223,24 @@ class Matrix:
         return [Cell(t, o, e.name) for t in self.tasks for o in self.objective_names for e in self.optimizers]
 
     @property
-    def checkpoints(self) -> list[int]:
-        """Steps after which a run is measured."""
-        steps, parts = self.training.max_steps, self.budget.checkpoints
+    def attackers(self) -> dict[str, Attack]:
+        """The attacks, by what tables call them."""
+        trees = [dict(tree) for tree in self.attacks]
+        names = [str(tree.pop("label", "") or tree["name"]) for tree in trees]
+        return {name: config.component(ATTACKS, tree, "") for name, tree in zip(names, trees, strict=True)}
+
+    def checkpoints(self, steps: int) -> list[int]:
+        """Return the steps after which a run of so many is measured."""
+        parts = self.budget.checkpoints
         return [round(steps * (i + 1) / parts) for i in range(parts)]
+
+    def steps(self, pilot: Mapping[str, Any]) -> int:
+        """Return the steps of a cell's runs, whose pilot's seconds are given; at least one for each checkpoint."""
+        budget, took = self.budget, pilot["seconds"]
+        if not budget.seconds:
+            return self.training.max_steps
+        left = budget.seconds - took["first"] - (took["curvature"] if budget.cold else 0.0)
+        return max(budget.checkpoints, 1 + int(left / took["step"]))
 
     def tree(self) -> dict[str, Any]:
         """Return the plain tree that :func:`matrix_from_tree` reads back."""
@@ -285,7 +307,7 @@ def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
     tasks = {str(name): config.parse(Task, task, f"tasks.{name}") for name, task in tree["tasks"].items()}
     objectives = [_named(tree, "objectives") for tree in tree["objectives"]]
     optimizers = [_entry(item, i) for i, item in enumerate(tree["optimizers"])]
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"attacks": [_named(item, "attacks") for item in tree.get("attacks") or []]}
     for name, cls in (("training", TrainingSpec), ("budget", Budget), ("evaluation", EvaluationSpec)):
         parts[name] = config.parse(cls, tree.get(name) or {}, name)
     matrix = Matrix(
@@ -293,6 +315,7 @@ def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
     )
     for name in matrix.objective_names:  # whatever is wrong with a component is found before the first trial
         matrix.objective(name, {"retain_weight": 1.0})
+    assert len(matrix.attackers) <= len(matrix.attacks)
     for entry in matrix.optimizers:
         entry.spec({} if entry.knob is None else {"knob": entry.knob.at(0.5)})
     return matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from soul.attacks.base import Attack
 from soul.contest.matrix import Entry, Task
 from soul.contest.measure import Meter, Sets, Values
+from soul.data.batches import UnlearnDataset
 from soul.data.general import refusals
 from soul.data.sources import check_disjoint, load_examples
 from soul.evaluate import EvaluationSpec
@@ -45,6 +48,7 @@ class Run:
         checkpoints: Steps after which the run is measured.
         interpolate: Shares of the way to the final weights that are measured at the end.
         full: Measure in full.
+        attacks: What the final model goes through, each from the same weights; measured in full.
     """
 
     task: Task
@@ -58,6 +62,7 @@ class Run:
     checkpoints: Sequence[int] = ()
     interpolate: Sequence[float] = ()
     full: bool = False
+    attacks: Mapping[str, Attack] = dataclasses.field(default_factory=dict)
 
 
 class _Measuring(TrainerCallback):
@@ -100,6 +105,25 @@ def measured(path: str, sets: Sets, training: TrainingSpec, evaluation: Evaluati
     return {"thin": rounded(meter(model, full=False)), "full": rounded(meter(model, full=True))}
 
 
+def measured_under(
+    attacks: Mapping[str, Attack], path: str, sets: Sets, training: TrainingSpec, evaluation: EvaluationSpec
+) -> dict[str, Values]:
+    """Measure a model after each attack, in full."""
+    model, tokenizer = load_model(ModelSpec(path))
+    return _attacked(model, attacks, _meter(model, tokenizer, sets, training, evaluation))
+
+
+def _attacked(model: Any, attacks: Mapping[str, Attack], meter: Meter) -> dict[str, Values]:
+    """Measure the model after each attack, each from the weights it has now, and leave these."""
+    data = UnlearnDataset(meter.template, meter.sets.forget, (), ("forget",))
+    kept = {name: value.detach().clone() for name, value in model.state_dict().items()} if attacks else {}
+    found = {}
+    for name, attack in attacks.items():
+        found[name] = rounded(meter(attack(model, data), full=True))
+        model.load_state_dict(kept)
+    return found
+
+
 def _meter(
     model: Any, tokenizer: PreTrainedTokenizerBase, sets: Sets, training: TrainingSpec, evaluation: EvaluationSpec
 ) -> Meter:
@@ -138,10 +162,7 @@ def do(run: Run, tick: Tick, stop: Stop = never) -> Line:
             if "the model is lost" not in str(error):
                 raise
             state, trouble = "lost", str(error)
-        seconds = {
-            "train": round(sum(r["seconds"] for r in log.records), 2),
-            "curvature": round(sum(r.get("curvature_seconds", 0.0) for r in log.records), 2),
-        }
+        seconds = _seconds(log.records)
         peak = peak_memory()
         del trainer
     without_autocast(model)
@@ -160,7 +181,24 @@ def do(run: Run, tick: Tick, stop: Stop = never) -> Line:
     if state == "done":
         watch.found += _between(model, origin, run, meter)
     line["seconds"]["measure"] = round(watch.seconds, 2)
-    return {**line, "measures": watch.found}
+    attacked = {"attacked": _attacked(model, run.attacks, meter)} if run.attacks and state == "done" else {}
+    return {**line, "measures": watch.found, **attacked}
+
+
+def _seconds(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what a run took: in all, for curvature, for the first step without it, and for a later step (median).
+
+    Refreshes after the first step are part of a step, as they are of every longer run.
+    """
+    found = {
+        "train": sum(r["seconds"] for r in records),
+        "curvature": records[0].get("curvature_seconds", 0.0) if records else 0.0,
+        "refreshes": sum(r.get("curvature_seconds", 0.0) for r in records[1:]),
+    }
+    if len(records) > 1:
+        found["first"] = records[0]["seconds"] - found["curvature"]
+        found["step"] = statistics.median(r["seconds"] for r in records[1:])
+    return {k: round(v, 2) for k, v in found.items()}
 
 
 def _dataset(tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:

@@ -210,6 +210,16 @@ class KroneckerFactors:
         self._a_sums, self._g_sums = {}, {}
         self.version += 1
 
+    @torch.no_grad()
+    def scramble(self, generator: torch.Generator) -> None:
+        """Replace each factor ``M`` by ``Q M Q^T``, ``Q`` random and orthogonal: its spectrum in random directions."""
+        for kept in (self._a, self._g):
+            for name, matrix in kept.items():
+                noise = torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype).to(matrix.device)
+                basis, _ = torch.linalg.qr(noise)
+                kept[name] = basis @ matrix @ basis.T
+        self.version += 1
+
     def state(self) -> dict[str, torch.Tensor]:
         """Return the factors by name: ``<layer>.inputs``, ``<layer>.outputs``, and ``<layer>.shares`` (see below).
 

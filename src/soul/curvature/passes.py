@@ -49,6 +49,10 @@ class Observer(Protocol):
         """Begin with such a state."""
         ...
 
+    def scramble(self, seed: int) -> None:
+        """Turn that state into random directions."""
+        ...
+
 
 class CurvaturePasses:
     """Makes the passes that a :class:`~soul.curvature.spec.CurvatureSpec` asks for and hands a rule what they found.
@@ -148,10 +152,25 @@ class CurvaturePasses:
             keep = file if _world()[0] == 0 else None
             if keep and not watches:  # before the rule gets it, which may compute in place
                 cache.write(keep, _named(model, estimate or {}), self._describe(plan))
+            given = self._given(model, estimate)
             for _ in range(self._worth(step, watches)):
-                rule.update_curvature(estimate)
+                rule.update_curvature(given)
             if keep and watches:
                 cache.write(keep, rule.curvature_state() or {}, self._describe(plan))
+            if self.spec.shuffled:
+                rule.scramble(self.seed)
+
+    def _given(self, model: nn.Module, estimate: Estimate | None) -> Estimate | None:
+        """Return the estimate as the rule gets it: permuted within each tensor in the control that asks for it."""
+        if not self.spec.shuffled or estimate is None:
+            return estimate
+        found: Estimate = {}
+        for i, p in enumerate(_trainable(model).values()):
+            value = estimate[p]
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + i)  # the same in every refresh
+            order = torch.randperm(value.numel(), generator=generator).to(value.device)
+            found[p] = value.flatten()[order].view_as(value)
+        return found
 
     def _worth(self, step: int, watches: bool) -> int:
         """Return how many refreshes an estimate is worth.
@@ -163,6 +182,8 @@ class CurvaturePasses:
         return 1 if watches else max(1, self.spec.passes(step) // self.spec.micro_batches)
 
     def _check(self, model: nn.Module, watches: bool) -> None:
+        if watches and self.spec.shuffled and self.spec.interval:
+            raise ValueError("curvature.shuffled turns factors once: set curvature.interval to 0 for this optimizer")
         if watches and self.estimator.cotangent is None:
             fit = ", ".join(name for name, kind in ESTIMATORS.items() if kind.cotangent)
             raise ValueError(f"this optimizer watches backward passes: curvature.estimator must be one of {fit}")
@@ -187,8 +208,10 @@ class CurvaturePasses:
         """Give the rule what the cache holds, as if it had just been found."""
         if watches:
             rule.load_curvature_state(found)
+            if self.spec.shuffled:
+                rule.scramble(self.seed)
             return
-        estimate = {p: found[name] for name, p in _trainable(model).items()}
+        estimate = self._given(model, {p: found[name] for name, p in _trainable(model).items()})
         for _ in range(self._worth(0, watches)):
             rule.update_curvature(estimate)
 
@@ -209,7 +232,7 @@ class CurvaturePasses:
         params = list(_trainable(model).values())
         rank, world = _world()
         tokens = sum(pick.row.answer_length for picks in plan for pick in picks)
-        explicit = explicit or len(plan) > 1 or self.estimator.diagonal is not None
+        explicit = explicit or self.spec.shuffled or len(plan) > 1 or self.estimator.diagonal is not None
         sums: list[torch.Tensor] | None = None
         no_sync = getattr(model, "no_sync", contextlib.nullcontext)
         with without_noise(model), no_sync():

@@ -19,6 +19,8 @@ class CurvatureSpec:
         warm_start: Micro-batches before the first step; 0 makes the first refresh like the others.
         general_text: Plain passages mixed in, for each micro-batch so many.
         cache: Keep what the warm start found on disk, by model and data, so that the next request starts with it.
+        shuffled: A control, not a method: the right curvature in the wrong places. Diagonals are permuted within each
+            tensor, Kronecker factors turned to random bases, spectra kept. What wins so does not win by curvature.
     """
 
     estimator: Literal["ggn", "gnb", "hutchinson", "empirical", "objective_squared"] = "ggn"
@@ -29,6 +31,7 @@ class CurvatureSpec:
     warm_start: int = 0
     general_text: int = 0
     cache: bool = True
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "micro_batches"):

@@ -107,6 +107,29 @@ def choose(lines: Sequence[Line], cell: Cell, requests: Sequence[str], points: i
     return list(min(itertools.combinations(range(points), settings), key=loss))
 
 
+def sides(
+    lines: Sequence[Line], cells: Mapping[Cell, Sequence[int]], orders: Mapping[str, str], requests: Sequence[str]
+) -> dict[str, tuple[Cell, int]]:
+    """Return, for each order, the cell that loses least area on the report requests, and its better setting.
+
+    Args:
+        lines: The record.
+        cells: Cells of one task and objective, with the settings that went on to the report requests.
+        orders: ``first`` or ``second``, by optimizer.
+        requests: The report requests, all done.
+    """
+
+    def loss(cell: Cell, numbers: Sequence[int]) -> float:
+        return float(np.mean([lost_area(points_of(lines, cell, "report", r, numbers)) for r in requests]))
+
+    found: dict[str, tuple[Cell, int]] = {}
+    for order in sorted(set(orders.values())):
+        side = [cell for cell in cells if orders[cell.optimizer] == order]
+        best = min(side, key=lambda cell: loss(cell, cells[cell]))
+        found[order] = best, min(cells[best], key=lambda number: loss(best, [number]))
+    return found
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a record, the first of each job.
 

@@ -53,6 +53,9 @@ class UpdateRule(torch.optim.Optimizer):
     def load_curvature_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Begin as after the one refresh that left ``state``; ``state`` is the rule's to keep."""
 
+    def scramble(self, seed: int) -> None:
+        """Turn what passes told into random directions, spectra kept: a control, for rules that watch passes."""
+
     def metrics(self) -> dict[str, float]:
         """Return numbers about the last step worth logging, e.g. ``{"win_rate": 0.3}``."""
         return {}

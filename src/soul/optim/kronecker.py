@@ -264,6 +264,16 @@ class KroneckerRule(UpdateRule):
             group["refreshes"] = 1
         self._load_factors(state)
 
+    def scramble(self, seed: int) -> None:
+        """Turn both factors of each layer to random bases.
+
+        Raises:
+            ValueError: EK-FAC, whose moments belong to its bases.
+        """
+        if isinstance(self.preconditioner, EigenInverse):
+            raise ValueError("curvature.shuffled does not know ekfac: its moments belong to its bases; use kfac")
+        self.factors.scramble(torch.Generator().manual_seed(seed))
+
     def _load_factors(self, state: Mapping[str, torch.Tensor]) -> None:
         parts: dict[str, dict[str, torch.Tensor]] = {"factor": {}, "eigen": {}, "other": {}}
         for key, value in state.items():

@@ -1,0 +1,70 @@
+"""Relearning: a few steps on a few of the forgotten examples, and what of the others comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from soul.attacks.base import Attack
+from soul.data.batches import UnlearnDataset, collate_rows
+from soul.forward import forward_answers
+from soul.registry import ATTACKS
+
+
+@ATTACKS.register("relearn")
+@dataclasses.dataclass(frozen=True)
+class Relearn(Attack):
+    """Fine-tune on a share of the forget set for a fixed number of small steps (arXiv 2406.13356).
+
+    AdamW without weight decay at a constant rate, whole share in each step, in the weights' own precision. Judge by the
+    examples that were not relearned as well as by all.
+
+    Attributes:
+        share: Share of the forget set that the attacker has; at least one example.
+        steps: Steps.
+        lr: Learning rate.
+        seed: Seed of the choice.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    share: float = 0.1
+    steps: int = 10
+    lr: float = 1e-5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"relearn.share must be above 0 and at most 1, not {self.share}")
+        if self.steps < 1 or not self.lr > 0:
+            raise ValueError("relearn.steps must be 1 or more and relearn.lr above 0")
+
+    def chosen(self, count: int) -> list[int]:
+        """Return which of ``count`` forget examples the attacker has."""
+        order = np.random.default_rng([self.seed, 5]).permutation(count)
+        return sorted(order[: max(1, round(self.share * count))].tolist())
+
+    def __call__(self, model: Any, data: UnlearnDataset) -> Any:
+        """Return the model, trained in place."""
+        rows = data.encoded["forget"]
+        device = next(model.parameters()).device
+        batch = collate_rows([rows[i] for i in self.chosen(len(rows))], pad_id=data.template.pad)
+        batch = {k: v.to(device) for k, v in batch.items()}
+        was_training, free = model.training, [p for p in model.parameters() if p.requires_grad]
+        for p in model.parameters():
+            p.requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
+        model.train()
+        for _ in range(self.steps):
+            (-forward_answers(model, batch).token_logps().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.train(was_training)
+        kept = {id(p) for p in free}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in kept)
+        return model
