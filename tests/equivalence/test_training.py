@@ -237,3 +237,46 @@ def test_curvature_may_be_of_examples_of_its_own(tmp_path, make_model, tokenizer
     assert all(torch.equal(v, factors["same"][k]) for k, v in factors["apart"].items())
     assert not all(torch.equal(v, factors["other"][k]) for k, v in factors["apart"].items())
     assert kept["apart"][1] == kept["other"][1] != kept["same"][1]
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4)])
+def test_projection_takes_the_retain_direction_out_of_the_forget_gradient(tmp_path, make_trainer, size, accumulation):
+    """One step of gradient descent against gradients of the two terms found apart, in float64."""
+    settings = {"batch_size": size, "accumulation": accumulation, "epochs": 1, "warmup": 0.0, "schedule": "constant"}
+    settings["max_grad_norm"] = 0.0
+    moved = {}
+    for projected in (False, True):
+        trainer = make_trainer(
+            tmp_path / f"{projected}", "grad_diff", {"name": "sgd", "lr": 1e-2, "momentum": 0.0}, dtype=torch.float64,
+            projected=projected, **settings,
+        )  # fmt: skip
+        start = [p.detach().clone() for p in trainer.model.parameters()]
+        if projected:
+            batch = trainer.data_collator(
+                [trainer.unlearn_data[key] for b in trainer.get_train_dataloader().batch_sampler for key in b]
+            )
+            terms = trainer.objective(trainer.model, batch, trainer.reference).terms
+            forget, retain = (
+                torch.cat(
+                    [
+                        g.flatten()
+                        for g in torch.autograd.grad(
+                            t.weight * t.total / t.count, list(trainer.model.parameters()), retain_graph=True
+                        )
+                    ]
+                )
+                for t in (terms["forget"], terms["retain"])
+            )
+        trainer.train()
+        moved[projected] = torch.cat(
+            [(a - p.detach()).flatten() / 1e-2 for a, p in zip(start, trainer.model.parameters(), strict=True)]
+        )
+    torch.testing.assert_close(moved[False], forget + retain, rtol=0, atol=1e-9)
+    expected = retain + forget - (forget @ retain) / (retain @ retain) * retain
+    torch.testing.assert_close(moved[True], expected, rtol=0, atol=1e-9)
+    assert abs(float((moved[True] - retain) @ retain)) < 1e-9 < abs(float(forget @ retain))
+
+
+def test_projection_needs_something_to_project_off(tmp_path, make_trainer):
+    with pytest.raises(ValueError, match="needs a retain term"):
+        make_trainer(tmp_path, "ga", ADAMW, projected=True, batch_size=4, epochs=1).train()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -84,11 +83,12 @@ def matrix_file(tmp_path_factory, make_model, tokenizer, forget_set, retain_set)
 @pytest.fixture(scope="module")
 def done(matrix_file, tmp_path_factory):
     """The finished contest, run by the command in two sittings."""
-    os.environ["SOUL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     out = matrix_file.parent / "out"
-    assert main(["bench", str(matrix_file), "--out", str(out), "--phase", "reference"]) == 0
-    first = len(Book(out).lines())
-    assert main(["bench", str(matrix_file), "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOUL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert main(["bench", str(matrix_file), "--out", str(out), "--phase", "reference"]) == 0
+        first = len(Book(out).lines())
+        assert main(["bench", str(matrix_file), "--out", str(out)]) == 0
     return out, first
 
 
@@ -149,6 +149,7 @@ def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):
     text = contest_tables(out)
     assert "on the report requests" in text
     assert "signum (rival)" in text
+    assert "| (before) | 1 |" in text.split("after attacks")[1]
     assert main(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert "&lt;b&gt;contest" in page

@@ -210,7 +210,8 @@ class Contest:
         m, settings = self.matrix, self._settings(job)
         entry = m.entry(job.cell.optimizer)
         optimizer = entry.spec(settings)
-        training, checkpoints = dataclasses.replace(m.training, save_steps=0, seed=m.seed), []
+        training = dataclasses.replace(m.training, save_steps=0, seed=m.seed, projected=entry.projected)
+        checkpoints: list[int] = []
         if job.kind == "pilot":  # at the full rate from the first step
             training = dataclasses.replace(training, max_steps=m.budget.pilot_steps, warmup=0.0, schedule="constant")
             if isinstance(optimizer, CurvatureOptimizerSpec):  # what curvature costs where there is none yet

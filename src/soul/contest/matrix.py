@@ -66,6 +66,7 @@ class Entry:
         label: What tables call it; the optimizer's name by default.
         order: ``first`` or ``second``: whose side it is on.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
+        projected: Take the retain direction out of the forget gradient (``training.projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: the same data, no curvature).
     """
 
@@ -73,6 +74,7 @@ class Entry:
     label: str = ""
     order: Literal["first", "second"] = "first"
     knob: Knob | None = None
+    projected: bool = False
     extra_retain: bool = False
 
     @property
@@ -331,7 +333,7 @@ def _named(item: Any, where: str) -> dict[str, Any]:
 
 def _entry(item: Any, index: int) -> Entry:
     tree = _named(item, "optimizers")
-    own: dict[str, Any] = {k: tree.pop(k) for k in ("label", "order", "knob", "extra_retain") if k in tree}
+    own: dict[str, Any] = {k: tree.pop(k) for k in ("label", "order", "knob", "projected", "extra_retain") if k in tree}
     if own.get("knob") is not None:
         own["knob"] = config.parse(Knob, own["knob"], f"optimizers[{index}].knob")
     return config.parse(Entry, {"optimizer": tree, **own}, f"optimizers[{index}]")

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from markupsafe import Markup, escape
 
-from soul.metrics.contest import Cell, choose, points_of, read_lines, references_of, runs_of
+from soul.metrics.contest import Cell, choose, knowledge, points_of, read_lines, references_of, runs_of
 from soul.metrics.frontier import FLOOR, Point, forgetting_at, lost_area, ratio_interval
 from soul.metrics.stats import ks_margin, ks_two_sided
 from soul.report import plots
@@ -203,6 +203,9 @@ def tables(record: ContestRecord) -> list[Table]:
             found.append(
                 (f"{task}, {objective}: KS statistic to the retrained model", ["optimizer", "mean", "runs"], rows)
             )
+        head, rows = attacked(record, task, objective)
+        if any(not row[0].startswith("(") for row in rows):
+            found.append((f"{task}, {objective}: knowledge of the forget set after attacks", head, rows))
     return found
 
 
@@ -222,6 +225,29 @@ def distances(record: ContestRecord, standings: Sequence[Standing]) -> list[list
                 ]
             )
     return rows
+
+
+def attacked(record: ContestRecord, task: str, objective: str) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows of what attacks bring back: knowledge ``K`` of the forget set, mean over report requests.
+
+    A row for the model before, the retrained one and each side's best cell; a column without attack, then one for each.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    for x in record.lines:
+        if x["kind"] == "attack" and x["task"] == task and x.get("objective") in (None, objective):
+            whole = x["measures"][-1]["values"] if x.get("measures") else None
+            if whole is None and "which" in x:
+                whole = references_of(record.lines, task, x["request"], full=True).get(x["which"])
+            values = {name: knowledge(v, full=True) for name, v in x.get("attacked", {}).items()}
+            if whole is not None and values:
+                name = x.get("optimizer") or {"before": "(before)", "gold": "(retrained)"}[x["which"]]
+                found.setdefault(name, []).append({"none": knowledge(whole, full=True), **values})
+    names = sorted({name for many in found.values() for one in many for name in one} - {"none"})
+    rows = []
+    for who in sorted(found, key=lambda name: (not name.startswith("("), name)):
+        means = [statistics.mean(one[name] for one in found[who] if name in one) for name in ("none", *names)]
+        rows.append([who, str(len(found[who])), *(f"{m:.3f}" for m in means)])
+    return ["model", "requests", "no attack", *names], rows
 
 
 def contest_tables(folder: Path) -> str:
