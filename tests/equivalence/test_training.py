@@ -242,39 +242,35 @@ def test_curvature_may_be_of_examples_of_its_own(tmp_path, make_model, tokenizer
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4)])
 def test_projection_takes_the_retain_direction_out_of_the_forget_gradient(tmp_path, make_trainer, size, accumulation):
     """One step of gradient descent against gradients of the two terms found apart, in float64."""
-    settings = {"batch_size": size, "accumulation": accumulation, "epochs": 1, "warmup": 0.0, "schedule": "constant"}
-    settings["max_grad_norm"] = 0.0
-    moved = {}
-    for projected in (False, True):
-        trainer = make_trainer(
-            tmp_path / f"{projected}", "grad_diff", {"name": "sgd", "lr": 1e-2, "momentum": 0.0}, dtype=torch.float64,
-            projected=projected, **settings,
+
+    def make(name, projected):
+        return make_trainer(
+            tmp_path / name, "grad_diff", {"name": "sgd", "lr": 1e-2, "momentum": 0.0}, dtype=torch.float64,
+            projected=projected, batch_size=size, accumulation=accumulation, epochs=1, warmup=0.0, schedule="constant",
+            max_grad_norm=0.0,
         )  # fmt: skip
+
+    def gradient(trainer):
         start = [p.detach().clone() for p in trainer.model.parameters()]
-        if projected:
-            batch = trainer.data_collator(
-                [trainer.unlearn_data[key] for b in trainer.get_train_dataloader().batch_sampler for key in b]
-            )
-            terms = trainer.objective(trainer.model, batch, trainer.reference).terms
-            forget, retain = (
-                torch.cat(
-                    [
-                        g.flatten()
-                        for g in torch.autograd.grad(
-                            t.weight * t.total / t.count, list(trainer.model.parameters()), retain_graph=True
-                        )
-                    ]
-                )
-                for t in (terms["forget"], terms["retain"])
-            )
         trainer.train()
-        moved[projected] = torch.cat(
-            [(a - p.detach()).flatten() / 1e-2 for a, p in zip(start, trainer.model.parameters(), strict=True)]
-        )
-    torch.testing.assert_close(moved[False], forget + retain, rtol=0, atol=1e-9)
+        moves = zip(start, trainer.model.parameters(), strict=True)
+        return torch.cat([(a - p.detach()).flatten() / 1e-2 for a, p in moves])
+
+    apart = make("apart", False)
+    keys = [key for batch in apart.get_train_dataloader().batch_sampler for key in batch]
+    batch = apart.data_collator([apart.unlearn_data[key] for key in keys])
+    terms, weights = apart.objective(apart.model, batch, apart.reference).terms, list(apart.model.parameters())
+
+    def flat(term):
+        found = torch.autograd.grad(term.weight * term.total / term.count, weights, retain_graph=True)
+        return torch.cat([g.flatten() for g in found])
+
+    forget, retain = flat(terms["forget"]), flat(terms["retain"])
+    torch.testing.assert_close(gradient(make("together", False)), forget + retain, rtol=0, atol=1e-9)
+    projected = gradient(make("projected", True))
     expected = retain + forget - (forget @ retain) / (retain @ retain) * retain
-    torch.testing.assert_close(moved[True], expected, rtol=0, atol=1e-9)
-    assert abs(float((moved[True] - retain) @ retain)) < 1e-9 < abs(float(forget @ retain))
+    torch.testing.assert_close(projected, expected, rtol=0, atol=1e-9)
+    assert abs(float((projected - retain) @ retain)) < 1e-9 < abs(float(forget @ retain))
 
 
 def test_projection_needs_something_to_project_off(tmp_path, make_trainer):
