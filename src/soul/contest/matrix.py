@@ -162,7 +162,7 @@ class Budget:
 
     points: int = 12
     settings: int = 2
-    checkpoints: int = 4
+    checkpoints: int = 3
     interpolate: list[float] = dataclasses.field(default_factory=lambda: [0.5])
     decades: float = 2.0
     retain_weight: tuple[float, float] = (0.5, 8.0)
