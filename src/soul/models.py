@@ -185,6 +185,13 @@ def without_autocast(model: Any) -> Any:
     return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
+def freeze_embeddings(model: Any) -> None:
+    """Leave input embeddings and head (one matrix, where they are tied) out of training."""
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for p in part.parameters() if part is not None else ():
+            p.requires_grad_(False)
+
+
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str = "") -> None:
     """Write the model (of a PEFT model, its adapter) and tokenizer as safetensors.
 

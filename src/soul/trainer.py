@@ -26,6 +26,7 @@ from soul.data.templates import ChatTemplate
 from soul.forward import unwrap
 from soul.machine import has_bf16
 from soul.methods.base import Method
+from soul.models import freeze_embeddings
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.optim.groups import parameter_groups
@@ -298,13 +299,6 @@ class UnlearnTrainer(Trainer):
         if self.args.device.type == "cuda":
             torch.cuda.synchronize()
         self.curvature_seconds = time.perf_counter() - started
-
-
-def freeze_embeddings(model: Any) -> None:
-    """Leave input embeddings and head (one matrix, where they are tied) out of training."""
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for p in part.parameters() if part is not None else ():
-            p.requires_grad_(False)
 
 
 class _CurvatureCallback(TrainerCallback):

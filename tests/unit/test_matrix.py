@@ -87,6 +87,8 @@ def test_a_knob_may_be_part_of_a_setting():
             "low must be below",
         ),
         (("optimizers",), "signum", "must be a list"),
+        (("optimizers",), [{"method": {"name": "influence"}}], "needs a knob"),
+        (("optimizers",), [{"name": "signum", "method": {"name": "influence"}}], "one of the two"),
         (("objectives",), [3], "a name, or a mapping"),
         (("training", "max_steps"), 0, "max_steps must be given"),
         (("training", "max_steps"), 2, "at least budget.checkpoints"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,11 +93,13 @@ class Contest:
                 for request, which in itertools.product(getattr(task, phase), ("before", "gold")):
                     yield Job("reference", name, request, which=which)
         for cell in m.cells:
-            yield self._pilot_of(cell)
+            if not m.entry(cell.optimizer).method:
+                yield self._pilot_of(cell)
         for number, cell in itertools.product(range(m.budget.points), m.cells):
             for request in m.tasks[cell.task].tune:
                 needed = [Job("reference", cell.task, request, which=which) for which in ("before", "gold")]
-                if {job.key for job in [*needed, self._pilot_of(cell)]} <= known:
+                needed += [] if m.entry(cell.optimizer).method else [self._pilot_of(cell)]
+                if {job.key for job in needed} <= known:
                     yield Job("tune", cell.task, request, cell, number)
         if tuned:
             for name, task in m.tasks.items():
@@ -184,6 +187,7 @@ class Contest:
         where = {"objective": job.cell.objective, "optimizer": job.cell.optimizer}
         settings = self._settings(job)
         if job.kind == "pilot":
+            assert run.optimizer is not None
             centre = run.optimizer.lr * m.budget.update_rms / line["update_rms"]
             return {**head, **where, "lr": run.optimizer.lr, "centre": centre, **line}
         return {**head, **where, "point": job.point, "settings": settings, **line}
@@ -198,6 +202,8 @@ class Contest:
         assert job.cell is not None
         if job.kind == "pilot":
             return {"retain_weight": 1.0}
+        if self.matrix.entry(job.cell.optimizer).method:
+            return self.matrix.settings(job.cell.optimizer, job.point, math.nan)
         return self.matrix.settings(job.cell.optimizer, job.point, self._pilot(job)["centre"])
 
     def _pilot(self, job: Job) -> Line:
@@ -209,7 +215,7 @@ class Contest:
         assert job.cell is not None
         m, settings = self.matrix, self._settings(job)
         entry = m.entry(job.cell.optimizer)
-        optimizer = entry.spec(settings)
+        optimizer = None if entry.method else entry.spec(settings)
         training = dataclasses.replace(m.training, save_steps=0, seed=m.seed, projected=entry.projected)
         checkpoints: list[int] = []
         if job.kind == "pilot":  # at the full rate from the first step
@@ -218,7 +224,8 @@ class Contest:
                 apart = dataclasses.replace(optimizer.curvature, cache=False)
                 optimizer = dataclasses.replace(optimizer, curvature=apart)
         else:
-            training = dataclasses.replace(training, max_steps=m.steps(self._pilot(job)))
+            if not entry.method:
+                training = dataclasses.replace(training, max_steps=m.steps(self._pilot(job)))
             checkpoints = m.checkpoints(training.max_steps)
             if job.kind == "attack":
                 checkpoints = checkpoints[-1:]
@@ -235,6 +242,7 @@ class Contest:
             m.budget.interpolate if job.kind == "report" else (),
             full=job.kind in ("report", "attack"),
             attacks=m.attackers if job.kind == "attack" else {},
+            method=entry.do(settings) if entry.method else None,
         )
 
     def _stopper(self, job: Job) -> Any:

@@ -14,10 +14,11 @@ from scipy.stats import qmc
 from soul import config
 from soul.attacks.base import Attack
 from soul.evaluate import EvaluationSpec
+from soul.methods.base import Method
 from soul.metrics.contest import Cell
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
-from soul.registry import ATTACKS, OBJECTIVES, OPTIMIZERS
+from soul.registry import ATTACKS, METHODS, OBJECTIVES, OPTIMIZERS
 from soul.trainer import TrainingSpec
 
 
@@ -59,28 +60,41 @@ class Knob:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An update rule that takes part.
+    """Who takes part: an update rule, or a method in place of objective and optimizer.
 
     Attributes:
-        optimizer: Name and fixed settings, as in a recipe.
-        label: What tables call it; the optimizer's name by default.
+        optimizer: Name and fixed settings, as in a recipe; empty for a method.
+        method: Likewise; its knob is all that is tuned, and its objective is only the square it stands in.
+        label: What tables call it; the optimizer's or method's name by default.
         order: ``first`` or ``second``: whose side it is on.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
         projected: Take the retain direction out of the forget gradient (``training.projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: the same data, no curvature).
     """
 
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    method: dict[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
     order: Literal["first", "second"] = "first"
     knob: Knob | None = None
     projected: bool = False
     extra_retain: bool = False
 
+    def __post_init__(self) -> None:
+        if bool(self.optimizer) == bool(self.method):
+            raise ValueError(f"{self.label or 'an entry'}: name an optimizer, or a method: one of the two")
+        if self.method and self.knob is None:
+            raise ValueError(f"{self.name}: a method needs a knob, which is all that is tuned of it")
+
     @property
     def name(self) -> str:
         """What tables call it."""
-        return self.label or str(self.optimizer["name"])
+        return self.label or str((self.optimizer or self.method)["name"])
+
+    def do(self, settings: Mapping[str, float]) -> Method:
+        """Return the method with the knob filled in."""
+        assert self.knob is not None
+        return config.component(METHODS, {**self.method, self.knob.setting: settings["knob"]}, "")
 
     def spec(self, settings: Mapping[str, float]) -> OptimizerSpec:
         """Return the update rule with the tuned settings filled in (see :meth:`Matrix.settings`)."""
@@ -281,13 +295,16 @@ class Matrix:
             centre: Learning rate the pilot found.
         """
         x, y, z = (float(v) for v in self.points()[point])
+        entry = self.entry(name)
+        if entry.method:
+            assert entry.knob is not None
+            return {"knob": entry.knob.at(x)}
         low, high = self.budget.retain_weight
         found = {
             "lr": centre * 10 ** ((x - 0.5) * self.budget.decades),
             "retain_weight": low ** (1 - y) * high**y,
         }
-        knob = self.entry(name).knob
-        return found if knob is None else {**found, "knob": knob.at(z)}
+        return found if entry.knob is None else {**found, "knob": entry.knob.at(z)}
 
 
 def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
@@ -319,7 +336,8 @@ def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
         matrix.objective(name, {"retain_weight": 1.0})
     assert len(matrix.attackers) <= len(matrix.attacks)
     for entry in matrix.optimizers:
-        entry.spec({} if entry.knob is None else {"knob": entry.knob.at(0.5)})
+        middle = {} if entry.knob is None else {"knob": entry.knob.at(0.5)}
+        _ = entry.do(middle) if entry.method else entry.spec(middle)
     return matrix
 
 
@@ -332,8 +350,12 @@ def _named(item: Any, where: str) -> dict[str, Any]:
 
 
 def _entry(item: Any, index: int) -> Entry:
-    tree = _named(item, "optimizers")
-    own: dict[str, Any] = {k: tree.pop(k) for k in ("label", "order", "knob", "projected", "extra_retain") if k in tree}
+    is_method = isinstance(item, Mapping) and bool(item.get("method"))
+    tree = dict(item) if is_method else _named(item, "optimizers")
+    names = [f.name for f in dataclasses.fields(Entry) if f.name != "optimizer"]
+    own: dict[str, Any] = {k: tree.pop(k) for k in names if k in tree}
+    if is_method:
+        own["method"] = _named(own["method"], "optimizers")
     if own.get("knob") is not None:
         own["knob"] = config.parse(Knob, own["knob"], f"optimizers[{index}].knob")
     return config.parse(Entry, {"optimizer": tree, **own}, f"optimizers[{index}]")

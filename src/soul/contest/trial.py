@@ -22,7 +22,8 @@ from soul.data.general import refusals
 from soul.data.sources import check_disjoint, load_examples
 from soul.evaluate import EvaluationSpec
 from soul.machine import peak_memory, reset_peak_memory
-from soul.models import ModelSpec, load_model, without_autocast
+from soul.methods.base import Method
+from soul.models import ModelSpec, freeze_embeddings, load_model, without_autocast
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, has_bf16, make_dataset
@@ -49,6 +50,8 @@ class Run:
         interpolate: Shares of the way to the final weights that are measured at the end.
         full: Measure in full.
         attacks: What the final model goes through, each from the same weights; measured in full.
+        method: What is done in place of objective and optimizer; it is measured on the way to its last weights, which
+            is straight, at as many points.
     """
 
     task: Task
@@ -56,13 +59,14 @@ class Run:
     sets: Sets
     entry: Entry
     objective: Objective
-    optimizer: OptimizerSpec
+    optimizer: OptimizerSpec | None
     training: TrainingSpec
     evaluation: EvaluationSpec
     checkpoints: Sequence[int] = ()
     interpolate: Sequence[float] = ()
     full: bool = False
     attacks: Mapping[str, Attack] = dataclasses.field(default_factory=dict)
+    method: Method | None = None
 
 
 class _Measuring(TrainerCallback):
@@ -140,9 +144,26 @@ def do(run: Run, tick: Tick, stop: Stop = never) -> Line:
     model, tokenizer = load_model(ModelSpec(run.task.model))
     meter = _meter(model, tokenizer, run.sets, run.training, run.evaluation)
     dataset = _dataset(tokenizer, run)
+    if run.training.frozen == "embeddings":
+        freeze_embeddings(model)
+    origin = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    line = _by_method(model, dataset, run, tick) if run.method else _by_training(model, dataset, run, meter, tick, stop)
+    line["update_rms"] = _moved(model, origin) / max(1, line["steps"])
+    if line["state"] == "done":
+        shares = run.interpolate
+        if run.method:
+            count = max(1, len(run.checkpoints))
+            shares = sorted({*((i + 1) / count for i in range(count)), *shares})
+        line["measures"] += _between(model, origin, shares, line["steps"], run, meter)
+        if run.attacks:
+            line["attacked"] = _attacked(model, run.attacks, meter)
+    return line
+
+
+def _by_training(model: Any, dataset: UnlearnDataset, run: Run, meter: Meter, tick: Tick, stop: Stop) -> Line:
+    assert run.optimizer is not None
     log = LogCallback(None, lambda step, of, _: tick("training", step, of))
     watch = _Measuring(run, meter, log, stop)
-    # the weights that move, as they were
     state, trouble = "done", ""
     with tempfile.TemporaryDirectory() as folder:
         trainer = UnlearnTrainer(
@@ -155,34 +176,47 @@ def do(run: Run, tick: Tick, stop: Stop = never) -> Line:
             callbacks=[log, watch],
         )
         log.trainer = trainer
-        origin = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         try:
             trainer.train()
         except ValueError as error:
             if "the model is lost" not in str(error):
                 raise
             state, trouble = "lost", str(error)
-        seconds = _seconds(log.records)
         peak = peak_memory()
-        del trainer
     without_autocast(model)
     if watch.reason:
         state, trouble = "stopped", watch.reason
-    steps = len(log.records)
-    line: Line = {
+    return {
         "state": state,
         "why": trouble,
-        "steps": steps,
-        "update_rms": _moved(model, origin) / max(1, steps),
-        "seconds": seconds,
+        "steps": len(log.records),
+        "seconds": _seconds(log.records) | {"measure": round(watch.seconds, 2)},
         "peak_memory_bytes": peak,
         "win_rate": _mean_of(log.records, "win_rate"),
+        "measures": watch.found,
     }
-    if state == "done":
-        watch.found += _between(model, origin, run, meter)
-    line["seconds"]["measure"] = round(watch.seconds, 2)
-    attacked = {"attacked": _attacked(model, run.attacks, meter)} if run.attacks and state == "done" else {}
-    return {**line, "measures": watch.found, **attacked}
+
+
+def _by_method(model: Any, dataset: UnlearnDataset, run: Run, tick: Tick) -> Line:
+    assert run.method is not None
+    records: list[Mapping[str, float]] = []
+    started, state, trouble = time.perf_counter(), "done", ""
+    try:
+        run.method(model, dataset, progress=tick, log=lambda record: records.append(dict(record)))
+    except ValueError as error:
+        if "not a number" not in str(error):
+            raise
+        state, trouble = "lost", str(error)
+    seconds = round(time.perf_counter() - started, 2)
+    return {
+        "state": state,
+        "why": trouble,
+        "steps": len(records),
+        "seconds": {"train": seconds, "curvature": 0.0},
+        "peak_memory_bytes": peak_memory(),
+        "win_rate": None,
+        "measures": [],
+    }
 
 
 def _seconds(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -207,25 +241,25 @@ def _dataset(tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:
         for source in (run.task.source(name, run.request) for name in ("forget", "retain", "curvature"))
     )
     check_disjoint(forget, [*retain, *curvature])
-    if run.entry.extra_retain:
+    if run.entry.extra_retain or run.method:  # a method draws its curvature from what it keeps
         retain, curvature = [*retain, *curvature], []
-    return make_dataset(tokenizer, forget, retain, run.objective, run.training, refusals(), curvature)
+    return make_dataset(tokenizer, forget, retain, run.method or run.objective, run.training, refusals(), curvature)
 
 
 @torch.no_grad()
-def _between(model: Any, origin: Mapping[str, torch.Tensor], run: Run, meter: Meter) -> list[Line]:
+def _between(
+    model: Any, origin: Mapping[str, torch.Tensor], shares: Sequence[float], steps: int, run: Run, meter: Meter
+) -> list[Line]:
     """Measure the models on the straight line from the original to the final weights, and leave the final ones."""
     weights = {n: p for n, p in model.named_parameters() if n in origin}
-    final = {n: p.detach().clone() for n, p in weights.items()} if run.interpolate else {}
+    final = {n: p.detach().clone() for n, p in weights.items()} if shares else {}
     found: list[Line] = []
-    for share in run.interpolate:
+    for share in shares:
         for n, p in weights.items():
             p.copy_(torch.lerp(origin[n], final[n], share))
-        values = rounded(meter(model, full=run.full))
-        found.append({"step": run.training.max_steps, "share": share, "values": values})
-    for n, p in weights.items():
-        if final:
-            p.copy_(final[n])
+        found.append({"step": steps, "share": share, "values": rounded(meter(model, full=run.full))})
+    for n, value in final.items():
+        weights[n].copy_(value)
     return found
 
 

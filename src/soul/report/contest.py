@@ -69,7 +69,9 @@ class ContestRecord:
         try:
             self.matrix: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
             self.label = str(self.matrix["label"])
-            self.entries = {str(e["label"] or e["name"]): e for e in self.matrix["optimizers"]}
+            self.entries = {
+                str(e["label"] or e.get("name") or e["method"]["name"]): e for e in self.matrix["optimizers"]
+            }
             self.objectives = [str(o.get("label") or o["name"]) for o in self.matrix["objectives"]]
             self.tasks: dict[str, Any] = self.matrix["tasks"]
             self.budget: dict[str, Any] = self.matrix["budget"]
