@@ -94,6 +94,8 @@ def test_points_come_from_the_record():
     assert np.array(found) == pytest.approx(np.array([(0.25, 1.0), (0.75, 2 / 3)]))
     assert knowledge(values(0.3, 1), full=True) == pytest.approx(0.3)
     references = {"before": values(1.0, 1.0), "gold": values(0.0, 1.0)}
+    broken = {**values(0.25, 0.5), "text_nll": None, "extraction_strength": None}  # a lost model's record
+    assert point(broken, references, full=True) == (0.0, 0.0)
     assert point(values(0.25, 0.5), references, full=True) == pytest.approx((0.75, 2 / 3))
 
 

@@ -188,6 +188,8 @@ class Contest:
         settings = self._settings(job)
         if job.kind == "pilot":
             assert run.optimizer is not None
+            if not line["update_rms"]:
+                raise ValueError(f"{title}: the default rate moves nothing, or loses the model; give the entry an lr")
             centre = run.optimizer.lr * m.budget.update_rms / line["update_rms"]
             return {**head, **where, "lr": run.optimizer.lr, "centre": centre, **line}
         return {**head, **where, "point": job.point, "settings": settings, **line}

@@ -115,7 +115,9 @@ class Meter:
             "seen_probability": self._probability(model, self.sets.seen),
         }
         if all(e.wrong_answers for e in self.sets.forget):
-            found["log_truth_ratios"] = [round(log_truth_ratio(row), 5) for row in self._rows(model, self.sets.forget)]
+            ratios = [log_truth_ratio(row) for row in self._rows(model, self.sets.forget)]
+            if all(math.isfinite(ratio) for ratio in ratios):
+                found["log_truth_ratios"] = [round(ratio, 5) for ratio in ratios]
         return found
 
     def _probability(self, model: Any, examples: Sequence[Example], *, paraphrased: bool = False) -> float:

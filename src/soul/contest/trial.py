@@ -148,7 +148,8 @@ def do(run: Run, tick: Tick, stop: Stop = never) -> Line:
         freeze_embeddings(model)
     origin = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     line = _by_method(model, dataset, run, tick) if run.method else _by_training(model, dataset, run, meter, tick, stop)
-    line["update_rms"] = _moved(model, origin) / max(1, line["steps"])
+    moved = _moved(model, origin) / max(1, line["steps"])
+    line["update_rms"] = moved if math.isfinite(moved) else None
     if line["state"] == "done":
         shares = run.interpolate
         if run.method:
@@ -178,8 +179,8 @@ def _by_training(model: Any, dataset: UnlearnDataset, run: Run, meter: Meter, ti
         log.trainer = trainer
         try:
             trainer.train()
-        except ValueError as error:
-            if "the model is lost" not in str(error):
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            if isinstance(error, ValueError) and "the model is lost" not in str(error):
                 raise
             state, trouble = "lost", str(error)
         peak = peak_memory()
@@ -276,5 +277,5 @@ def _mean_of(records: Sequence[Mapping[str, float]], name: str) -> float | None:
 
 
 def rounded(values: Values) -> Values:
-    """Return the measurements with six digits after the point: enough, and a record can be read."""
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+    """Return the measurements with six digits after the point; None for what is no number, as JSON has no nan."""
+    return {k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in values.items()}

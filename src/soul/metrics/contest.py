@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,12 @@ class Cell(NamedTuple):
 
 def knowledge(values: Values, *, full: bool) -> float:
     """Return ``K``, what a model knows of the forget set: the mean of its measures."""
-    return float(np.mean([values[name] for name in (FULL if full else THIN)]))
+    return float(np.mean([_number(values[name]) for name in (FULL if full else THIN)]))
+
+
+def _number(value: float | None) -> float:
+    """Return nan for None, which stands for it in a record."""
+    return math.nan if value is None else value
 
 
 def point(values: Values, references: Mapping[str, Values], *, full: bool) -> Point:
@@ -48,7 +54,7 @@ def point(values: Values, references: Mapping[str, Values], *, full: bool) -> Po
     before, gold = references["before"], references["gold"]
     names = [n for n in before if n.endswith(_KEPT) and n not in _NOT_KEPT] + ["text_nll"]
     f = forgetting(*(knowledge(v, full=full) for v in (values, before, gold)))
-    return f, utility({n: values[n] for n in names}, {n: before[n] for n in names})
+    return f, utility({n: _number(values[n]) for n in names}, {n: before[n] for n in names})
 
 
 def references_of(lines: Sequence[Line], task: str, request: str, *, full: bool) -> dict[str, Values]:
