@@ -406,3 +406,41 @@ def test_scrambled_factors_have_their_spectra_in_other_directions() -> None:
     rule = EKFACSpec().build(layer.parameters(), layer)
     with pytest.raises(ValueError, match="ekfac"):
         rule.scramble(0)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_moving_every_third_step_is_one_move_along_the_average(name: str) -> None:
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(5, 4, bias=False)).double()
+    gradients = [torch.randn(4, 5, dtype=torch.float64) for _ in range(6)]
+    x = torch.randn(30, 5, dtype=torch.float64)
+
+    def rule_of(layer: nn.Sequential, every: int, momentum: float):
+        rule = SPECS[name](lr=0.1, every=every, momentum=momentum).build(layer.parameters(), layer)
+        with rule.observing():
+            logits = layer(x)
+            logits.backward(gradient=cotangent(logits, torch.full((30,), 1 / 30, dtype=x.dtype), 0))
+        layer.zero_grad()
+        rule.update_curvature()
+        return rule
+
+    layer, reference = copy.deepcopy(start), copy.deepcopy(start)
+    rule, single = rule_of(layer, 3, 0.8), rule_of(reference, 1, 0.0)
+    average, positions = torch.zeros(4, 5, dtype=torch.float64), []
+    for i, g in enumerate(gradients, 1):
+        layer[0].weight.grad = g.clone()
+        rule.step()
+        average = 0.8 * average + 0.2 * g
+        if i % 3 == 0:
+            reference[0].weight.grad = average / (1 - 0.8**i)
+            single.step()
+            assert rule.metrics()
+        else:
+            assert not rule.metrics()
+            assert rule.predicted_kl() is None
+        positions.append(layer[0].weight.detach().clone())
+    torch.testing.assert_close(layer[0].weight, reference[0].weight)
+    assert torch.equal(positions[0], start[0].weight)
+    assert torch.equal(positions[3], positions[2])
+    with pytest.raises(ValueError, match="every must be 1 or more"):
+        SPECS[name](every=0)

@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate import Accelerator
 
 from soul.cli import main
 from soul.contest.book import Book
 from soul.contest.jobs import Contest
 from soul.contest.matrix import read_matrix
+from soul.contest.measure import Meter, load_sets
+from soul.evaluate import EvaluationSpec
 from soul.metrics.contest import Cell, choose, points_of
 from soul.metrics.frontier import lost_area
+from soul.models import ModelSpec, load_model
 from soul.report.contest import ContestRecord, contest_tables, write_contest
 
 
@@ -229,3 +233,16 @@ def test_bad_input_ends_with_one_message(words, message, matrix_file, done, caps
     given = [w.format(m=matrix_file, d=matrix_file.parent) for w in words]
     assert main(given) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_full_measurements_are_in_the_weights_own_precision(matrix_file):
+    """Accelerate leaves autocast around a model's forward pass; what is reported must not be in bf16."""
+    task = read_matrix(matrix_file).tasks["tiny"]
+    folder = task.source("model", "second")
+    model, tokenizer = load_model(ModelSpec(folder))
+    meter = Meter(load_sets(task, "second"), tokenizer, EvaluationSpec(max_new_tokens=4))
+    alone = meter(model, full=True)
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    assert meter(wrapped, full=True) == alone
+    assert meter(wrapped, full=False)["forget_probability"] != alone["forget_probability"]  # thin ones are
+    assert "forward" in wrapped.__dict__

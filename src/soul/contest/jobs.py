@@ -221,7 +221,9 @@ class Contest:
         training = dataclasses.replace(m.training, save_steps=0, seed=m.seed, projected=entry.projected)
         checkpoints: list[int] = []
         if job.kind == "pilot":  # at the full rate from the first step
-            training = dataclasses.replace(training, max_steps=m.budget.pilot_steps, warmup=0.0, schedule="constant")
+            every = int(optimizer.settings().get("every", 1)) if optimizer else 1  # whole moves
+            steps = m.budget.pilot_steps * every
+            training = dataclasses.replace(training, max_steps=steps, warmup=0.0, schedule="constant")
             if isinstance(optimizer, CurvatureOptimizerSpec):  # what curvature costs where there is none yet
                 apart = dataclasses.replace(optimizer.curvature, cache=False)
                 optimizer = dataclasses.replace(optimizer, curvature=apart)

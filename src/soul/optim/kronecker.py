@@ -50,6 +50,7 @@ class KroneckerRule(UpdateRule):
         decay: Decay of the factors a refresh, debiased.
         newton: Largest share of the full Newton step; 0 for no bound.
         others: What to do with parameters without factors.
+        every: Calls of ``step`` from one move to the next; gradients in between go into the average only.
         weight_decay: Decoupled weight decay.
 
     Raises:
@@ -67,17 +68,21 @@ class KroneckerRule(UpdateRule):
         decay: float = 0.95,
         newton: float = 1.0,
         others: Others = "frozen",
+        every: int = 1,
         weight_decay: float = 0.0,
     ) -> None:
         check_common(lr, weight_decay, momentum=momentum, decay=decay)
         check_between("newton", newton, 0.0, math.inf)
         if others not in ("frozen", "diagonal"):
             raise ValueError(f"others must be frozen or diagonal, not {others!r}")
+        if every < 1:
+            raise ValueError(f"every must be 1 or more, not {every}")
         self.factors, self.preconditioner = factors, preconditioner
         self._damping = self._damping_begun = preconditioner.damping
         self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
         defaults = {"lr": lr, "momentum": momentum, "decay": decay, "newton": newton, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "others": others, "refreshes": 0, "maximize": False})
+        counts = {"every": every, "calls": 0, "refreshes": 0}
+        super().__init__(params, {**defaults, **counts, "others": others, "maximize": False})
         if not any(id(p) in self._layer_of for group in self.param_groups for p in group["params"]):
             raise ValueError("none of the parameters belongs to a linear layer with Kronecker factors")
 
@@ -139,10 +144,24 @@ class KroneckerRule(UpdateRule):
             raise ValueError(
                 f"{type(self).__name__} has no curvature yet: run a pass inside observing(), then update_curvature()"
             )
+        for group in self.param_groups:
+            group["calls"] += 1
+        first = self.param_groups[0]
+        if first["calls"] % first["every"]:
+            self._only_average()
+            return loss
         moves = [*self._layer_moves(), *self._other_moves()]
         if moves:
             self._apply(moves)
         return loss
+
+    def _only_average(self) -> None:
+        """Take gradients into the averages of all parameters that a move would take them into."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and (id(p) in self._layer_of or "curvature" in self.state.get(p, {})):
+                    self._momentum(group, p)
+        self._last = None
 
     def _layer_moves(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield ``(group, parameter, u, <u, m_hat>)`` of the layers with factors."""
@@ -302,6 +321,8 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         decay: Decay of the factors a refresh.
         damping: Share of each factor's mean eigenvalue that is added to it.
         others: Parameters without factors (embeddings, head, norms): ``frozen``, or by their ``diagonal`` curvature.
+        every: Steps from one move to the next, which is longer then at the same rate of forgetting: dividing by the
+            factors costs as much as a backward pass of a small batch, and few long steps lose little.
         curvature: When and from what the curvature is estimated; by default once, before the first step, and kept.
     """
 
@@ -310,6 +331,7 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
     decay: float = 0.95
     damping: float = 0.1
     others: Others = "frozen"
+    every: int = 1
     curvature: CurvatureSpec = dataclasses.field(
         default_factory=lambda: CurvatureSpec(warm_start=8, interval=0, general_text=2)
     )
@@ -320,6 +342,8 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         super().__post_init__()
         check_common(self.lr, self.weight_decay, momentum=self.momentum, decay=self.decay)
         check_above("damping", self.damping, 0.0)
+        if self.every < 1:
+            raise ValueError(f"every must be 1 or more, not {self.every}")
 
     def curvature_settings(self) -> dict[str, Any]:
         """Return what factors found before the first step depend on: not damping, momentum or decay."""
