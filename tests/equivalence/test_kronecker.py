@@ -425,22 +425,23 @@ def test_moving_every_third_step_is_one_move_along_the_average(name: str) -> Non
         return rule
 
     layer, reference = copy.deepcopy(start), copy.deepcopy(start)
+    weights = [next(model.parameters()) for model in (layer, reference, start)]
     rule, single = rule_of(layer, 3, 0.8), rule_of(reference, 1, 0.0)
     average, positions = torch.zeros(4, 5, dtype=torch.float64), []
     for i, g in enumerate(gradients, 1):
-        layer[0].weight.grad = g.clone()
+        weights[0].grad = g.clone()
         rule.step()
         average = 0.8 * average + 0.2 * g
         if i % 3 == 0:
-            reference[0].weight.grad = average / (1 - 0.8**i)
+            weights[1].grad = average / (1 - 0.8**i)
             single.step()
             assert rule.metrics()
         else:
             assert not rule.metrics()
             assert rule.predicted_kl() is None
-        positions.append(layer[0].weight.detach().clone())
-    torch.testing.assert_close(layer[0].weight, reference[0].weight)
-    assert torch.equal(positions[0], start[0].weight)
+        positions.append(weights[0].detach().clone())
+    torch.testing.assert_close(weights[0], weights[1])
+    assert torch.equal(positions[0], weights[2])
     assert torch.equal(positions[3], positions[2])
     with pytest.raises(ValueError, match="every must be 1 or more"):
         SPECS[name](every=0)
