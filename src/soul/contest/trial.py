@@ -179,7 +179,7 @@ def _by_training(model: Any, dataset: UnlearnDataset, run: Run, meter: Meter, ti
         log.trainer = trainer
         try:
             trainer.train()
-        except (ValueError, torch.linalg.LinAlgError) as error:
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[reportPrivateImportUsage]  # documented
             if isinstance(error, ValueError) and "the model is lost" not in str(error):
                 raise
             state, trouble = "lost", str(error)

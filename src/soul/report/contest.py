@@ -91,7 +91,7 @@ class ContestRecord:
         whole = {
             r: points_of(self.lines, cell, "report", r, chosen)
             for r, x in reported.items()
-            if len(x) >= len(chosen) > 0
+            if chosen and {line["point"] for line in x}.issuperset(chosen)
         }
         runs = [x for x in [*tuned, *(x for many in reported.values() for x in many)] if x["state"] == "done"]
         pilots = [x for r in task["tune"] for x in runs_of(self.lines, cell, "pilot", r)]
@@ -285,11 +285,13 @@ def frontier_plot(record: ContestRecord, task: str, objective: str, name: str) -
                 for r in requests
                 if len(references_of(record.lines, task, r, full=kind == "report")) == 2
             ]
-            if curves:
+            if any((curve > 0).any() for curve in curves):
                 mean = np.maximum(np.mean(curves, axis=0), FLOOR)
-                style = "-" if s.order == "second" else "--"
-                axes.plot(grid, mean, style, color=plots.color_of(i), drawstyle="steps-pre", linewidth=1.8)
-                axes.annotate(str(i), (grid[-1], mean[-1]), (4, 0), textcoords="offset points", color=plots.color_of(i))
+                style, color = "-" if s.order == "second" else "--", plots.color_of(i)
+                axes.plot(grid, mean, style, color=color, drawstyle="steps-pre", linewidth=1.8)
+                end = int(np.flatnonzero(mean > FLOOR)[-1]) if (mean > FLOOR).any() else 0
+                place: dict[str, Any] = {"textcoords": "offset points", "fontweight": "bold", "color": color}
+                axes.annotate(str(i), (grid[end], mean[end]), (3, 3), **place)
         axes.set(xlim=(0, 1.02), ylim=(FLOOR, 1.01), xlabel="forgetting", ylabel="utility")
         return plots._svg(figure, name)
 
@@ -302,11 +304,18 @@ def write_contest(folder: Path, out: Path) -> Path:
     """
     record = ContestRecord(folder)
     parts = [Markup("<h1>{}</h1>").format(clean(record.label))]
-    for k, (task, objective, _) in enumerate(record.squares()):
-        names = "; ".join(f"{i} {name}" for i, name in enumerate(record.entries, 1))
+    for k, (task, objective, standings) in enumerate(record.squares()):
+        chips = [
+            Markup('<b style="color:{}">{}</b> {}').format(plots.color_of(i), i, clean(name))
+            for i, name in enumerate(record.entries, 1)
+        ]
+        kind = "report" if all(s.lost for s in standings) else "tuning"
+        said = Markup(
+            "<p>Utility kept at each share forgotten, mean over the {} requests; second order is drawn solid. {}</p>"
+        )
         parts.append(Markup("<h2>{}, {}</h2>").format(task, objective))
         parts.append(Markup(frontier_plot(record, task, objective, f"frontier{k}")))  # noqa: S704 - numbers only
-        parts.append(Markup("<p>Utility kept at each share forgotten, mean over requests: {}.</p>").format(names))
+        parts.append(said.format(kind, Markup(" &middot; ").join(chips)))
     for title, head, rows in tables(record):
         cells = [Markup("").join(Markup("<td>{}</td>").format(clean(c)) for c in row) for row in rows]
         body = Markup("").join(Markup("<tr>{}</tr>").format(row) for row in cells)
