@@ -8,7 +8,15 @@ from scipy.stats import hmean
 
 from soul.metrics import contest
 from soul.metrics.contest import Cell, choose, knowledge, point, points_of
-from soul.metrics.frontier import forgetting, forgetting_at, frontier, lost_area, ratio_interval, utility
+from soul.metrics.frontier import (
+    forgetting,
+    forgetting_at,
+    frontier,
+    lost_area,
+    ratio_interval,
+    relative_utility,
+    utility,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -54,6 +62,17 @@ def test_utility_is_a_ratio_of_harmonic_means():
     assert utility(better, before) == 1
     assert utility({**now, "text_nll": float("nan")}, before) == 0
     assert utility({**now, "text_nll": 900.0}, before) < 1e-3
+
+
+def test_relative_utility_lets_no_measure_buy_anothers_loss():
+    before = {"kept": 0.89, "authors": 0.43, "facts": 0.28, "text_nll": 3.0}
+    now = {**before, "kept": 0.445, "facts": 0.30}
+    assert relative_utility(now, before) == pytest.approx(hmean([0.5, 1, 1, 1]), rel=1e-12)
+    assert utility(now, before) > 0.9 > relative_utility(now, before)
+    assert relative_utility(before, before) == 1
+    assert relative_utility({**before, "kept": 0.0}, before) == 0
+    assert relative_utility({**before, "text_nll": float("nan")}, before) == 0
+    assert relative_utility({**before, "text_nll": 3.5}, before) == pytest.approx(hmean([1, 1, 1, np.exp(-0.5)]))
 
 
 def test_ratio_interval_takes_every_resample_of_few_requests():

@@ -127,8 +127,15 @@ class Contest:
         return Job("pilot", cell.task, self.matrix.tasks[cell.task].tune[0], cell)
 
     def _chosen(self, lines: list[Line], cell: Cell) -> list[int] | None:
-        budget = self.matrix.budget
-        return choose(lines, cell, self.matrix.tasks[cell.task].tune, budget.points, budget.settings)
+        """Return the trials that go on to report requests: those that either utility would choose."""
+        tune, budget = self.matrix.tasks[cell.task].tune, self.matrix.budget
+        found: set[int] = set()
+        for relative in (False, True):
+            numbers = choose(lines, cell, tune, budget.points, budget.settings, relative=relative)
+            if numbers is None:
+                return None
+            found |= set(numbers)
+        return sorted(found)
 
     def work(self, tick: Tick, *, phases: tuple[str, ...] = (), seconds: float = float("inf")) -> int:
         """Do what is not done and not claimed by another worker, until there is nothing left or time is up.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from soul.metrics.frontier import Point, forgetting, lost_area, utility
+from soul.metrics.frontier import Point, forgetting, lost_area, relative_utility, utility
 
 Line = Mapping[str, Any]
 Values = Mapping[str, Any]
@@ -40,7 +40,7 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def point(values: Values, references: Mapping[str, Values], *, full: bool) -> Point:
+def point(values: Values, references: Mapping[str, Values], *, full: bool, relative: bool = False) -> Point:
     """Return forgetting and utility of a measurement (:mod:`soul.metrics.frontier`).
 
     Utility is of unseen retained answers, of facts and of general text; forgetting of the paraphrased question's answer
@@ -50,11 +50,13 @@ def point(values: Values, references: Mapping[str, Values], *, full: bool) -> Po
         values: The measurement.
         references: Those of the models ``before`` and ``gold``.
         full: Whether it was made in full.
+        relative: Measure utility by :func:`soul.metrics.frontier.relative_utility`.
     """
     before, gold = references["before"], references["gold"]
     names = [n for n in before if n.endswith(_KEPT) and n not in _NOT_KEPT] + ["text_nll"]
     f = forgetting(*(knowledge(v, full=full) for v in (values, before, gold)))
-    return f, utility({n: _number(values[n]) for n in names}, {n: before[n] for n in names})
+    measure = relative_utility if relative else utility
+    return f, measure({n: _number(values[n]) for n in names}, {n: before[n] for n in names})
 
 
 def references_of(lines: Sequence[Line], task: str, request: str, *, full: bool) -> dict[str, Values]:
@@ -77,20 +79,34 @@ def runs_of(lines: Sequence[Line], cell: Cell, kind: str, request: str) -> list[
 
 
 def points_of(
-    lines: Sequence[Line], cell: Cell, kind: str, request: str, numbers: Sequence[int] | None = None
+    lines: Sequence[Line],
+    cell: Cell,
+    kind: str,
+    request: str,
+    numbers: Sequence[int] | None = None,
+    *,
+    relative: bool = False,
 ) -> list[Point]:
     """Return all points that a cell's runs (those of some ``numbers``) offer on a request."""
     full = kind == "report"
     references = references_of(lines, cell.task, request, full=full)
     return [
-        point(measure["values"], references, full=full)
+        point(measure["values"], references, full=full, relative=relative)
         for line in runs_of(lines, cell, kind, request)
         if numbers is None or line["point"] in numbers
         for measure in line["measures"]
     ]
 
 
-def choose(lines: Sequence[Line], cell: Cell, requests: Sequence[str], points: int, settings: int) -> list[int] | None:
+def choose(
+    lines: Sequence[Line],
+    cell: Cell,
+    requests: Sequence[str],
+    points: int,
+    settings: int,
+    *,
+    relative: bool = False,
+) -> list[int] | None:
     """Return the trials whose joint frontier loses least area on the tuning requests; None before all are done.
 
     Every set of ``settings`` trials is tried; the mean over requests counts, and the first of equals.
@@ -101,11 +117,12 @@ def choose(lines: Sequence[Line], cell: Cell, requests: Sequence[str], points: i
         requests: Requests that are tuned on.
         points: Trials of a cell.
         settings: How many to choose.
+        relative: Measure utility by :func:`soul.metrics.frontier.relative_utility`.
     """
     for request in requests:
         if len({x["point"] for x in runs_of(lines, cell, "tune", request) if x["point"] < points}) < points:
             return None
-    by = {(r, i): points_of(lines, cell, "tune", r, [i]) for r in requests for i in range(points)}
+    by = {(r, i): points_of(lines, cell, "tune", r, [i], relative=relative) for r in requests for i in range(points)}
 
     def loss(numbers: tuple[int, ...]) -> float:
         return float(np.mean([lost_area([p for i in numbers for p in by[r, i]]) for r in requests]))

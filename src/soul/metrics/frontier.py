@@ -65,6 +65,24 @@ def utility(now: Mapping[str, float], before: Mapping[str, float], text_nll: str
     return 0.0 if math.isnan(share) else min(1.0, share)
 
 
+def relative_utility(now: Mapping[str, float], before: Mapping[str, float], text_nll: str = "text_nll") -> float:
+    """Return the harmonic mean of what is left of each measure, ``min(1, now / before)``, and of the text's likelihood.
+
+    In :func:`utility` a measure that was low before rules the harmonic mean: at probabilities of .89, .43 and .28, of
+    retained answers and of two sets of facts, losing half of the retained answers costs a tenth, and a few better facts
+    buy it back. Here every measure counts by its own share, and none can buy another's loss.
+
+    Example:
+        >>> relative_utility({"kept": 0.4, "facts": 0.3, "text_nll": 3.0}, {"kept": 0.8, "facts": 0.2, "text_nll": 3.0})
+        0.75
+    """
+    shares = [now[name] / before[name] for name in before if name != text_nll]
+    shares.append(math.exp(before[text_nll] - now[text_nll]) if math.isfinite(now[text_nll]) else math.nan)
+    if any(math.isnan(share) for share in shares):
+        return 0.0
+    return harmonic_mean([min(1.0, share) for share in shares])
+
+
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Return the points that no other beats in both, by rising forgetting.
 

@@ -79,17 +79,18 @@ class ContestRecord:
             raise ValueError(f"{file} is not a contest's matrix ({error})") from error
         self.lines = read_lines(folder / "trials.jsonl")
 
-    def standing(self, cell: Cell) -> Standing:
-        """Return what a cell showed so far."""
+    def standing(self, cell: Cell, *, relative: bool = False) -> Standing:
+        """Return what a cell showed so far, by either utility."""
         task, budget = self.tasks[cell.task], self.budget
         tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < budget["points"]]
-        chosen = choose(self.lines, cell, task["tune"], budget["points"], budget["settings"]) or []
+        sizes = budget["points"], budget["settings"]
+        chosen = choose(self.lines, cell, task["tune"], *sizes, relative=relative) or []
         known = [r for r in task["tune"] if len(references_of(self.lines, cell.task, r, full=False)) == 2]
         numbers = chosen or None
-        losses = [lost_area(points_of(self.lines, cell, "tune", r, numbers)) for r in known]
+        losses = [lost_area(points_of(self.lines, cell, "tune", r, numbers, relative=relative)) for r in known]
         reported = {r: runs_of(self.lines, cell, "report", r) for r in task["report"]}
         whole = {
-            r: points_of(self.lines, cell, "report", r, chosen)
+            r: points_of(self.lines, cell, "report", r, chosen, relative=relative)
             for r, x in reported.items()
             if chosen and {line["point"] for line in x}.issuperset(chosen)
         }
@@ -108,10 +109,10 @@ class ContestRecord:
             max((x["peak_memory_bytes"] for x in runs), default=0),
         )
 
-    def squares(self) -> list[tuple[str, str, list[Standing]]]:
+    def squares(self, *, relative: bool = False) -> list[tuple[str, str, list[Standing]]]:
         """Return the standings of each (task, objective)."""
         return [
-            (task, objective, [self.standing(Cell(task, objective, name)) for name in self.entries])
+            (task, objective, [self.standing(Cell(task, objective, name), relative=relative) for name in self.entries])
             for task in self.tasks
             for objective in self.objectives
         ]
@@ -190,21 +191,23 @@ def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[st
 def tables(record: ContestRecord) -> list[Table]:
     """Return all tables as (title, head, rows)."""
     found: list[Table] = []
+    for relative in (False, True):
+        for task, objective, standings in record.squares(relative=relative):
+            how = f"{task}, {objective}" + (", each part of utility by its own before" if relative else "")
+            head = ["optimizer", "order", "requests", "lost area", "ratio to rival", "won / tied / lost"]
+            head += ["forgetting at .95", "s a run", "s cold curvature", "peak GB"]
+            rows = verdict(standings)
+            if rows:
+                found.append((f"{how}: on the report requests", head, rows))
+            head = ["optimizer", "whole", "stopped", "lost", "lost area", "chosen", "s a run"]
+            rows = tuning(record, standings)
+            if rows:
+                found.append((f"{how}: tuning", head, rows))
     for task, objective, standings in record.squares():
-        head = ["optimizer", "order", "requests", "lost area", "ratio to rival", "won / tied / lost"]
-        head += ["forgetting at .95", "s a run", "s cold curvature", "peak GB"]
-        rows = verdict(standings)
-        if rows:
-            found.append((f"{task}, {objective}: on the report requests", head, rows))
-        head = ["optimizer", "whole", "stopped", "lost", "lost area", "chosen", "s a run"]
-        rows = tuning(record, standings)
-        if rows:
-            found.append((f"{task}, {objective}: tuning", head, rows))
         rows = distances(record, standings)
         if rows:
-            found.append(
-                (f"{task}, {objective}: KS statistic to the retrained model", ["optimizer", "mean", "runs"], rows)
-            )
+            title = f"{task}, {objective}: KS statistic to the retrained model"
+            found.append((title, ["optimizer", "mean", "runs"], rows))
         head, rows = attacked(record, task, objective)
         if any(not row[0].startswith("(") for row in rows):
             found.append((f"{task}, {objective}: knowledge of the forget set after attacks", head, rows))
