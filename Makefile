@@ -46,7 +46,7 @@ type: $(READY)
 	@$(BIN)/pyright
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest
 
 check: lint type test
 

@@ -214,7 +214,7 @@ class KroneckerFactors:
     def scramble(self, generator: torch.Generator) -> None:
         """Replace each factor ``M`` by ``Q M Q^T``, ``Q`` random and orthogonal: its spectrum in random directions."""
         for kept in (self._a, self._g):
-            for name, matrix in kept.items():
+            for name, matrix in sorted(kept.items()):  # whatever order they were found or loaded in
                 noise = torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype).to(matrix.device)
                 basis, _ = torch.linalg.qr(noise)
                 kept[name] = basis @ matrix @ basis.T
