@@ -91,7 +91,13 @@ def cut(tofu: Path, wikitext: Path, requests: list[str]) -> None:
 
 
 def passages(file: Path) -> list[str]:
-    """Return paragraphs of plain text, evenly spaced through the file, with WikiText's spaced punctuation mended."""
+    """Return paragraphs of plain text, evenly spaced through the file, with WikiText's spaced punctuation mended.
+
+    Raises:
+        ValueError: There is no such file, or it has too few long paragraphs.
+    """
+    if not file.is_file():
+        raise ValueError(f"no {file}: --wikitext takes a file of WikiText, such as wiki.test.tokens")
     found = []
     for line in file.read_text(encoding="utf-8").splitlines():
         text = re.sub(r" @(.)@ ", r"\1", line.strip())
@@ -99,6 +105,8 @@ def passages(file: Path) -> list[str]:
         words = text.split()
         if not text.startswith("=") and len(words) >= WORDS[0] and "<unk>" not in text:
             found.append(" ".join(words[: WORDS[1]]))
+    if len(found) < TEXTS:
+        raise ValueError(f"{file} has {len(found)} paragraphs of {WORDS[0]} words or more, and {TEXTS} are needed")
     return [found[i * len(found) // TEXTS] for i in range(TEXTS)]
 
 

@@ -37,7 +37,7 @@ from soul.models import ModelSpec, load_model
 from soul.recipe import Recipe, read_recipe, recipe_from_tree
 from soul.run import execute, score_dict, write_json
 from soul.trainer import quiet
-from soul.types import Row
+from soul.types import LostModelError, Row
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/first-run")
@@ -140,9 +140,7 @@ def sweep_one(recipe: Recipe, out: Path, taught: Measured, gold: Measured, tick:
         return json.loads((out / "quick.json").read_text())
     try:
         execute(recipe, out, progress=tick, evaluate_it=False)
-    except ValueError as error:  # a rate that loses the model is a result, too
-        if "the model is lost" not in str(error):
-            raise
+    except LostModelError as error:  # a rate that loses the model is a result, too
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         line |= {"lost": str(error), "criterion": 0.0}
     else:

@@ -32,7 +32,7 @@ from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.optim.groups import parameter_groups
 from soul.reference import Reference, build_reference
 from soul.trust_region import TrustRegion
-from soul.types import Example, LossOut
+from soul.types import Example, LossOut, LostModelError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,7 +369,7 @@ class LogCallback(TrainerCallback):
             with self.path.open("a") as log:
                 log.write(json.dumps(record) + "\n")
         if not np.isfinite(record["loss"]):
-            raise ValueError(
+            raise LostModelError(
                 f"the loss is {record['loss']} at step {state.global_step}: the model is lost; lower optimizer.lr "
                 f"(now {self.trainer.rule.lr}) or raise objective.retain_weight"
             )

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
+class LostModelError(ValueError):
+    """A loss or a direction is no longer a number: settings that a person may change, or a contest's result."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One item: what the model is asked, and what it should (or should no longer) answer.

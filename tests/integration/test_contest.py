@@ -17,8 +17,9 @@ from accelerate.state import AcceleratorState
 from soul.cli import main
 from soul.contest.book import Book
 from soul.contest.jobs import Contest
-from soul.contest.matrix import read_matrix
+from soul.contest.matrix import matrix_from_tree, read_matrix
 from soul.contest.measure import Meter, load_sets
+from soul.contest.trial import Run, do
 from soul.evaluate import EvaluationSpec
 from soul.metrics.contest import Cell, choose, points_of
 from soul.metrics.frontier import lost_area
@@ -187,6 +188,11 @@ def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
     out, _ = done
     with pytest.raises(ValueError, match=r"another contest \(training"):
         Contest(read_matrix(matrix_file, ["training.max_steps=9"]), out)
+    tree = yaml.safe_load(matrix_file.read_text())
+    with pytest.raises(ValueError, match=r"another contest \(objectives.npo"):
+        Contest(matrix_from_tree({**tree, "objectives": [{"name": "npo", "beta": 0.5}]}), out)
+    with pytest.raises(ValueError, match=r"another contest \(evaluation"):
+        Contest(matrix_from_tree({**tree, "evaluation": {"max_new_tokens": 7}}), out)
     text = (out / "matrix.yaml").read_text()
     try:
         wider = Contest(read_matrix(matrix_file, ["budget.points=4"]), out)
@@ -253,3 +259,17 @@ def test_full_measurements_are_in_the_weights_own_precision(matrix_file):
     assert meter(wrapped, full=True) == alone
     assert meter(wrapped, full=False)["forget_probability"] != alone["forget_probability"]  # thin ones are
     assert "forward" in wrapped.__dict__
+
+
+def test_a_lost_model_is_a_result(matrix_file):
+    matrix = read_matrix(matrix_file)
+    task, entry = matrix.tasks["tiny"], matrix.entry("signum")
+    run = Run(
+        task, "second", load_sets(task, "second"), entry, matrix.objective("npo", {}), entry.spec({"lr": 1e30}),
+        matrix.training, matrix.evaluation, [2, 4, 6],
+    )  # fmt: skip
+    line = do(run, lambda *_: None)
+    assert line["state"] == "lost"
+    assert "the model is lost" in line["why"]
+    assert line["steps"] < 6
+    json.dumps(line, allow_nan=False)

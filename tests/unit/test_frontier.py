@@ -88,6 +88,18 @@ def test_ratio_interval_takes_every_resample_of_few_requests():
         ratio_interval([1.0], [1.0, 2.0])
 
 
+def test_an_interval_of_five_requests_covers_what_the_docs_say():
+    """Requests of unequal difficulty, the same for both sides, and a true ratio of exp(-.7); 300 contests."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        difficulty = rng.normal(0, 0.3, 5)
+        one = np.exp(rng.normal(-0.7, 0.3, 5) + difficulty)
+        other = np.exp(rng.normal(0, 0.3, 5) + difficulty)
+        _, low, high = ratio_interval(one.tolist(), other.tolist())
+        hits += low <= np.exp(-0.7) <= high
+    assert hits / 300 == pytest.approx(0.82, abs=0.01)
+
+
 def values(known: float, kept: float) -> dict[str, float]:
     names = dict.fromkeys(("paraphrased_probability", "extraction_strength", "paraphrased_rougeL"), known)
     return {**names, "forget_probability": 0.1, "seen_probability": 0.2, "unseen_probability": kept, "text_nll": 3.0}

@@ -48,7 +48,7 @@ def test_cells_checkpoints_and_sources():
 
 
 def test_all_cells_share_their_points_and_more_points_leave_them():
-    few, many = matrix_from_tree(TREE), matrix_from_tree({**TREE, "budget": {"points": 8}})
+    few, many = matrix_from_tree(TREE), matrix_from_tree({**TREE, "budget": {"points": 20}})
     assert np.array_equal(few.points(), many.points()[:5])
     centre = 1e-3
     for i, (x, y, z) in enumerate(few.points()):
@@ -90,6 +90,8 @@ def test_a_knob_may_be_part_of_a_setting():
         (("optimizers",), [{"method": {"name": "influence"}}], "needs a knob"),
         (("optimizers",), [{"name": "signum", "method": {"name": "influence"}}], "one of the two"),
         (("objectives",), [3], "a name, or a mapping"),
+        (("attacks",), ["quantize", "quantize"], "two of the attacks"),
+        (("attacks",), ["bribe"], "unknown attack 'bribe'"),
         (("training", "max_steps"), 0, "max_steps must be given"),
         (("training", "max_steps"), 2, "at least budget.checkpoints"),
         (("budget", "settings"), 6, "settings <= points"),

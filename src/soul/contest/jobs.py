@@ -294,7 +294,18 @@ def _refuse_other(file: Path, matrix: Matrix) -> None:
         (f"tasks.{n}.{k}", getattr(t, k), getattr(matrix.tasks[n], k))
         for n, t in earlier.tasks.items()
         if n in matrix.tasks
-        for k in ("model", "gold", "forget", "retain", "curvature", "unseen", "facts", "text")
+        for k in ("model", "gold", "forget", "retain", "curvature", "seen", "unseen", "facts", "text")
+    ]
+    pairs.append(("evaluation", earlier.evaluation, matrix.evaluation))
+    pairs += [
+        (f"objectives.{name}", earlier.objective(name, {}), matrix.objective(name, {}))
+        for name in earlier.objective_names
+        if name in matrix.objective_names
+    ]
+    pairs += [
+        (f"attacks.{name}", earlier.attackers[name], attack)
+        for name, attack in matrix.attackers.items()
+        if name in earlier.attackers
     ]
     old = {e.name: e for e in earlier.optimizers}
     pairs += [(f"optimizers.{e.name}", old[e.name], e) for e in matrix.optimizers if e.name in old]

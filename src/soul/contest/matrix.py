@@ -334,7 +334,8 @@ def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
     )
     for name in matrix.objective_names:  # whatever is wrong with a component is found before the first trial
         matrix.objective(name, {"retain_weight": 1.0})
-    assert len(matrix.attackers) <= len(matrix.attacks)
+    if len(matrix.attackers) < len(matrix.attacks):
+        raise ValueError("two of the attacks have the same label; give each its own label")
     for entry in matrix.optimizers:
         middle = {} if entry.knob is None else {"knob": entry.knob.at(0.5)}
         _ = entry.do(middle) if entry.method else entry.spec(middle)

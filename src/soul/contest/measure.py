@@ -156,11 +156,12 @@ class Meter:
 @contextlib.contextmanager
 def own_precision(model: Any) -> Iterator[None]:
     """Take off the autocast that accelerate puts around ``model.forward``, and put it back."""
-    wrapped = {name: model.__dict__.pop(name) for name in ("forward",) if name in model.__dict__}
+    wrapped = model.__dict__.pop("forward", None)
     try:
         yield  # the class's own forward shows where the instance has none
     finally:
-        model.__dict__.update(wrapped)
+        if wrapped is not None:
+            model.__dict__["forward"] = wrapped
 
 
 def _probabilities(nll: Sequence[float]) -> list[float]:

@@ -27,6 +27,7 @@ from soul.models import ModelSpec, freeze_embeddings, load_model, without_autoca
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, has_bf16, make_dataset
+from soul.types import LostModelError
 
 Line = dict[str, Any]
 Stop = Callable[[Values], str]
@@ -179,9 +180,7 @@ def _by_training(model: Any, dataset: UnlearnDataset, run: Run, meter: Meter, ti
         log.trainer = trainer
         try:
             trainer.train()
-        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[reportPrivateImportUsage]  # documented
-            if isinstance(error, ValueError) and "the model is lost" not in str(error):
-                raise
+        except (LostModelError, torch.linalg.LinAlgError) as error:  # type: ignore[reportPrivateImportUsage]  # documented
             state, trouble = "lost", str(error)
         peak = peak_memory()
     without_autocast(model)
@@ -204,9 +203,7 @@ def _by_method(model: Any, dataset: UnlearnDataset, run: Run, tick: Tick) -> Lin
     started, state, trouble = time.perf_counter(), "done", ""
     try:
         run.method(model, dataset, progress=tick, log=lambda record: records.append(dict(record)))
-    except ValueError as error:
-        if "not a number" not in str(error):
-            raise
+    except LostModelError as error:
         state, trouble = "lost", str(error)
     seconds = round(time.perf_counter() - started, 2)
     return {

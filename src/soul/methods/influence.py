@@ -33,6 +33,7 @@ from soul.methods.step_size import Bounds, Trial, longest
 from soul.objectives.base import count_tokens, kl_to_reference
 from soul.reference import build_reference
 from soul.registry import METHODS
+from soul.types import LostModelError
 
 
 @METHODS.register("influence")
@@ -179,7 +180,7 @@ class _Run:
         if method.refresh and (number + 1) % method.refresh == 0:
             self.inverse = None  # its memory goes before the next one's comes
         if not (math.isfinite(size) and size > 0):
-            raise ValueError(
+            raise LostModelError(
                 f"the {method.inverse} direction has length {size} at step {number + 1}: raise solver.damping"
                 if size
                 else f"the {method.inverse} direction is zero at step {number + 1}: nothing it covers has a gradient"

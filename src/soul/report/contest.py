@@ -117,14 +117,15 @@ class ContestRecord:
             for objective in self.objectives
         ]
 
-    def distances(self, cell: Cell, request: str) -> list[float]:
-        """Return, for each chosen run's final model, TOFU's KS statistic against the retrained one."""
+    def distances(self, cell: Cell, request: str) -> list[tuple[float, float]]:
+        """Return, for each run's final model, TOFU's KS statistic against the retrained one, and its margin."""
         gold = references_of(self.lines, cell.task, request, full=True).get("gold", {}).get("log_truth_ratios")
         found = []
         for line in runs_of(self.lines, cell, "report", request):
             final = [m["values"] for m in line["measures"] if m["share"] == 1.0]
             if gold and final and final[-1].get("log_truth_ratios"):
-                found.append(ks_two_sided(final[-1]["log_truth_ratios"], gold)[0])
+                mine = final[-1]["log_truth_ratios"]
+                found.append((ks_two_sided(mine, gold)[0], ks_margin(len(mine), len(gold))))
         return found
 
 
@@ -219,16 +220,10 @@ def distances(record: ContestRecord, standings: Sequence[Standing]) -> list[list
     rows = []
     for s in standings:
         requests = record.tasks[s.cell.task]["report"]
-        values = [d for r in requests for d in record.distances(s.cell, r)]
-        if values:
-            n = 40
-            rows.append(
-                [
-                    s.cell.optimizer,
-                    f"{statistics.mean(values):.3f} (a request's: +- {ks_margin(n, n):.2f})",
-                    str(len(values)),
-                ]
-            )
+        found = [d for r in requests for d in record.distances(s.cell, r)]
+        if found:
+            mean, margin = statistics.mean(d for d, _ in found), max(m for _, m in found)
+            rows.append([s.cell.optimizer, f"{mean:.3f} (one run's: +- {margin:.2f})", str(len(found))])
     return rows
 
 
