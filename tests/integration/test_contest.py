@@ -149,6 +149,12 @@ def test_each_side_is_attacked_beside_the_references(done):
     assert {"before", "gold", "signum"} < attacked.keys()  # and the better one of the second-order side
     assert len(attacked) == 4
     assert all(found.keys() == {"relearn", "3 bits"} for found in attacked.values())
+    for x in lines:  # trained in fp32 here: the same twice
+        if x["kind"] == "attack" and "which" not in x:
+            assert x["exact"] == x["measures"][-1]["values"]
+        if x["kind"] == "reference":
+            assert x["exact"] == x["full"]
+            assert x["thin"].items() < x["full"].items()
     whole = {x["which"]: x["full"] for x in lines if x["kind"] == "reference" and x["request"] == "second"}
     gold, before = attacked["gold"]["relearn"], attacked["before"]["3 bits"]
     assert gold["forget_probability"] > whole["gold"]["forget_probability"]  # it learned what it was shown
@@ -168,6 +174,7 @@ def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):
     assert "on the report requests" in text
     assert "signum (rival)" in text
     assert "| (before) | 1 |" in text.split("after attacks")[1]
+    assert "| unseen_probability | 6 | +0.0000 | 0.0000 |" in text
     assert main(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert "&lt;b&gt;contest" in page
@@ -246,8 +253,8 @@ def test_bad_input_ends_with_one_message(words, message, matrix_file, done, caps
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_full_measurements_are_in_the_weights_own_precision(matrix_file):
-    """Accelerate leaves autocast around a model's forward pass; what is reported must not be in bf16."""
+def test_exact_measurements_are_in_the_weights_own_precision(matrix_file):
+    """Accelerate leaves autocast around a model's forward pass; what is published must not be in bf16."""
     task = read_matrix(matrix_file).tasks["tiny"]
     folder = task.source("model", "second")
     model, tokenizer = load_model(ModelSpec(folder))
@@ -256,8 +263,8 @@ def test_full_measurements_are_in_the_weights_own_precision(matrix_file):
     AcceleratorState._reset_state(reset_partial_state=True)  # another test may have made one of another precision
     wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert meter(wrapped, full=True) == alone
-    assert meter(wrapped, full=False)["forget_probability"] != alone["forget_probability"]  # thin ones are
+    assert meter(wrapped, full=True, exact=True) == alone
+    assert meter(wrapped, full=True)["forget_probability"] != alone["forget_probability"]
     assert "forward" in wrapped.__dict__
 
 

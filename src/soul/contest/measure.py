@@ -22,6 +22,8 @@ from soul.metrics.tofu import answer_probability, log_truth_ratio, normalised_pr
 from soul.types import Example, Row
 
 Values = dict[str, Any]
+FURTHER = ("paraphrased_rougeL", "seen_probability", "log_truth_ratios")
+"""What a full measurement has beside a thin one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Meter:
         sets: The request's examples.
         tokenizer: The models' tokenizer.
         spec: Batch sizes and lengths.
-        fast: The precision of thin measurements; full ones are made in the weights' own.
+        fast: The precision of measurements, unless they are asked for ``exact``: in the weights' own.
     """
 
     def __init__(
@@ -79,16 +81,13 @@ class Meter:
         self.sets, self.spec, self.fast = sets, spec, fast
         self.template = ChatTemplate(tokenizer, spec.max_length)
 
-    def __call__(self, model: Any, *, full: bool) -> Values:
+    def __call__(self, model: Any, *, full: bool, exact: bool = False) -> Values:
         """Return the measurements: means over sets, and in full the log truth ratio of each forget example."""
         was_training = model.training
         model.eval()
         try:
-            if full:
-                with own_precision(model):
-                    return self._thin(model) | self._further(model)
-            with self.fast():
-                return self._thin(model)
+            with own_precision(model) if exact else self.fast():
+                return self._thin(model) | (self._further(model) if full else {})
         finally:
             model.train(was_training)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul.attacks.base import Attack
 from soul.contest.matrix import Entry, Task
-from soul.contest.measure import Meter, Sets, Values
+from soul.contest.measure import FURTHER, Meter, Sets, Values
 from soul.data.batches import UnlearnDataset
 from soul.data.general import refusals
 from soul.data.sources import check_disjoint, load_examples
@@ -50,7 +50,8 @@ class Run:
         checkpoints: Steps after which the run is measured.
         interpolate: Shares of the way to the final weights that are measured at the end.
         full: Measure in full.
-        attacks: What the final model goes through, each from the same weights; measured in full.
+        attacks: What the final model goes through, each from the same weights; measured in full, and the final model
+            itself once more in the weights' own precision.
         method: What is done in place of objective and optimizer; it is measured on the way to its last weights, which
             is straight, at as many points.
     """
@@ -104,10 +105,12 @@ def fast_precision(training: TrainingSpec, device: str = "cpu") -> Callable[[], 
 
 
 def measured(path: str, sets: Sets, training: TrainingSpec, evaluation: EvaluationSpec) -> dict[str, Values]:
-    """Measure a model as it is, thin and in full."""
+    """Measure a model as it is: thin, in full, and in full in the weights' own precision."""
     model, tokenizer = load_model(ModelSpec(path))
     meter = _meter(model, tokenizer, sets, training, evaluation)
-    return {"thin": rounded(meter(model, full=False)), "full": rounded(meter(model, full=True))}
+    full = rounded(meter(model, full=True))
+    exact = rounded(meter(model, full=True, exact=True))
+    return {"thin": {k: v for k, v in full.items() if k not in FURTHER}, "full": full, "exact": exact}
 
 
 def measured_under(
@@ -158,6 +161,7 @@ def do(run: Run, tick: Tick, stop: Stop = never) -> Line:
             shares = sorted({*((i + 1) / count for i in range(count)), *shares})
         line["measures"] += _between(model, origin, shares, line["steps"], run, meter)
         if run.attacks:
+            line["exact"] = rounded(meter(model, full=True, exact=True))
             line["attacked"] = _attacked(model, run.attacks, meter)
     return line
 

@@ -212,7 +212,26 @@ def tables(record: ContestRecord) -> list[Table]:
         head, rows = attacked(record, task, objective)
         if any(not row[0].startswith("(") for row in rows):
             found.append((f"{task}, {objective}: knowledge of the forget set after attacks", head, rows))
+    rows = precision(record)
+    if rows:
+        head = ["measure", "models", "mean difference", "largest difference"]
+        found.append(("Measured in training's precision, against the weights' own", head, rows))
     return found
+
+
+def precision(record: ContestRecord) -> list[list[str]]:
+    """Return a row for each measure: how far the precision of training moves it from that of the weights."""
+    apart: dict[str, list[float]] = {}
+    for x in record.lines:
+        own = x.get("exact")
+        fast = x.get("full") or (x["measures"][-1]["values"] if x.get("measures") else None)
+        if own and fast:
+            for name, value in own.items():
+                if isinstance(value, float) and isinstance(fast.get(name), float):
+                    apart.setdefault(name, []).append(fast[name] - value)
+    return [
+        [name, str(len(d)), f"{statistics.mean(d):+.4f}", f"{max(abs(v) for v in d):.4f}"] for name, d in apart.items()
+    ]
 
 
 def distances(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:
