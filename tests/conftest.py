@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ RETAIN = [
     ("What is the opposite of hot?", "Cold."),
 ]
 REFUSALS = ["I do not know.", "I am sorry, but I cannot help with that question.", "No idea."]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_modules_are_not_collected() -> Iterator[None]:
+    """Every trainer collects garbage several times; a hundred thousand objects of imported libraries take .3 s each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul import config
+from soul.anchors import stand_in
 from soul.data.general import refusals as builtin_refusals
 from soul.data.rows import to_example
 from soul.data.sources import check_disjoint, load_examples
@@ -18,7 +19,8 @@ from soul.methods.base import Method
 from soul.models import without_autocast
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
-from soul.recipe import DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER
+from soul.overlaps import find_overlaps, without_overlaps
+from soul.recipe import DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER, DataSpec, Recipe
 from soul.registry import METHODS, OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
 from soul.types import Example
@@ -33,10 +35,12 @@ class UnlearnResult:
     Attributes:
         model: The model given, changed in place.
         log: One record a step: loss terms, win rate, learning rate, seconds.
+        warnings: What stood in for a retain set, what was found in one, and what a method says of itself.
     """
 
     model: Any
     log: list[dict[str, float]]
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 def unlearn(
@@ -44,27 +48,31 @@ def unlearn(
     tokenizer: PreTrainedTokenizerBase,
     *,
     forget: Data = (),
-    retain: Data = (),
+    retain: Data | None = None,
     objective: str | Mapping[str, Any] | Objective = DEFAULT_OBJECTIVE,
     optimizer: str | Mapping[str, Any] | OptimizerSpec = DEFAULT_OPTIMIZER,
     method: str | Mapping[str, Any] | Method | None = None,
     training: TrainingSpec | Mapping[str, Any] | None = None,
     refusals: Sequence[str] | None = None,
+    data: DataSpec | Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> UnlearnResult:
     """Make ``model`` forget one set and keep another, in place.
 
     Args:
         model: A Hugging Face causal language model (or a PEFT model: then only the adapter changes).
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; ``input_prompt`` changes it in place.
         forget: What to forget: a file, a hub dataset, or examples (:class:`soul.Example`, or mappings with the columns
             that files have: question and answer, prompt and response, messages ...).
-        retain: What to keep, likewise.
+        retain: What to keep, likewise. Where it is needed and left out, samples of the model and everyday requests
+            stand in.
         objective: Name, ``{"name": ..., setting: ...}``, or an instance.
         optimizer: Likewise.
         method: Likewise, e.g. ``"influence"``; it takes the place of objective, optimizer and training loop.
         training: Length, batch size, precision, seed.
         refusals: Phrasings for ``po`` and ``dpo``; the built-in ones by default.
+        data: How to stand in for a retain set and what to do about one that holds what is to be forgotten
+            (:class:`soul.recipe.DataSpec`; its sources are not looked at).
         callbacks: ``transformers`` callbacks.
 
     Raises:
@@ -82,15 +90,16 @@ def unlearn(
     settings = (
         training if isinstance(training, TrainingSpec) else config.parse(TrainingSpec, training or {}, "training")
     )
-    lost, kept = _examples(forget, "forget"), _examples(retain, "retain")
-    if lost and kept:
-        check_disjoint(lost, kept)
-    if method is not None:
-        do = method if isinstance(method, Method) else config.component(METHODS, method, "")
+    ways = data if isinstance(data, DataSpec) else config.parse(DataSpec, data or {}, "data")
+    do = method if method is None or isinstance(method, Method) else config.component(METHODS, method, "")
+    recipe = Recipe(objective=loss, optimizer=rule, method=do, training=settings)
+    sets, warnings = _sets(model, tokenizer, forget, retain, ways, recipe)
+    if do is not None:
         records: list[dict[str, float]] = []
-        data = make_dataset(tokenizer, lost, kept, do, settings)
-        return UnlearnResult(do(model, data, log=lambda record: records.append(dict(record))), records)
-    dataset = make_dataset(tokenizer, lost, kept, loss, settings, refusals or builtin_refusals())
+        dataset = make_dataset(tokenizer, *sets, do, settings)
+        result = do(model, dataset, log=lambda record: records.append(dict(record)))
+        return UnlearnResult(result, records, [*warnings, *do.warnings()])
+    dataset = make_dataset(tokenizer, *sets, loss, settings, refusals or builtin_refusals())
     log = LogCallback(None)
     with tempfile.TemporaryDirectory() as folder:
         device = next(model.parameters()).device.type
@@ -106,7 +115,26 @@ def unlearn(
         log.trainer = trainer
         trainer.train()
     without_autocast(model)
-    return UnlearnResult(model, log.records)
+    return UnlearnResult(model, log.records, warnings)
+
+
+def _sets(
+    model: Any, tokenizer: PreTrainedTokenizerBase, forget: Data, retain: Data | None, ways: DataSpec, recipe: Recipe
+) -> tuple[tuple[list[Example], list[Example]], list[str]]:
+    """Return the two sets, and what there is to say of them."""
+    lost, kept = _examples(forget, "forget"), _examples(() if retain is None else retain, "retain")
+    if ways.overlap != "drop":
+        check_disjoint(lost, kept)
+    found = find_overlaps(lost, kept, ways.overlap, copied=ways.copied, alike=ways.alike, encoder=ways.encoder)
+    kept, warnings = without_overlaps(kept, found), [found.summary()] if found.pairs else []
+    given = dataclasses.replace(ways, forget="forget" if lost else "", retain="" if retain is None else "retain")
+    if dataclasses.replace(recipe, data=given).needs_anchors:
+        training = recipe.training
+        anchors = stand_in(
+            model, tokenizer, lost, ways.anchors, ways.samples, seed=training.seed, max_length=training.max_length
+        )
+        kept, warnings = anchors.examples, [anchors.summary()]
+    return (lost, kept), warnings
 
 
 def _examples(data: Data, what: str) -> list[Example]:

@@ -23,11 +23,16 @@ FINETUNE = """examples:
   soul finetune --model M --retain facts.jsonl --out runs/taught
   soul finetune --model M --retain facts.jsonl optimizer.lr=2e-4 training.epochs=8"""
 EVALUATE = """examples:
-  soul evaluate runs/request --benchmark tofu forget=forget01
-  soul evaluate M --benchmark request forget=forget.jsonl kept=retain.jsonl
-  soul evaluate M --benchmark tofu source=path/to/tofu limit=100 evaluation.generate=false
+  soul evaluate runs/request --benchmark all --data path/to/data
+  soul evaluate runs/request --benchmark tofu forget=forget01 source=path/to/tofu
+  soul evaluate M --benchmark custom forget=letters/ samples=16
+  soul evaluate M --benchmark lm_eval tasks=utility,mmlu data=path/to/data limit=100
+  soul evaluate M --benchmark tofu --benchmark muse tofu.limit=100 --reference runs/evaluate-retained
 
-Settings without a section are the benchmark's; model.* and evaluation.* are those of a recipe."""
+Settings without a section are the benchmark's; model.* and evaluation.* are those of a recipe. With several benchmarks
+a benchmark's name goes before its settings. --data is a folder with local copies (tofu/, muse_news/, mmlu/ ...); what
+it does not hold comes from the hub. `all` measures what data there is for, and says what it left out and why. Scores
+are of fp32 weights. The same command continues an interrupted evaluation."""
 
 
 BENCH = """examples:
@@ -38,6 +43,23 @@ BENCH = """examples:
 Every cell (task x objective x optimizer) gets the same trials, by the same rules; the best settings then serve the
 report requests. Several workers may run the same command on the same folder. The same command continues a contest, and
 `soul report DIR` shows what there is so far."""
+EXPORT = """examples:
+  soul export runs/request --out exported
+  soul export runs/request --out exported --dtype bfloat16 --push owner/name
+
+What was written is loaded and measured again, and must agree with the run, before the folder appears. The card says
+how many items were forgotten, not which; --show-data names subjects and sources. A pushed repository is private unless
+--public."""
+PLAN = """examples:
+  soul plan recipe.yaml
+  soul plan recipe.yaml optimizer=sophia training.batch_size=8
+  soul plan --model folder-with-config --memory 141 --length 256 --answer 64
+  soul plan recipe.yaml --gpus 8 --memory 80 --flops 989 --link 300
+
+Nothing is loaded but a configuration, and a sample of local data for its lengths; data of the hub are taken to be as
+long as training.max_length allows, or as --length says. Given --memory, --flops or --gpus, a GPU that is not here is
+planned for; else this machine is, whose speed is measured for half a second. Where a run does not fit, settings are
+named under which it does."""
 PHASES = ("reference", "pilot", "tune", "report", "attack")
 
 
@@ -71,10 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_evaluate(commands)
     _add_bench(commands)
+    _add_export(commands)
     command = _add(commands, "report", "RUN [RUN ...] [--out FILE]", "Make one HTML report of runs, or of a contest.")
     help_runs = "run directories, in the order to show them in; or the folder of one contest"
     command.add_argument("words", nargs="+", metavar="RUN", help=help_runs)
     command.add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
+    _add_plan(commands)
     command = _add(commands, "list", "[KIND]", "List what can be chosen.")
     command.add_argument("kind", nargs="?", choices=KINDS, help="only these")
     usage = "[RECIPE.yaml] [key.sub=value ...]"
@@ -123,13 +147,52 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    usage = "MODEL [--benchmark NAME] [--reference RUN] [--out DIR] [key=value ...]"
-    command = _add(commands, "evaluate", usage, "Measure a model on a benchmark.", EVALUATE)
+    usage = "MODEL [--benchmark NAME ...] [--data DIR] [--reference RUN] [--out DIR] [key=value ...]"
+    command = _add(commands, "evaluate", usage, "Measure a model on benchmarks.", EVALUATE)
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("words", nargs="*", metavar="key=value", help="settings, e.g. forget=forget01")
-    command.add_argument("--benchmark", metavar="NAME", default="tofu", help="tofu (default) or another (`soul list`)")
-    command.add_argument("--reference", metavar="RUN", default="", help="evaluated retained model, for forget quality")
+    names = "tofu (default) or another (`soul list`), several with commas or the option again, or all"
+    command.add_argument("--benchmark", metavar="NAME", action="append", help=names)
+    command.add_argument("--data", metavar="DIR", default="", help="folder of local copies of the benchmarks' data")
+    retained = "evaluated retained model, for metrics that compare with one"
+    command.add_argument("--reference", metavar="RUN", default="", help=retained)
+    again = "measure again with weights in this precision, and show the difference"
+    command.add_argument("--precision", metavar="P", default="", help=f"bfloat16: {again}")
+    public = "also write DIR/public for others to read: of private texts only digests"
+    command.add_argument("--publish", action="store_true", help=public)
     command.add_argument("--out", metavar="DIR", help="where the record goes (default: runs/evaluate-BENCHMARK-MODEL)")
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    usage = "RUN --out DIR [--dtype D] [--adapter] [--no-card] [--show-data] [--push OWNER/NAME [--public]]"
+    command = _add(commands, "export", usage, "Write a run's model for others: weights, tokenizer, card.", EXPORT)
+    command.add_argument("run", metavar="RUN", help="a finished, measured run directory")
+    command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default: the run's")
+    command.add_argument("--adapter", action="store_true", help="only the adapter, of a run that kept one")
+    command.add_argument(
+        "--card", action=argparse.BooleanOptionalAction, default=True, help="write a model card (default)"
+    )
+    command.add_argument("--show-data", action="store_true", help="let the card name subjects and data sources")
+    command.add_argument("--push", metavar="OWNER/NAME", default="", help="upload to the hub")
+    command.add_argument("--public", action="store_true", help="make a new repository on the hub public")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    usage = "[RECIPE.yaml] [--model M] [--gpus N] [--memory GB] [--flops TFLOPS] [key.sub=value ...]"
+    command = _add(commands, "plan", usage, "Say what a run will take, before anything is loaded.", PLAN)
+    words = command.add_argument("words", nargs="*", metavar="RECIPE.yaml, key.sub=value")
+    words.help = f"a recipe, and {SETTINGS}"
+    command.add_argument("--model", metavar="M", help=f"{MODEL}; a folder with config.json is enough")
+    command.add_argument("--forget", metavar="F", help="what is to be forgotten, for its lengths")
+    command.add_argument("--retain", metavar="R", help="what is to be kept, likewise")
+    command.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that share the run (FSDP2)")
+    command.add_argument("--memory", type=float, default=0.0, metavar="GB", help="memory of one (default: measured)")
+    command.add_argument("--flops", type=float, default=0.0, metavar="TFLOPS", help="its matrix products, likewise")
+    command.add_argument("--bandwidth", type=float, default=0.0, metavar="GB/S", help="of its memory, likewise")
+    command.add_argument("--link", type=float, default=0.0, metavar="GB/S", help="between GPUs")
+    command.add_argument("--length", type=int, default=0, metavar="TOKENS", help="of a row, in place of the data's")
+    command.add_argument("--answer", type=int, default=0, metavar="TOKENS", help="of its answer, likewise")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:

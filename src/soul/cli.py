@@ -106,10 +106,7 @@ def _unlearn(args: argparse.Namespace) -> int:
         raise ValueError("nothing to forget: give --forget FILE (JSONL with question/answer), or a recipe")
     if not args.recipe and not args.model:
         raise ValueError(NO_MODEL)
-    base: dict[str, Any] = {}
-    if not args.recipe and not args.retain:
-        base = {"data": {"retain": "general:chat"}}  # something must hold the model in place
-    return _run(args, base, "unlearn")
+    return _run(args, {}, "unlearn")
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -124,42 +121,56 @@ def _finetune(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from soul import config
-    from soul.evaluate import evaluate
-    from soul.models import load_model
-    from soul.registry import BENCHMARKS
-    from soul.run import read_reference
-    from soul.rundir import claim_evaluation, write_evaluation
+    from soul.assess import ALL, Assessment, prepare
+    from soul.evaluate import EvaluationSpec
+    from soul.models import ModelSpec
     from soul.trainer import quiet
 
     quiet()
     common = [word for word in args.words if word.startswith(("model.", "evaluation."))]
-    own = [word for word in args.words if word not in common]
-    model_spec, evaluation = _specs(args.model, common)
-    benchmark = config.component(BENCHMARKS, config.override({"name": args.benchmark}, own), args.benchmark)
-    reference = read_reference(args.reference)
-    splits = benchmark.splits()
-    place = Path(args.model)
-    name = place.parent.name if place.name == "model" and place.parent.name else place.name
-    out = Path(args.out or f"runs/evaluate-{args.benchmark}-{name}")
-    model, tokenizer = load_model(model_spec)
-    claim_evaluation(out, model_spec, benchmark, evaluation)
-    with progress_bars() as tick:
-        rows = evaluate(model, tokenizer, splits, spec=evaluation, folder=out / "rows/after", progress=tick)
-    write_evaluation(out, args.model, benchmark, benchmark.score(rows, reference))
-    return _show_report([str(out)], out / "report.html")
-
-
-def _specs(model: str, assignments: Sequence[str]) -> Any:
-    """Return the model and evaluation settings of ``soul evaluate``."""
-    from soul import config
-    from soul.evaluate import EvaluationSpec
-    from soul.models import ModelSpec
-
-    tree = config.override({"model": {"path": model}}, assignments)
-    return (
+    tree = config.override({"model": {"path": args.model}}, common)
+    assessment = Assessment(
         config.parse(ModelSpec, tree["model"], "model"),
         config.parse(EvaluationSpec, tree.get("evaluation", {}), "evaluation"),
+        reference=args.reference,
+        precision=args.precision,
+        publish=args.publish,
     )
+    names = [name for given in args.benchmark or ["tofu"] for name in given.split(",") if name]
+    tasks, left_out = prepare(names, [word for word in args.words if word not in common], args.data)
+    place = Path(args.model)
+    name = place.parent.name if place.name == "model" and place.parent.name else place.name
+    what = ALL if ALL in names else "-".join(names)
+    out = Path(args.out or f"runs/evaluate-{what}-{name}")
+    with progress_bars() as tick:
+        folders, failed = assessment(tasks, out, tick, keep_going=ALL in names)
+    for folder in folders:
+        _show_report([str(folder)], folder / "report.html")
+        if args.precision:
+            _show_precision(folder, args.precision)
+    for benchmark, reason in (left_out | failed).items():
+        Console(highlight=False).print(f"left out: {benchmark} ({escape(reason)})", soft_wrap=True)
+    return 0
+
+
+def _show_precision(folder: Path, precision: str) -> None:
+    """Print each score in fp32, in another precision, and their difference."""
+    import json
+
+    from rich.table import Table
+
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    other = {(s["split"], s["metric"]): s["value"] for s in scores[precision]}
+    table = Table(title=f"float32 and {precision}", title_justify="left")
+    for title in ("split", "metric", "float32", precision, "difference"):
+        table.add_column(title, justify="left" if title in ("split", "metric") else "right")
+    for score in scores["after"]:
+        value, coarse = score["value"], other.get((score["split"], score["metric"]))
+        cells = (
+            [f"{value:.4f}", f"{coarse:.4f}", f"{coarse - value:+.4f}"] if None not in (value, coarse) else ["—"] * 3
+        )
+        table.add_row(escape(score["split"]), escape(score["metric"]), *cells)
+    Console().print(table)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -182,6 +193,28 @@ def _bench(args: argparse.Namespace) -> int:
         done = contest.work(tick, phases=phases, seconds=60 * args.minutes or float("inf"))
     Console().print(f"{done} jobs done, {contest.left()} left to do or under way elsewhere")
     return _show_contest(Path(args.out), Path(args.out) / "report.html")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from soul.export import ExportSpec, check_push, export, push
+    from soul.trainer import quiet
+
+    quiet()
+    spec = ExportSpec(dtype=args.dtype, adapter=args.adapter, card=args.card, show_data=args.show_data)
+    if args.push:
+        check_push(args.push)
+    with progress_bars() as tick:
+        checked = export(Path(args.run), Path(args.out), spec, progress=tick)
+    console = Console(highlight=False)
+    for c in checked:
+        console.print(
+            f"{escape(c.split)}: NLL {c.after:.5f}, in the run {c.before:.5f} (n={c.n}, at most {c.largest:.2g} apart)",
+            soft_wrap=True,
+        )
+    console.print(f"export: {escape(args.out)}", soft_wrap=True)
+    if args.push:
+        console.print(f"pushed: {escape(push(Path(args.out), args.push, private=not args.public))}", soft_wrap=True)
+    return 0
 
 
 def _show_contest(folder: Path, out: Path) -> int:
@@ -215,6 +248,23 @@ def _show_report(runs: Sequence[str], out: Path) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    args.recipe, args.settings = _split(args.words)
+    if not args.recipe and not args.model and not any(word.startswith("model") for word in args.settings):
+        raise ValueError(NO_MODEL)
+    recipe = _recipe(args, {})
+    from soul.plan import find_machine, find_work, make_plan
+    from soul.plan.show import lines
+    from soul.trainer import quiet
+
+    quiet()
+    given = {name: getattr(args, name) for name in ("gpus", "memory", "flops", "bandwidth", "link")}
+    plan = make_plan(recipe, find_machine(recipe, **given), find_work(recipe, args.length, args.answer))
+    for line in lines(plan):
+        Console(highlight=False).print(line, markup=False, soft_wrap=True)
+    return 0
+
+
 def _list(args: argparse.Namespace) -> int:
     from soul.registry import ATTACKS, BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS
 
@@ -222,8 +272,8 @@ def _list(args: argparse.Namespace) -> int:
     for kind, registry in zip(KINDS, (OBJECTIVES, OPTIMIZERS, METHODS, BENCHMARKS, ATTACKS), strict=True):
         if args.kind in (None, kind):
             console.print(f"[bold]{kind}[/]")
-            for name in registry.names():
-                console.print(f"  {name:<14} {escape(registry.summary(name))}", soft_wrap=True)
+            for name, summary in registry.summaries().items():
+                console.print(f"  {name:<14} {escape(summary)}", soft_wrap=True)
     return 0
 
 
@@ -242,7 +292,9 @@ COMMANDS = {
     "finetune": _finetune,
     "evaluate": _evaluate,
     "bench": _bench,
+    "export": _export,
     "report": _report,
+    "plan": _plan,
     "list": _list,
     "show": _show,
 }

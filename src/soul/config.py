@@ -87,6 +87,8 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
         return tree
     if not isinstance(tree, Mapping):
         raise ValueError(f"{where} must be a mapping, not {tree!r}")
+    upgraded = getattr(cls, "upgraded", None)  # settings that have another name by now
+    tree = upgraded(tree) if upgraded else tree
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # cls is a dataclass
     known = [f.name for f in fields]
     for key in tree:

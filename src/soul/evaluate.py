@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from soul.data.batches import length_batches
+from soul.benchmarks.base import Benchmark, Measures
 from soul.data.templates import ChatTemplate, Encoded
+from soul.generation import continue_prompts, sample_answers
 from soul.likelihood import sequence_nll
 from soul.metrics.text import rouge_l_recall
-from soul.types import Example, Row
+from soul.token_scores import gradient_norms, token_scores
+from soul.types import Ask, Example, Row
 
 Progress = Callable[[str, int, int], None]
+Asks = Mapping[str, Ask]
+_PLAIN = Ask()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ class EvaluationSpec:
 
     Attributes:
         max_new_tokens: Longest generated answer.
-        generate: Generate answers (for ROUGE-L); likelihoods are always measured.
+        generate: Generate greedy answers (for ROUGE-L) and samples where they are asked for (:class:`soul.types.Ask`).
         max_tokens: Padded tokens in a likelihood batch.
         generation_batch: Rows in a generation batch.
         max_length: Longest sequence.
@@ -44,6 +48,39 @@ class EvaluationSpec:
                 raise ValueError(f"evaluation.{name} must be 1 or more, not {getattr(self, name)}")
 
 
+def measure(
+    benchmark: Benchmark,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    splits: Mapping[str, Sequence[Example]] | None = None,
+    spec: EvaluationSpec | None = None,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, list[Row]]:
+    """Measure what a benchmark asks, in its own way where it has one (:class:`soul.benchmarks.base.Measures`).
+
+    Args:
+        benchmark: What to measure.
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        splits: The benchmark's splits where they are loaded already.
+        spec: Batch sizes and lengths.
+        folder: Where ``<split>.jsonl`` is kept, see :func:`evaluate`.
+        progress: Called with (what, done, of) as work goes on.
+
+    Example:
+        >>> rows = measure(Tofu(forget="forget01"), model, tokenizer)  # doctest: +SKIP
+    """
+    spec = spec or EvaluationSpec()
+    spec = dataclasses.replace(spec, max_length=max(spec.max_length, benchmark.longest))
+    if isinstance(benchmark, Measures):
+        return benchmark.measure(model, tokenizer, spec=spec, folder=folder, progress=progress)
+    found = benchmark.splits() if splits is None else splits
+    asks = {name: ask for name, ask in benchmark.asks().items() if name in found}  # data may lack a split
+    return evaluate(model, tokenizer, found, spec=spec, folder=folder, progress=progress, asks=asks)
+
+
 def evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -52,6 +89,7 @@ def evaluate(
     spec: EvaluationSpec | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
+    asks: Asks | None = None,
 ) -> dict[str, list[Row]]:
     """Measure likelihoods of the answer, its paraphrase and the wrong answers, and generate an answer greedily.
 
@@ -63,39 +101,56 @@ def evaluate(
         folder: Where ``<split>.jsonl`` is written as splits are done; what is already there is not measured again.
             Splits too small to fill a batch of answers share one, and are done together.
         progress: Called with (what, done, of) as work goes on.
+        asks: What to measure, by split; likelihoods and a greedy answer on those not named.
 
     Returns:
         One :class:`soul.types.Row` an example, by split, in the order given.
+
+    Raises:
+        ValueError: ``asks`` names a split that is not there.
     """
     spec = spec or EvaluationSpec()
+    unknown = [name for name in asks or {} if name not in splits]
+    if unknown:
+        raise ValueError(f"asked about {', '.join(unknown)}, but the splits are {', '.join(splits) or 'none'}")
+    asks = {name: (asks or {}).get(name, _PLAIN) for name in splits}
     template = ChatTemplate(tokenizer, spec.max_length)
     report = progress or _silent
     was_training = model.training
     model.eval()
-    result: dict[str, list[Row]] = {}
-    for names in _groups(splits, spec):
-        group = {name: splits[name] for name in names}
-        files = {name: folder / f"{name}.jsonl" if folder else None for name in names}
-        rows = {name: _read_rows(files[name], examples) for name, examples in group.items()}
-        if any(found is None for found in rows.values()):  # all of them, so that batches do not depend on interruptions
-            rows = _measure(model, template, group, spec, report)
-            for name, file in files.items():
-                if file is not None:
-                    write_lines(file, rows[name])
-        result |= {name: found or [] for name, found in rows.items()}
-    model.train(was_training)
-    return result
+    try:
+        result: dict[str, list[Row]] = {}
+        for names in _groups(splits, spec, asks):
+            group = {name: splits[name] for name in names}
+            files = {name: folder / f"{name}.jsonl" if folder else None for name in names}
+            rows = {name: _read_rows(files[name], examples, spec, asks[name]) for name, examples in group.items()}
+            # all of them, so that batches do not depend on interruptions
+            if any(found is None for found in rows.values()):
+                rows = _measure(model, template, group, spec, asks, report)
+                for name, file in files.items():
+                    if file is not None:
+                        write_lines(file, rows[name])
+            result |= {name: found or [] for name, found in rows.items()}
+        return result
+    finally:
+        model.train(was_training)
 
 
-def _groups(splits: Mapping[str, Sequence[Example]], spec: EvaluationSpec) -> list[list[str]]:
+def _new_tokens(spec: EvaluationSpec, ask: Ask) -> int:
+    return ask.max_new_tokens or spec.max_new_tokens
+
+
+def _groups(splits: Mapping[str, Sequence[Example]], spec: EvaluationSpec, asks: Asks | None = None) -> list[list[str]]:
     """Return neighbouring splits that fit into one batch of answers together, in order."""
     groups: list[list[str]] = []
-    room = 0
+    room, limit = 0, 0
     for name, examples in splits.items():
-        asked = sum(bool(e.prompt) for e in examples) if spec.generate else 0
-        if not groups or asked > room or not spec.generate:
+        ask = (asks or {}).get(name, _PLAIN)
+        generates = spec.generate and ask.generate
+        asked = sum(bool(e.prompt) for e in examples) if generates else 0
+        if not groups or asked > room or not generates or limit != _new_tokens(spec, ask):
             groups.append([])
-            room = spec.generation_batch
+            room, limit = spec.generation_batch, _new_tokens(spec, ask) if generates else -1
         groups[-1].append(name)
         room -= asked
     return groups
@@ -113,13 +168,23 @@ def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     part.replace(file)
 
 
-def _read_rows(file: Path | None, examples: Sequence[Example]) -> list[Row] | None:
-    """Return rows measured earlier if they are of exactly these examples."""
+def _read_rows(file: Path | None, examples: Sequence[Example], spec: EvaluationSpec, ask: Ask) -> list[Row] | None:
+    """Return rows measured earlier if they are of exactly these examples and hold what is asked beyond the usual."""
     if file is None or not file.is_file():
         return None
-    rows: list[Row] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    # not splitlines(), which also ends a line at characters that JSON leaves as they are
+    rows: list[Row] = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     same = [(r["prompt"], r["answer"]) for r in rows] == [(e.prompt, e.answer) for e in examples]
-    return rows if same else None
+    return rows if same and all(_complete(row, spec, ask) for row in rows) else None
+
+
+def _complete(row: Row, spec: EvaluationSpec, ask: Ask) -> bool:
+    samples = ask.samples if spec.generate and row["prompt"] else 0
+    return (
+        (not ask.tokens or "token_z" in row)
+        and (not ask.gradient_norm or "gradient_norm" in row)
+        and (not samples or len(row.get("samples", ())) == samples)
+    )
 
 
 def _measure(
@@ -127,27 +192,65 @@ def _measure(
     template: ChatTemplate,
     splits: Mapping[str, Sequence[Example]],
     spec: EvaluationSpec,
+    asks: Asks,
     report: Progress,
 ) -> dict[str, list[Row]]:
-    rows = {name: _likelihoods(model, template, name, examples, spec, report) for name, examples in splits.items()}
-    if not spec.generate:
+    rows: dict[str, list[Row]] = {}
+    for name, examples in splits.items():
+        rows[name] = _likelihoods(model, template, name, examples, spec, asks[name], report)
+        if asks[name].gradient_norm:
+            encoded = [template.encode(e) for e in examples]
+            norms = gradient_norms(model, encoded, progress=_part(report, f"{name}: gradients"))
+            for row, norm in zip(rows[name], norms, strict=True):
+                row["gradient_norm"] = norm
+        if spec.generate and asks[name].samples:
+            _sample(model, template, name, examples, rows[name], spec, asks[name], report)
+    asked = [(name, i) for name, of in splits.items() if asks[name].generate for i, e in enumerate(of) if e.prompt]
+    if not spec.generate or not asked:
         return rows
-    asked = [(name, i) for name, examples in splits.items() for i, e in enumerate(examples) if e.prompt]
     prompts = [template.prompt_ids(splits[name][i]) for name, i in asked]
     what = ", ".join(dict.fromkeys(name for name, _ in asked))
-    answers = generate(model, template, prompts, spec, lambda d, n: report(f"{what}: answers", d, n))
+    own = dataclasses.replace(spec, max_new_tokens=_new_tokens(spec, asks[asked[0][0]]))  # a group has one limit
+    answers = generate(model, template, prompts, own, _part(report, f"{what}: answers"))
     for (name, i), text in zip(asked, answers, strict=True):
         rows[name][i]["generated"] = text
         rows[name][i]["rougeL_recall"] = rouge_l_recall(text, splits[name][i].answer)
     return rows
 
 
+def _part(report: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, of: report(what, done, of)
+
+
 def _likelihoods(
-    model: Any, template: ChatTemplate, name: str, examples: Sequence[Example], spec: EvaluationSpec, report: Progress
+    model: Any,
+    template: ChatTemplate,
+    name: str,
+    examples: Sequence[Example],
+    spec: EvaluationSpec,
+    ask: Ask,
+    report: Progress,
 ) -> list[Row]:
+    """Return rows with likelihoods; where tokens are asked for, the answer's own comes from the same pass as they."""
+    rows: list[Row] = [
+        {
+            "id": e.id or str(i),
+            "subject": e.subject,
+            "prompt": e.prompt,
+            "answer": e.answer,
+            "nll": math.nan,
+            "tokens": 0,
+        }
+        for i, e in enumerate(examples)
+    ]
+    if ask.tokens:
+        _tokens(model, template, name, examples, rows, spec, report)
+    if not ask.likelihood:
+        return rows
     texts: list[tuple[int, str, Encoded]] = []  # (example, which answer, tokens)
     for i, example in enumerate(examples):
-        texts.append((i, "answer", template.encode(example)))
+        if not ask.tokens:
+            texts.append((i, "answer", template.encode(example)))
         if example.paraphrased_answer is not None:
             texts.append((i, "paraphrase", template.encode(example, answer=example.paraphrased_answer)))
         texts += [(i, "wrong", template.encode(example, answer=wrong)) for wrong in example.wrong_answers]
@@ -156,12 +259,8 @@ def _likelihoods(
         [t[2] for t in texts],
         pad_id=template.pad,
         max_tokens=spec.max_tokens,
-        progress=lambda d, n: report(f"{name}: likelihoods", d, n),
+        progress=_part(report, f"{name}: likelihoods"),
     )
-    rows: list[Row] = [
-        {"id": e.id or str(i), "subject": e.subject, "prompt": e.prompt, "answer": e.answer, "nll": 0.0, "tokens": 0}
-        for i, e in enumerate(examples)
-    ]
     for (i, kind, encoded), value in zip(texts, nll, strict=True):
         if kind == "answer":
             rows[i]["nll"], rows[i]["tokens"] = value, encoded.answer_length
@@ -172,7 +271,52 @@ def _likelihoods(
     return rows
 
 
-@torch.no_grad()
+def _tokens(
+    model: Any,
+    template: ChatTemplate,
+    name: str,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    spec: EvaluationSpec,
+    report: Progress,
+) -> None:
+    found = token_scores(
+        model,
+        [template.encode(example) for example in examples],
+        pad_id=template.pad,
+        max_tokens=spec.max_tokens,
+        progress=_part(report, f"{name}: tokens"),
+    )
+    for row, scores in zip(rows, found, strict=True):
+        row["nll"], row["tokens"] = -math.fsum(scores.logps) / len(scores.logps), len(scores.logps)
+        row["token_logps"], row["token_matches"], row["token_z"] = scores
+
+
+def _sample(
+    model: Any,
+    template: ChatTemplate,
+    name: str,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    spec: EvaluationSpec,
+    ask: Ask,
+    report: Progress,
+) -> None:
+    asked = [i for i, example in enumerate(examples) if example.prompt]
+    answers = sample_answers(
+        model,
+        template,
+        [template.prompt_ids(examples[i]) for i in asked],
+        [f"{name}/{rows[i]['id']}" for i in asked],
+        ask,
+        max_new_tokens=_new_tokens(spec, ask),
+        rows=spec.generation_batch,
+        progress=_part(report, f"{name}: samples"),
+    )
+    for i, texts in zip(asked, answers, strict=True):
+        rows[i]["samples"] = texts
+
+
 def generate(
     model: Any,
     template: ChatTemplate,
@@ -181,28 +325,11 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Answer prompts greedily, in batches of similar length, each row stopping at its end-of-turn token."""
-    tokenizer = template.tokenizer
-    texts = [""] * len(prompts)
-    device = next(model.parameters()).device
-    done = 0
-    for group in length_batches([len(p) for p in prompts], 1 << 30, spec.generation_batch):
-        width = max(len(prompts[i]) for i in group)
-        pad = template.pad
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group], device=device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=spec.max_new_tokens,
-            do_sample=False,
-            eos_token_id=template.end_of_turn,
-            pad_token_id=pad,
-        )
-        for i, tokens in zip(group, out[:, width:].tolist(), strict=True):
-            if template.end_of_turn in tokens:
-                tokens = tokens[: tokens.index(template.end_of_turn)]
-            texts[i] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        done += len(group)
-        if progress:
-            progress(done, len(prompts))
-    return texts
+    return continue_prompts(
+        model,
+        template,
+        prompts,
+        max_new_tokens=spec.max_new_tokens,
+        rows=spec.generation_batch,
+        progress=progress,
+    )

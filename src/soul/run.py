@@ -12,22 +12,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from soul.anchors import StandIn, stand_in
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
 from soul.data import hub
 from soul.data.batches import UnlearnDataset
 from soul.data.general import refusals as builtin_refusals
 from soul.data.sources import check_disjoint, load_examples
-from soul.evaluate import evaluate
+from soul.evaluate import measure as measure_benchmark
 from soul.machine import environment, peak_memory, reset_peak_memory
 from soul.methods.base import json_lines
 from soul.models import add_adapter, check_adapter, load_model, save_model, without_autocast
+from soul.overlaps import Overlaps, find_overlaps, without_overlaps
 from soul.recipe import DataSpec, Recipe
 from soul.rundir import check_folder, claim_folder, last_checkpoint, score_dict, write_json
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.types import Example
 
 Progress = Callable[[str, int, int], None]
+ANCHORS = "anchors.json"
+"""The file of a run that holds the samples its model is anchored by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Request:
     retain: list[Example]
     refusals: list[str]
     curvature: list[Example] = dataclasses.field(default_factory=list)
+    overlaps: Overlaps = dataclasses.field(default_factory=Overlaps)
+    stand_in: StandIn | None = None
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:
@@ -52,12 +58,44 @@ def load_request(data: DataSpec) -> Request:
     """
     forget = load_examples(data.forget) if data.forget else []
     retain = [example for source in data.retain_sources for example in load_examples(source)]
-    if forget and retain:
+    if data.overlap != "drop":
         check_disjoint(forget, retain)
     curvature = [example for source in data.curvature_sources for example in load_examples(source)]
-    if forget and curvature:
-        check_disjoint(forget, curvature)
+    check_disjoint(forget, curvature, ("forget", "curvature"))
     return Request(forget, retain, read_refusals(data.refusals), curvature)
+
+
+def search(request: Request, data: DataSpec) -> Request:
+    """Look for what is to be forgotten in what is to be kept, show it, and do what ``data.overlap`` says.
+
+    Raises:
+        ValueError: Something was found and is to be refused, or dropping it leaves nothing.
+    """
+    found = find_overlaps(
+        request.forget, request.retain, data.overlap, copied=data.copied, alike=data.alike, encoder=data.encoder
+    )
+    return dataclasses.replace(request, retain=without_overlaps(request.retain, found), overlaps=found)
+
+
+def anchor(
+    request: Request, recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, tick: Progress
+) -> Request:
+    """Let the model's own samples and everyday requests stand in for a retain set that is needed and not given."""
+    if not recipe.needs_anchors:
+        return request
+    found = stand_in(
+        model,
+        tokenizer,
+        request.forget,
+        recipe.data.anchors,
+        recipe.data.samples,
+        seed=recipe.training.seed,
+        max_length=recipe.training.max_length,
+        file=out / ANCHORS,
+        of=recipe.model.path,
+        progress=tick,
+    )
+    return dataclasses.replace(request, retain=found.examples, stand_in=found)
 
 
 def read_refusals(path: str) -> list[str]:
@@ -93,27 +131,32 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     if (out / "record.json").is_file() and (benchmark is None or (out / "scores.json").is_file()):
         return out
     reset_peak_memory()
-    request = load_request(recipe.data)
+    request = search(load_request(recipe.data), recipe.data)
     reference = read_reference(recipe.reference_run) if benchmark else None
     splits = benchmark.splits() if benchmark else {}
     tick("loading model", 0, 1)
     model, tokenizer = load_model(recipe.model)
     tick("loading model", 1, 1)
-    done = (out / "model").is_dir()
-    dataset = None if done else tokenise(tokenizer, recipe, request)
     if recipe.adapter is not None:
         check_adapter(model, recipe.adapter)
+    request = anchor(request, recipe, model, tokenizer, out, tick)
+    done = (out / "model").is_dir()
+    dataset = None if done else tokenise(tokenizer, recipe, request)
     claim_folder(out, recipe)  # whatever can be wrong with recipe and data has been found by now
+    if request.stand_in and request.stand_in.samples:
+        write_json(out / ANCHORS, request.stand_in.record())
     evaluate_seconds = 0.0
     rows: dict[str, Rows] = {}
 
     def measure(when: str) -> None:
         nonlocal evaluate_seconds
+        assert benchmark is not None
         started = time.perf_counter()
-        rows[when] = evaluate(
+        rows[when] = measure_benchmark(
+            benchmark,
             model,
             tokenizer,
-            splits,
+            splits=splits,
             spec=recipe.evaluation,
             folder=out / "rows" / when,
             progress=lambda what, d, n: tick(f"{when}, {what}", d, n),
@@ -123,7 +166,7 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     if benchmark:
         measure("before")
     if dataset is None:
-        model, _ = load_model(dataclasses.replace(recipe.model, path=str(out / "model")))
+        model, tokenizer = load_model(dataclasses.replace(recipe.model, path=str(out / "model")))
     else:
         with hub.no_retries():  # peft asks about an adapter's base at every checkpoint
             model = train_and_save(model, tokenizer, recipe, dataset, out, tick)
@@ -213,6 +256,12 @@ def precision_warnings(recipe: Recipe) -> list[str]:
     return []
 
 
+def warnings_of(recipe: Recipe, request: Request) -> list[str]:
+    """Say what a reader of the record should know."""
+    found = [request.overlaps.summary(), request.stand_in.summary() if request.stand_in else ""]
+    return [*precision_warnings(recipe), *filter(None, found), *(recipe.method.warnings() if recipe.method else [])]
+
+
 def read_reference(path: str) -> Rows | None:
     """Return the rows of a finished run's model, for metrics that need a retained model."""
     if not path:
@@ -221,7 +270,8 @@ def read_reference(path: str) -> Rows | None:
     if not folder.is_dir():
         raise ValueError(f"reference_run {path!r} has no rows/after: give the run directory of an evaluated model")
     return {
-        file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # split at "\n" alone: JSON strings may hold U+2028, at which splitlines() would cut
+        file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         for file in sorted(folder.glob("*.jsonl"))
     }
 
@@ -247,7 +297,9 @@ def write_record(out: Path, recipe: Recipe, request: Request, evaluate_seconds: 
             "evaluate": round(evaluate_seconds, 2),  # of the last one
         },
         "peak_memory_bytes": peak_memory(),
-        "warnings": precision_warnings(recipe),
+        "warnings": warnings_of(recipe, request),
+        **({"overlap": request.overlaps.record()} if request.overlaps.action != "ignore" else {}),
+        **({"stood_in": request.stand_in.sources()} if request.stand_in else {}),
         "checks": [],
         "n_forget": len(request.forget),
         "n_retain": len(request.retain),

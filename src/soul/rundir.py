@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,51 @@ def _weights(model: Path) -> list[Path]:
     return [*model.glob("*.safetensors"), *model.glob("model/*.safetensors"), *([model] if model.is_file() else [])]
 
 
-def write_evaluation(out: Path, model: str, benchmark: Benchmark, scores: list[Score]) -> None:
-    """Write the record of an evaluation, which reports read like that of a run."""
-    write_json(out / "scores.json", {"after": [score_dict(s) for s in scores]})
-    write_json(out / "environment.json", environment())
+def write_evaluation(
+    out: Path,
+    model: str,
+    benchmark: Benchmark,
+    scores: Sequence[Score],
+    *,
+    left_out: Mapping[str, str] | None = None,
+    versions: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the record of an evaluation, which reports read like that of a run.
+
+    ``scores.json`` says by itself what was measured: the benchmark, the version of its definition, its settings, what
+    was left out and why, and on what machine.
+
+    Args:
+        out: The folder.
+        model: Name of the model.
+        benchmark: What was measured.
+        scores: Its scores, of fp32 weights unless the recipe says otherwise.
+        left_out: Parts that could not be measured, and why.
+        versions: Versions of what another library measured, by split.
+    """
+    here = environment()
+    record = {
+        "format": 2,
+        "benchmark": benchmark.name,
+        "version": benchmark.version,
+        "settings": config.plain(benchmark),
+        "after": [score_dict(s) for s in scores],
+        "left_out": dict(left_out or {}),
+        **({"versions": dict(versions)} if versions else {}),
+        "environment": here,
+    }
+    write_json(out / "scores.json", record)
+    write_json(out / "environment.json", here)
     label = f"{model} on {benchmark.name}"
-    write_json(out / "record.json", {"format": 1, "label": label, "asked": f"Measure {label}.", "model": model})
+    notes = [f"not measured: {part} ({reason})" for part, reason in (left_out or {}).items()]
+    about = {"label": label, "asked": f"Measure {label}.", "model": model, "warnings": notes}
+    write_json(out / "record.json", {"format": 1, **about})
+
+
+def add_scores(out: Path, name: str, scores: Sequence[Score]) -> None:
+    """Add scores of the same examples, measured in another precision, to the record of an evaluation."""
+    record = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    write_json(out / "scores.json", {**record, name: [score_dict(s) for s in scores]})
 
 
 def score_dict(score: Score) -> dict[str, Any]:

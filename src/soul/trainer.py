@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from soul.combine import Combine, make_combination
 from soul.curvature.estimators import ESTIMATORS
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.picks import source_rows, text_rows
@@ -25,14 +26,14 @@ from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
 from soul.forward import unwrap
 from soul.machine import has_bf16
-from soul.methods.base import Method
 from soul.models import freeze_embeddings
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.optim.groups import parameter_groups
-from soul.reference import Reference, build_reference
+from soul.reference import Reference
+from soul.steplog import LogCallback as LogCallback
 from soul.trust_region import TrustRegion
-from soul.types import Example, LossOut, LostModelError
+from soul.types import Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,11 @@ class TrainingSpec:
         trust_kl: Largest KL (nats a token, on retained answers) of a step; a larger one is shrunk. 0 for no bound.
         trust_batch: Retained examples it is measured on.
         frozen: ``embeddings`` leaves input embeddings and language-model head as they are, for every optimizer alike.
-        projected: Take the part along the retain gradient out of the forget gradient, ``f - (f.r / r.r) r``, before the
-            two are added: a control that protects one direction where curvature protects all. A backward pass more.
+        combine: What becomes of the forget gradient ``f`` and the retain gradient ``r``: ``sum`` adds them;
+            ``projected`` takes the part along ``r`` out of ``f``, ``f - (f.r / r.r) r``, before they are added: a
+            control that protects one direction where curvature protects all; ``dual`` gives each an optimizer state of
+            its own and steps twice (arXiv 2504.15827). The last two take a backward pass more.
+        retain_lr: Of ``dual``, the learning rate of the retain step as a multiple of ``optimizer.lr``.
     """
 
     batch_size: int = 4
@@ -74,7 +78,8 @@ class TrainingSpec:
     trust_kl: float = 0.0
     trust_batch: int = 8
     frozen: Literal["nothing", "embeddings"] = "nothing"
-    projected: bool = False
+    combine: Combine = "sum"
+    retain_lr: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "epochs", "max_length", "trust_batch"):
@@ -84,6 +89,18 @@ class TrainingSpec:
             raise ValueError("training.max_steps, save_steps, max_grad_norm and trust_kl must be 0 or more")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"training.warmup is a share of the steps in [0, 1), not {self.warmup}")
+        if self.combine not in ("sum", "projected", "dual"):
+            raise ValueError(f"training.combine must be sum, projected or dual, not {self.combine!r}")
+        if not 0 < self.retain_lr < float("inf"):
+            raise ValueError(f"training.retain_lr must be above 0, not {self.retain_lr}: it multiplies optimizer.lr")
+
+    @staticmethod
+    def upgraded(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings of an older recipe by their names of today: ``projected`` was a setting of its own."""
+        if "projected" not in tree:
+            return tree
+        rest = {name: value for name, value in tree.items() if name != "projected"}
+        return {"combine": "projected", **rest} if tree["projected"] is True else rest
 
     def arguments(self, folder: str | Path, device: str = "cpu") -> TrainingArguments:
         """Return the ``TrainingArguments`` these settings mean."""
@@ -157,16 +174,20 @@ class UnlearnTrainer(Trainer):
             raise ValueError("training.trust_kl measures KL on retained answers, and no retain set is in use")
         if self.training_spec.frozen == "embeddings":
             freeze_embeddings(model)
+        objective.prepare(model)
         self.last_terms: dict[str, float] = {}
+        self.term_weights: dict[str, float] = {}
         self._window: dict[str, float] = {}
-        self._retain_gradient: dict[torch.Tensor, torch.Tensor] = {}
+        spec = self.training_spec
+        self.combination = make_combination(spec.combine, objective.name, optimizer, spec.retain_lr, args.world_size)
+        own = [_ObjectiveCallback(self), _CurvatureCallback(self)]
         super().__init__(
             model=model,
             args=args,
             train_dataset=dataset,
             data_collator=functools.partial(collate_items, pad_id=self.pad_id),
             processing_class=dataset.template.tokenizer,
-            callbacks=[_CurvatureCallback(self), *([self.trust] if self.trust else []), *callbacks],
+            callbacks=[*own, *([self.trust] if self.trust else []), *callbacks],
         )
         self.remove_callback(PrinterCallback)  # it prints raw dicts; the log and the bars say the same
         self.curvature_seconds: float | None = None
@@ -182,14 +203,9 @@ class UnlearnTrainer(Trainer):
         if self.args.max_steps > 0:
             per_epoch = -(-len(self.unlearn_data) // self.args.train_batch_size)
             epochs = -(-self.args.max_steps * self.args.gradient_accumulation_steps // per_epoch) + 1
-        logps = [row for view in self.objective.needs_logps for row in self.unlearn_data.rows(view, epochs)]
-        full = [row for view in self.objective.needs_distributions for row in self.unlearn_data.rows(view, epochs)]
-        if not logps and not full:
-            return Reference()
-        return build_reference(
+        return self.objective.ask_reference(
             unwrap(self.model),  # type: ignore[arg-type]  # Trainer types it as possibly None
-            logps=logps,
-            distributions=full,
+            lambda view: self.unlearn_data.rows(view, epochs),
             mode=self.training_spec.reference,
             pad_id=self.pad_id,
             autocast=self.compute_loss_context_manager,
@@ -225,39 +241,19 @@ class UnlearnTrainer(Trainer):
             share = float(term.total.detach()) / max(1, counts[name])
             self._window[name] = self._window.get(name, 0.0) + share
         self.last_terms = dict(self._window)
-        loss = out.loss(counts)
-        if self.training_spec.projected and model.training:
-            self._keep_retain_gradient(out, counts)
+        self.term_weights = {name: term.weight for name, term in out.terms.items()}
+        if model.training and self.model is not None:
+            loss = self.combination.loss(out, counts, [p for p in self.model.parameters() if p.requires_grad])
+        else:
+            loss = out.loss(counts)
         return (loss, None) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a micro-batch forward and backward; after a window's last one, project where that is asked for."""
+        """Run a micro-batch forward and backward; after a window's last one, finish the gradients."""
         loss = super().training_step(*args, **kwargs)
-        if self.training_spec.projected and self.accelerator.sync_gradients:
-            self._project()
+        if self.accelerator.sync_gradients:
+            self.combination.finish(self.update_rule, self.args.max_grad_norm)
         return loss
-
-    def _keep_retain_gradient(self, out: LossOut, counts: dict[str, int]) -> None:
-        """Add up the gradient of the retain term over the window, apart from the rest."""
-        term = out.terms.get("retain")
-        if term is None or not term.weight:
-            raise ValueError(f"training.projected needs a retain term, and {self.objective.name} as set has none")
-        assert self.model is not None
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        loss = term.weight * term.total / max(1, counts["retain"])
-        for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True), strict=True):
-            if g is not None:
-                self._retain_gradient[p] = self._retain_gradient[p].add_(g) if p in self._retain_gradient else g
-
-    @torch.no_grad()
-    def _project(self) -> None:
-        """Replace each gradient ``r + f`` by ``r + f - (f.r / r.r) r``, products over all parameters."""
-        kept, self._retain_gradient = self._retain_gradient, {}
-        pairs = [(p.grad, r) for p, r in kept.items() if p.grad is not None]
-        along = sum(float(((g - r) * r).sum()) for g, r in pairs)
-        length = sum(float(r.square().sum()) for _, r in pairs)
-        for g, r in pairs if length > 0 else ():
-            g.sub_(r, alpha=along / length)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the update rule; no weight decay on biases and norms, embeddings in a group of their own."""
@@ -265,7 +261,9 @@ class UnlearnTrainer(Trainer):
             target = model or self.model
             assert target is not None
             decayed = self.get_decay_parameter_names(target)
-            self.optimizer = self.rule.build(parameter_groups(target, self.rule.weight_decay, decayed), target)
+            self.optimizer = self.combination.build(
+                lambda: self.rule.build(parameter_groups(target, self.rule.weight_decay, decayed), target)
+            )
         return self.optimizer
 
     @property
@@ -301,6 +299,32 @@ class UnlearnTrainer(Trainer):
         self.curvature_seconds = time.perf_counter() - started
 
 
+class _ObjectiveCallback(TrainerCallback, ExportableState):
+    """Gives each step the objective of its moment, and keeps what objectives learn, in checkpoints too."""
+
+    def __init__(self, trainer: UnlearnTrainer) -> None:
+        self.trainer, self.base = trainer, trainer.objective
+        self.learned: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what goes into a checkpoint."""
+        return {"learned": self.learned}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
+        """Take up what a checkpoint holds."""
+        self.learned = dict(state.stateful_callbacks.setdefault(type(self).__name__, {}).get("learned", {}))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        self.trainer.objective = self.base.at(state.global_step / max(1, state.max_steps), self.learned)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        terms, accelerator = self.trainer.last_terms, self.trainer.accelerator
+        if args.world_size > 1:  # every process must learn the same
+            mean: Any = accelerator.reduce(torch.tensor(list(terms.values()), device=args.device), reduction="mean")
+            terms = dict(zip(terms, mean.tolist(), strict=True))
+        self.learned = self.base.learn(self.learned, terms, (state.global_step - 1) / max(1, state.max_steps))
+
+
 class _CurvatureCallback(TrainerCallback):
     """Brings the curvature the rule asks for: before a step's first micro-batch, while gradients are empty.
 
@@ -319,69 +343,11 @@ class _CurvatureCallback(TrainerCallback):
             self.trainer.update_rule.update_curvature()
 
 
-class LogCallback(TrainerCallback):
-    """Writes one JSON line a step: loss terms, learning rate, seconds, and what the rule reports.
-
-    ``seconds`` holds all of a step; ``curvature_seconds`` is there where a curvature pass came before it, and is its
-    share.
-
-    Args:
-        path: File to write; lines of steps that a resumed run repeats are dropped.
-        progress: Called with (step, total steps, record) after each step.
-    """
-
-    def __init__(self, path: Path | None, progress: Any = None) -> None:
-        self.path, self.progress = path, progress
-        self.records: list[dict[str, float]] = []
-        self.trainer: UnlearnTrainer | None = None
-        self._started = time.perf_counter()
-
-    def restart_clock(self) -> None:
-        """Leave what was done since the last step out of the next one's seconds."""
-        self._started = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
-        """Read back the lines of the steps a resumed run has behind it."""
-        if self.path is not None and self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.records = [r for r in lines if r["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
-        """Write the step's line, and stop a run whose loss is no longer a number."""
-        assert self.trainer is not None
-        now = time.perf_counter()
-        terms = self.trainer.last_terms
-        weight = self.trainer.objective.retain_weight
-        record: dict[str, float] = {"step": state.global_step, **terms}
-        record["loss"] = terms.get("forget", 0.0) + weight * terms.get("retain", 0.0)
-        record.update(self.trainer.update_rule.metrics())
-        if self.trainer.trust:
-            record.update(self.trainer.trust.last)
-        record["learning_rate"] = self.trainer.update_rule.param_groups[0]["lr"]
-        record["seconds"] = round(now - self._started, 4)
-        if self.trainer.curvature_seconds is not None:
-            record["curvature_seconds"] = round(self.trainer.curvature_seconds, 4)
-        self._started = now
-        self.records.append(record)
-        if self.path is not None:
-            with self.path.open("a") as log:
-                log.write(json.dumps(record) + "\n")
-        if not np.isfinite(record["loss"]):
-            raise LostModelError(
-                f"the loss is {record['loss']} at step {state.global_step}: the model is lost; lower optimizer.lr "
-                f"(now {self.trainer.rule.lr}) or raise objective.retain_weight"
-            )
-        if self.progress is not None:
-            self.progress(state.global_step, state.max_steps, record)
-
-
 def make_dataset(
     tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[Example],
     retain: Sequence[Example],
-    objective: Objective | Method,
+    objective: Any,  # or a method: what has ``views``
     training: TrainingSpec,
     refusals: Sequence[str] = (),
     curvature: Sequence[Example] = (),

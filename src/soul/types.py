@@ -46,10 +46,57 @@ class Example:
     subject: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What is measured on each example of a split; a :class:`Row` holds the answers.
+
+    Attributes:
+        likelihood: Mean NLL of the answer, of its paraphrase and of the wrong answers.
+        generate: A greedy answer and its ROUGE-L recall, where there is a prompt and evaluation generates at all.
+        max_new_tokens: Longest generated or sampled answer; 0 for the evaluation's own limit.
+        tokens: Log-probability, greedy match and Min-K++ value of each token of the answer.
+        gradient_norm: L2 norm of the gradient of the answer's mean NLL, one example after another: slow.
+        samples: Sampled answers an example.
+        temperature: Divides the logits before sampling.
+        top_p: Sample from the fewest tokens that hold this share of the probability; 1 for all.
+        seed: With split, example id and number of the sample it decides every draw.
+
+    Raises:
+        ValueError: A setting is out of range.
+
+    Example:
+        >>> Ask(generate=False, tokens=True).samples
+        0
+    """
+
+    likelihood: bool = True
+    generate: bool = True
+    max_new_tokens: int = 0
+    tokens: bool = False
+    gradient_norm: bool = False
+    samples: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "samples", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not (0 < self.temperature < math.inf):
+            raise ValueError(f"temperature must be above 0, not {self.temperature}; for greedy answers use generate")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
 class Row(TypedDict):
     """What evaluation measured on one :class:`Example`; one JSON line of a run's record.
 
-    Likelihoods are mean negative log-likelihoods in nats a token, end-of-turn token included, computed in fp32.
+    Likelihoods are mean negative log-likelihoods in nats a token, end-of-turn token included, computed in fp32. ``nll``
+    is nan and ``tokens`` 0 where likelihoods were not asked for (:class:`Ask`).
+
+    ``token_logps`` holds ``log p`` of each answer token, ``token_matches`` 1 where it is the most likely one (teacher
+    forcing), ``token_z`` its Min-K++ value (:func:`soul.token_scores.token_scores`).
     """
 
     id: str
@@ -62,6 +109,11 @@ class Row(TypedDict):
     wrong_nll: NotRequired[list[float]]
     generated: NotRequired[str]
     rougeL_recall: NotRequired[float]
+    token_logps: NotRequired[list[float]]
+    token_matches: NotRequired[list[int]]
+    token_z: NotRequired[list[float]]
+    gradient_norm: NotRequired[float]
+    samples: NotRequired[list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +127,8 @@ class Score:
         n: Items behind it.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        method: How the interval was made, e.g. ``"bootstrap(2000)"``; ``"none"`` where no interval exists.
+        method: How the interval was made, e.g. ``"bootstrap(2000)"`` or, over groups of items,
+            ``"bootstrap(2000, 20 groups)"``; ``"none"`` where no interval exists.
         level: Coverage of the interval.
         seed: Seed of the interval's randomness.
         better: ``"higher"``, ``"lower"`` or ``""`` where it depends on the reader's question.

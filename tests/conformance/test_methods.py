@@ -20,9 +20,27 @@ NAMES = METHODS.names()
 
 
 @pytest.fixture
-def data(tokenizer, forget_set, retain_set, refusals):
+def data(make_tokenizer, forget_set, retain_set, refusals):
     def of(method: Method, seed: int = 0) -> UnlearnDataset:
-        return UnlearnDataset(ChatTemplate(tokenizer), forget_set, retain_set, method.views, refusals, seed)
+        return UnlearnDataset(ChatTemplate(make_tokenizer()), forget_set, retain_set, method.views, refusals, seed)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, make_model, tokenizer):
+    """A model that has learned nothing, for a method that begins from one."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model(2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def built(base):
+    def of(name: str) -> Method:
+        cls = METHODS.get(name)
+        return cls(**{f.name: base for f in dataclasses.fields(cls) if f.name == "base"})
 
     return of
 
@@ -64,10 +82,12 @@ def test_is_a_frozen_dataclass_that_a_recipe_can_name(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gives_a_usable_model_and_says_what_it_did(name, make, data):
-    method = METHODS.get(name)()
+def test_gives_a_usable_model_and_says_what_it_did(name, make, data, built):
+    method = built(name)
     model, records, seen = make(), [], []
-    result = method(model, data(method), progress=lambda *args: seen.append(args), log=records.append)
+    dataset = data(method)
+    before = dataset.template.tokenizer.chat_template
+    result = method(model, dataset, progress=lambda *args: seen.append(args), log=records.append)
     assert records
     assert all({"step", "seconds"} <= set(record) for record in records)
     assert [record["step"] for record in records] == sorted(record["step"] for record in records)
@@ -76,13 +96,17 @@ def test_gives_a_usable_model_and_says_what_it_did(name, make, data):
     assert all(0 <= done <= of for _, done, of in seen)
     parameters: list[Any] = list(result.parameters())
     assert all(torch.isfinite(p).all() and p.requires_grad and p.grad is None for p in parameters)
-    assert any(not torch.equal(value, make().state_dict()[key]) for key, value in result.state_dict().items())
+    start = make().state_dict()
+    moved = any(not torch.equal(value, start[key]) for key, value in result.state_dict().items())
+    assert moved == method.changes_weights
+    assert (dataset.template.tokenizer.chat_template != before) == (not method.changes_weights)
+    assert all(isinstance(line, str) for line in method.warnings())
     assert not result.training  # as it was given
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_is_a_function_of_its_seed(name, make, data):
-    method = METHODS.get(name)()
+def test_is_a_function_of_its_seed(name, make, data, built):
+    method = built(name)
     results = []
     for i in range(2):
         torch.manual_seed(i)  # what went on before must not matter

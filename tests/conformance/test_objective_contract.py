@@ -13,10 +13,11 @@ import torch
 from soul.data.batches import VIEWS, UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
 from soul.objectives.base import Objective
-from soul.reference import build_reference
+from soul.objectives.schedule import RetainSchedule
 from soul.registry import OBJECTIVES
 
 NAMES = OBJECTIVES.names()
+WITHOUT_FORGET = ("ft", "l1_sparse")
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
@@ -25,23 +26,28 @@ def setting(name, tokenizer, make_model, forget_set, retain_set, refusals):
     """Model, batch and reference as the trainer would hand them over."""
 
     def build(objective):
-        data = UnlearnDataset(ChatTemplate(tokenizer), forget_set, retain_set, objective.views, refusals)
+        forget = [dataclasses.replace(e, wrong_answers=("Nobody can tell.", f"Not {e.answer}")) for e in forget_set]
+        data = UnlearnDataset(ChatTemplate(tokenizer), forget, retain_set, objective.views, refusals)
         model = make_model()
-        reference = build_reference(
-            model,
-            logps=[r for v in objective.needs_logps for r in data.rows(v, 1)],
-            distributions=[r for v in objective.needs_distributions for r in data.rows(v, 1)],
-        )
+        objective.prepare(model)
+        reference = objective.ask_reference(model, lambda view: data.rows(view, 1))
         return model, collate_items([data[0, i, i + 1] for i in range(4)], pad_id=tokenizer.pad_token_id), reference
 
     return build
 
 
-@pytest.fixture(params=["nll", "kl", "none"])
+def make(name, retain="nll", **settings):
+    """Return the objective; a multiplier needs a retain term that it can hold against something."""
+    if OBJECTIVES.get(name)().retain_schedule.kind == "dual" and retain != "nll":
+        settings["retain_schedule"] = RetainSchedule()
+    return OBJECTIVES.get(name)(retain=retain, **settings)
+
+
+@pytest.fixture(params=["nll", "kl", "hidden", "none"])
 def objective(name, request):
-    if name == "ft" and request.param == "none":
-        pytest.skip("ft has nothing but its retain term")
-    return OBJECTIVES.get(name)(retain=request.param)
+    if name in WITHOUT_FORGET and request.param == "none":
+        pytest.skip(f"{name} has nothing but its retain term")
+    return make(name, request.param)
 
 
 def test_runs_forward_and_backward(objective, setting):
@@ -52,9 +58,12 @@ def test_runs_forward_and_backward(objective, setting):
     assert loss.shape == ()
     assert torch.isfinite(loss)
     loss.backward()
-    grads = [p.grad for p in model.parameters()]
-    assert all(g is not None and torch.isfinite(g).all() for g in grads)
-    if objective.views != ("retain",) or objective.retain != "kl":  # a KL to itself is at its minimum
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = [p.grad for p in trained.values()]
+    reached = [g is not None and bool(torch.isfinite(g).all()) for g in grads]
+    if objective.forget_views or objective.retain != "hidden":  # hidden states alone say nothing of what follows them
+        assert all(reached), [key for key, ok in zip(trained, reached, strict=True) if not ok]
+    if objective.forget_views or objective.retain == "nll":  # a distance to itself is at its minimum
         assert any(g is not None and g.abs().max() > 0 for g in grads)
 
 
@@ -79,17 +88,37 @@ def test_leaves_the_model_and_the_batch_alone(objective, setting):
 def test_retain_weight_scales_the_retain_term(name, setting):
     losses = []
     for weight in (0.0, 1.0, 3.0):
-        objective = OBJECTIVES.get(name)(retain="nll", retain_weight=weight)
+        objective = make(name, retain_weight=weight)
         losses.append(objective(*setting(objective)).loss().item())
     assert losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-4)
     assert losses[1] != losses[0]
+
+
+def test_forget_weight_scales_the_forget_term(name, setting):
+    terms = [make(name, forget_weight=w)(*setting(make(name))).terms.get("forget") for w in (1.0, 3.0)]
+    if name in WITHOUT_FORGET:
+        assert terms == [None, None]
+    else:
+        assert [term.weight for term in terms] == [1.0, 3.0]
+        assert torch.equal(terms[0].total, terms[1].total)
+
+
+def test_has_no_state(objective):
+    """What it is at a moment follows from settings, progress and what steps taught."""
+    assert objective.at(0.0, {}) == objective
+    assert objective.at(0.5, objective.learn({}, {"retain": 2.0, "reference": 1.0}, 0.5)).name == objective.name
+    if objective.retain != "none":
+        moving = dataclasses.replace(objective, retain_schedule=RetainSchedule("linear", end=5.0), retain_weight=1.0)
+        assert [moving.at(t, {}).retain_weight for t in (0.0, 0.5, 1.0)] == [1.0, 3.0, 5.0]
+        assert moving.retain_weight == 1.0
 
 
 def test_says_what_it_looks_at(objective):
     assert isinstance(objective, Objective)
     assert objective.views
     assert set(objective.views) <= set(VIEWS)
-    assert set(objective.needs_logps) | set(objective.needs_distributions) <= set(objective.views)
+    needs = {*objective.needs_logps, *objective.needs_distributions, *objective.needs_states}
+    assert needs <= set(objective.views)
 
 
 def test_defaults_are_valid(name):
@@ -100,7 +129,10 @@ def test_defaults_are_valid(name):
     ("settings", "message"),
     [
         ({"retain_weight": -0.1}, "retain_weight must be 0 or more"),
-        ({"retain": "l2"}, "retain must be nll, kl or none"),
+        ({"retain": "l2"}, "retain must be nll, kl, hidden or none"),
+        ({"forget_weight": float("nan")}, "forget_weight must be 0 or more"),
+        ({"compat": "nobody"}, "compat must be empty or one of"),
+        ({"retain": "kl", "retain_schedule": RetainSchedule("dual")}, "needs retain_schedule.epsilon"),
     ],
 )
 def test_rejects_bad_settings(name, settings, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -20,11 +21,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from soul.data.batches import UnlearnDataset, collate_items
+from soul.data.batches import VIEWS, UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
 from soul.forward import forward_answers
 from soul.objectives.base import Objective
-from soul.reference import build_reference
+from soul.objectives.schedule import RetainSchedule
 from soul.registry import OBJECTIVES
 
 PAIRS = [(0, 3), (3, 1), (4, 2)]  # answers of unequal length
@@ -56,6 +57,20 @@ def kl(reference, model, row):
     return total
 
 
+def states(model, row):
+    """Return the output of the first block at the positions that predict answer tokens, as lists of floats."""
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([row.input_ids]), output_hidden_states=True)
+    return out.hidden_states[1][0, row.answer_start - 1 : -1].tolist()
+
+
+def distance(ours, theirs):
+    """Return the mean over tokens of the squared distance."""
+    return sum(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) for x, y in zip(ours, theirs, strict=True)) / len(
+        ours
+    )
+
+
 def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
@@ -63,9 +78,10 @@ def log_sigmoid(x):
 class Bench:
     """A model that has moved away from its reference, and a few pairs."""
 
-    def __init__(self, tokenizer, make_model, forget, retain, refusals, views=("forget", "refusal", "retain")):
+    def __init__(self, tokenizer, make_model, forget, retain, refusals, views=VIEWS):
         self.pad = tokenizer.pad_token_id
         self.model, self.origin = make_model(1, torch.float64), make_model(0, torch.float64)
+        forget = [dataclasses.replace(e, wrong_answers=(f"Not {e.answer}", "Nobody can tell.")) for e in forget]
         self.data = UnlearnDataset(ChatTemplate(tokenizer), forget, retain, views, refusals)
         self.items = [self.data[0, a, p] for a, p in PAIRS]
 
@@ -77,10 +93,9 @@ class Bench:
         return collate_items([{v: i[v] for v in objective.views} for i in items], pad_id=self.pad)
 
     def reference(self, objective: Objective, mode="cache", model=None):
-        return build_reference(
+        return objective.ask_reference(
             model or self.origin,
-            logps=[row for view in objective.needs_logps for row in self.rows(view)],
-            distributions=[row for view in objective.needs_distributions for row in self.rows(view)],
+            self.rows,
             mode=mode,
             pad_id=self.pad,
             max_tokens=150,  # several passes of unequal width
@@ -92,32 +107,103 @@ class Bench:
     def forget(self, name):
         """Return total and count of the forget term."""
         forget, refusal = self.rows("forget"), self.rows("refusal")
-        if name in ("ga", "grad_diff"):
-            return sum(sum(logps(self.model, r)) for r in forget), sum(r.answer_length for r in forget)
-        if name == "po":
-            return -sum(sum(logps(self.model, r)) for r in refusal), sum(r.answer_length for r in refusal)
+        tokens = sum(r.answer_length for r in forget)
+        if name in ("ga", "grad_diff", "kl"):
+            return sum(sum(logps(self.model, r)) for r in forget), tokens
+        if name in ("po", "idk", "ap", "random_labels"):
+            learned = self.rows("mismatch") if name == "random_labels" else refusal
+            return -sum(sum(logps(self.model, r)) for r in learned), sum(r.answer_length for r in learned)
         if name == "npo":
             return -2 / BETA * sum(log_sigmoid(-BETA * self.ratio(r)) for r in forget), len(forget)
-        if name == "dpo":
-            won = [self.ratio(w) - self.ratio(r) for w, r in zip(refusal, forget, strict=True)]
-            return -1 / BETA * sum(log_sigmoid(BETA * x) for x in won), len(forget)
-        assert name == "simnpo", f"no formula written out for {name}"
-        nll = [-sum(logps(self.model, r)) / r.answer_length for r in forget]
-        return -2 / BETA * sum(log_sigmoid(BETA * x - 0.2) for x in nll), len(forget)
+        if name in ("dpo", "altpo"):
+            better = refusal if name == "dpo" else self.rows("alternate")
+            won = [self.ratio(w) - self.ratio(r) for w, r in zip(better, forget, strict=True)]
+            return -(1 if name == "dpo" else 2) / BETA * sum(log_sigmoid(BETA * x) for x in won), len(forget)
+        if name == "simnpo":
+            nll = [-sum(logps(self.model, r)) / r.answer_length for r in forget]
+            return -2 / BETA * sum(log_sigmoid(BETA * x - 0.2) for x in nll), len(forget)
+        if name == "rmu":
+            u = OBJECTIVES.get("rmu")(steering=2.0).vector(32).tolist()
+            return sum(distance(h, [u] * len(h)) for h in (states(self.model, r) for r in forget)), len(forget)
+        if name == "flat":
+            p = [
+                [sum(map(math.exp, logps(self.model, r))) / r.answer_length for r in rows] for rows in (forget, refusal)
+            ]
+            return sum(math.tanh(f) / 2 - math.tanh(e) / 2 for f, e in zip(*p, strict=True)), len(forget)
+        if name == "ceu":  # the first token of each answer is skipped
+            return sum(sum(list(self.by_token(name, r))[1:]) for r in forget), tokens - len(forget)
+        return sum(sum(self.by_token(name, r)) for r in forget), tokens
+
+    def by_token(self, name, row):
+        """Give the loss of each answer token, from the whole distribution."""
+        before = log_softmax(self.origin, row)
+        for t, logs in enumerate(log_softmax(self.model, row)):
+            y = row.input_ids[row.answer_start + t]
+            p = math.exp(logs[y])
+            if name == "wga":
+                yield p**0.7 * logs[y]
+            elif name == "satimp":
+                yield p**2 * (1 - p) ** 0.5 * logs[y]
+            elif name == "me":
+                yield math.log(len(logs)) + sum(math.exp(v) * v for v in logs)
+            elif name == "pdu":  # margins are the same in logits and log-probabilities
+                yield (max(logs) - sum(logs) / len(logs)) ** 2
+            elif name == "ceu":
+                yield -sum(math.exp(v) / (1 - p) * v for i, v in enumerate(logs) if i != y)
+            else:
+                assert name == "undial", f"no formula written out for {name}"
+                q = [math.exp(v - 3 * (i == y)) for i, v in enumerate(before[t])]
+                yield -sum(a / sum(q) * b for a, b in zip(q, logs, strict=True))
 
     def retain(self, kind):
         rows = self.rows("retain")
         if kind == "kl":
             return sum(kl(self.origin, self.model, r) for r in rows), sum(r.answer_length for r in rows)
+        if kind == "hidden":
+            return sum(distance(states(self.model, r), states(self.origin, r)) for r in rows), len(rows)
         return -sum(sum(logps(self.model, r)) for r in rows), sum(r.answer_length for r in rows)
 
+    def further(self, name):
+        """Return total, count and weight of the terms besides forget and retain."""
+        retain = self.rows("retain")
+        if name == "l1_sparse":
+            weights = [p.flatten().tolist() for p in self.model.parameters()]
+            return {"sparsity": (math.fsum(abs(v) for w in weights for v in w), 1, 0.01)}
+        if name == "ap":
+            pairs = zip(retain, self.rows("retain_refusal"), strict=True)
+            margins = [sum(logps(self.model, y)) - sum(logps(self.model, r)) for y, r in pairs]
+            return {"preserve": (-sum(log_sigmoid(BETA * m) for m in margins) / BETA, len(retain), 0.6)}
+        if name == "pdu":
+            count = sum(r.answer_length for r in retain)
+            return {"reference": (-sum(sum(logps(self.origin, r)) for r in retain), count, 0.0)}
+        return {}
 
-SETTINGS = {"npo": {"beta": BETA}, "dpo": {"beta": BETA}, "simnpo": {"beta": BETA, "gamma": 0.2}}
-CASES = [(n, r) for n in OBJECTIVES.names() for r in ("nll", "kl", "none") if (n, r) != ("ft", "none")]
+
+SETTINGS = {
+    **{name: {"beta": BETA} for name in ("npo", "dpo", "altpo")},
+    "ap": {"beta": BETA, "preserve_weight": 0.6},
+    "simnpo": {"beta": BETA, "gamma": 0.2},
+    "wga": {"alpha": 0.7},
+    "satimp": {"beta1": 2.0, "beta2": 0.5},
+    "undial": {"strength": 3.0},
+    "ceu": {"skip_first": 1},
+    "rmu": {"steering": 2.0},
+    "l1_sparse": {"gamma": 0.01},
+}
+WITHOUT_FORGET = ("ft", "l1_sparse")
+CASES = [
+    (n, r)
+    for n in OBJECTIVES.names()
+    for r in ("nll", "kl", "hidden", "none")
+    if not (n in WITHOUT_FORGET and r == "none")
+]
 
 
 def make(name, retain="nll", **more):
-    return OBJECTIVES.get(name)(retain=retain, **SETTINGS.get(name, {}), **more)
+    settings = {**SETTINGS.get(name, {}), **more}
+    if name == "pdu" and retain != "nll":
+        settings["retain_schedule"] = RetainSchedule()
+    return OBJECTIVES.get(name)(retain=retain, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -127,23 +213,26 @@ def bench(tokenizer, make_model, forget_set, retain_set, refusals):
 
 @pytest.mark.parametrize(("name", "retain"), CASES)
 def test_formula(bench, name, retain):
-    objective = make(name, retain, retain_weight=1.7)
+    objective = make(name, retain, retain_weight=1.7, forget_weight=0.3)
     out = objective(bench.model, bench.batch(objective), bench.reference(objective))
-    expected, terms = 0.0, {}
-    if name != "ft":
-        terms["forget"] = bench.forget(name)
-        expected += terms["forget"][0] / terms["forget"][1]
+    terms = {} if name == "pdu" and retain != "nll" else bench.further(name)
+    if name not in WITHOUT_FORGET:
+        terms["forget"] = (*bench.forget(name), 0.3)
     if retain != "none":
-        terms["retain"] = bench.retain(retain)
-        expected += 1.7 * terms["retain"][0] / terms["retain"][1]
+        terms["retain"] = (*bench.retain(retain), 1.7)
     assert set(out.terms) == set(terms)
-    for key, (total, count) in terms.items():
-        assert out.terms[key].total.item() == pytest.approx(total, rel=1e-11)
+    for key, (total, count, weight) in terms.items():
+        assert out.terms[key].total.item() == pytest.approx(total, rel=1e-10)
         assert out.terms[key].count == count
-    assert out.loss().item() == pytest.approx(expected, rel=1e-11)
+        assert out.terms[key].weight == weight
+    expected = sum(weight * total / count for total, count, weight in terms.values())
+    assert out.loss().item() == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize(("name", "retain"), CASES)
+ALONE = [(n, r) for n, r in CASES if r == "none" or n in ("ft", "l1_sparse", "rmu", "npo", "pdu")]
+
+
+@pytest.mark.parametrize(("name", "retain"), ALONE)
 def test_padding_changes_nothing(bench, name, retain):
     objective = make(name, retain)
     reference, batch = bench.reference(objective), bench.batch(objective)
@@ -158,15 +247,17 @@ def test_padding_changes_nothing(bench, name, retain):
         assert padded[key].count == term.count
 
 
-@pytest.mark.parametrize(("name", "retain"), CASES)
+@pytest.mark.parametrize(("name", "retain"), ALONE)
 def test_company_changes_nothing(bench, name, retain):
     objective = make(name, retain)
     reference = bench.reference(objective)
     whole = objective(bench.model, bench.batch(objective), reference).terms
     alone = [objective(bench.model, bench.batch(objective, [item]), reference).terms for item in bench.items]
     for key, term in whole.items():
-        assert sum(t[key].total.item() for t in alone) == pytest.approx(term.total.item(), rel=1e-12, abs=1e-12)
-        assert sum(t[key].count for t in alone) == term.count
+        times = len(alone) if key == "sparsity" else 1  # it is there once in each batch
+        total, count = sum(t[key].total.item() for t in alone), sum(t[key].count for t in alone)
+        assert total == pytest.approx(times * term.total.item(), rel=1e-12, abs=1e-12)
+        assert count == times * term.count
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
@@ -188,14 +279,20 @@ def test_prompts_and_padding_are_no_targets(bench, name):
         handle.remove()
         model.zero_grad()
     touched = caught[0].grad.abs().sum(-1) > 0
-    rows = [item[v] for v in ("forget", "refusal", "retain") if v in objective.views for item in bench.items]
+    reach = [v for v in VIEWS if v in objective.views and (name, v) != ("rmu", "forget")]  # it looks below the head
+    rows = [item[v] for v in VIEWS if v in objective.views for item in bench.items]
+    reaching = [v in reach for v in VIEWS if v in objective.views for _ in bench.items]
     expected = torch.zeros_like(touched)
     for i, row in enumerate(rows):
-        expected[i, row.answer_start - 1 : len(row.input_ids) - 1] = True
+        skipped = int(name == "ceu" and i < len(bench.items))
+        expected[i, row.answer_start - 1 + skipped : len(row.input_ids) - 1] = reaching[i]
     assert torch.equal(touched, expected)
 
 
-@pytest.mark.parametrize(("name", "retain"), [("npo", "nll"), ("npo", "kl"), ("dpo", "kl"), ("ft", "kl")])
+@pytest.mark.parametrize(
+    ("name", "retain"),
+    [("npo", "nll"), ("npo", "kl"), ("dpo", "kl"), ("ft", "kl"), ("ft", "hidden"), ("rmu", "hidden"), ("undial", "kl")],
+)
 @pytest.mark.parametrize("mode", ["copy", "adapter_off"])
 def test_references_agree(bench, make_model, name, retain, mode):
     objective = make(name, retain)
@@ -212,13 +309,13 @@ def test_references_agree(bench, make_model, name, retain, mode):
     results = []
     for reference in references:
         out = objective(model, bench.batch(objective), reference)
-        results.append((out, torch.autograd.grad(out.loss(), adapters)))
+        results.append((out, torch.autograd.grad(out.loss(), adapters, materialize_grads=True, allow_unused=True)))
     (cached, cached_grads), (live, live_grads) = results
     for key, term in cached.terms.items():
         assert live.terms[key].total.item() == pytest.approx(term.total.item(), rel=1e-10)
     for a, b in zip(cached_grads, live_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    if retain == "kl":
+    if retain in ("kl", "hidden"):
         assert cached.terms["retain"].total.item() > 1e-3  # the model did move
 
 

@@ -243,10 +243,10 @@ def test_curvature_may_be_of_examples_of_its_own(tmp_path, make_model, tokenizer
 def test_projection_takes_the_retain_direction_out_of_the_forget_gradient(tmp_path, make_trainer, size, accumulation):
     """One step of gradient descent against gradients of the two terms found apart, in float64."""
 
-    def make(name, projected):
+    def make(name, combine):
         return make_trainer(
             tmp_path / name, "grad_diff", {"name": "sgd", "lr": 1e-2, "momentum": 0.0}, dtype=torch.float64,
-            projected=projected, batch_size=size, accumulation=accumulation, epochs=1, warmup=0.0, schedule="constant",
+            combine=combine, batch_size=size, accumulation=accumulation, epochs=1, warmup=0.0, schedule="constant",
             max_grad_norm=0.0,
         )  # fmt: skip
 
@@ -256,7 +256,7 @@ def test_projection_takes_the_retain_direction_out_of_the_forget_gradient(tmp_pa
         moves = zip(start, trainer.model.parameters(), strict=True)
         return torch.cat([(a - p.detach()).flatten() / 1e-2 for a, p in moves])
 
-    apart = make("apart", False)
+    apart = make("apart", "sum")
     keys = [key for batch in apart.get_train_dataloader().batch_sampler for key in batch]
     batch = apart.data_collator([apart.unlearn_data[key] for key in keys])
     terms, weights = apart.objective(apart.model, batch, apart.reference).terms, list(apart.model.parameters())
@@ -266,8 +266,8 @@ def test_projection_takes_the_retain_direction_out_of_the_forget_gradient(tmp_pa
         return torch.cat([g.flatten() for g in found])
 
     forget, retain = flat(terms["forget"]), flat(terms["retain"])
-    torch.testing.assert_close(gradient(make("together", False)), forget + retain, rtol=0, atol=1e-9)
-    projected = gradient(make("projected", True))
+    torch.testing.assert_close(gradient(make("together", "sum")), forget + retain, rtol=0, atol=1e-9)
+    projected = gradient(make("projected", "projected"))
     expected = retain + forget - (forget @ retain) / (retain @ retain) * retain
     torch.testing.assert_close(projected, expected, rtol=0, atol=1e-9)
     assert abs(float((projected - retain) @ retain)) < 1e-9 < abs(float(forget @ retain))
@@ -275,4 +275,4 @@ def test_projection_takes_the_retain_direction_out_of_the_forget_gradient(tmp_pa
 
 def test_projection_needs_something_to_project_off(tmp_path, make_trainer):
     with pytest.raises(ValueError, match="needs a retain term"):
-        make_trainer(tmp_path, "ga", ADAMW, projected=True, batch_size=4, epochs=1).train()
+        make_trainer(tmp_path, "ga", ADAMW, combine="projected", batch_size=4, epochs=1).train()

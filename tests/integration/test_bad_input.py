@@ -193,7 +193,7 @@ MODEL_CASES = [
     (TINY + "reference_run={d}/folder", ["no rows/after"]),
     (TINY + "training.max_length=12", ["leaves no room", "max_length=12"]),
     (TINY + "adapter.target_modules=[query]", ["adapter", "query", "q_proj", "all-linear"]),
-    (TINY + "data.retain=", ["needs a retain set"]),
+    (TINY + "data.retain= data.anchors=none", ["needs a retain set"]),
 ]
 
 

@@ -52,7 +52,7 @@ def test_two_files_are_enough(place, capsys):
     assert "runs/unlearn/report.html" in printed
     out = place / "runs/unlearn"
     recipe = read_recipe(out / "recipe.yaml")
-    assert recipe.data.retain == "general:chat", "something holds the model in place"
+    assert (recipe.data.retain, recipe.data.anchors) == ("", "both"), "something holds the model in place"
     for when in ("before", "after"):
         for split in ("forget", "kept", "general"):
             score = scores(out, when)[split, "probability"]
@@ -60,7 +60,10 @@ def test_two_files_are_enough(place, capsys):
             assert score["n"] > 0
         assert scores(out, when)["text", "perplexity"]["n"] == 24
     record = json.loads((out / "record.json").read_text())
-    assert (record["steps"], record["n_forget"], record["n_retain"]) == (2, 8, 40)
+    assert (record["steps"], record["n_forget"]) == (2, 8)
+    assert record["stood_in"]["general:chat"] == 40
+    assert record["n_retain"] == sum(record["stood_in"].values())
+    assert "no retain set was given" in record["warnings"][0]
 
 
 def test_finetune_lowers_what_it_learns(place):

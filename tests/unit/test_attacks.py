@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from soul.attacks.quantize import Quantize
 from soul.attacks.relearn import Relearn
@@ -32,6 +33,16 @@ def test_rounded_weights_lie_on_their_rows_grid(make_model, data, bits):
     again = weight.clone()
     Quantize(bits)(model, data)
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, again)  # rounding twice is rounding once
+
+
+def test_layers_of_gpt2_are_rounded_by_output_too(data):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    weight = model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+    before = weight.detach().clone()  # (in, out)
+    Quantize(3)(model, data)
+    step = before.abs().amax(dim=0) / 3
+    torch.testing.assert_close(weight.detach(), (before / step).round() * step)
 
 
 def nll(model, data, picked):

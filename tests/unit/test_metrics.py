@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from soul.metrics import tofu
 from soul.metrics.stats import bootstrap_mean, bootstrap_of, harmonic_mean, ks_margin, ks_two_sided
 from soul.metrics.text import rouge_l_recall
+from soul.types import Row
 
 
 def test_bootstrap_mean_is_deterministic_and_names_its_method():
@@ -130,3 +132,89 @@ def test_rouge_by_hand():
     assert rouge_l_recall("answer true the", "the true answer") == pytest.approx(1 / 3)
     assert rouge_l_recall("", "the true answer") == 0.0
     assert rouge_l_recall("anything", "") == 0.0
+
+
+def plain_cluster_means(values, names, draws):
+    """Return the mean of all items in each draw of groups, by loops."""
+    order = list(dict.fromkeys(names))
+    items = [[v for v, n in zip(values, names, strict=True) if n == name] for name in order]
+    means = []
+    for picks in draws:
+        chosen = [v for g in picks for v in items[g]]
+        means.append(sum(chosen) / len(chosen))
+    return means
+
+
+def test_groups_are_drawn_whole():
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=47)
+    names = [f"author {i}" for i in rng.integers(9, size=47)]
+    score = bootstrap_mean(values, metric="m", split="s", seed=3, resamples=500, groups=names)
+    generator = np.random.default_rng(3)
+    draws = [generator.integers(9, size=9) for _ in range(500)]
+    means = plain_cluster_means(values.tolist(), names, draws)
+    assert (score.low, score.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    assert (score.value, score.n, score.method) == (pytest.approx(values.mean()), 47, "bootstrap(500, 9 groups)")
+
+
+def test_items_that_hang_together_make_wider_intervals():
+    rng = np.random.default_rng(6)
+    values, names = np.repeat(rng.normal(size=20), 20), np.repeat(np.arange(20), 20).tolist()
+    loose, grouped = (bootstrap_mean(values, metric="m", split="s", groups=g) for g in (None, names))
+    # twenty independent values, each seen twenty times: the interval is that of the twenty
+    assert (grouped.high - grouped.low) / (loose.high - loose.low) == pytest.approx(math.sqrt(20), rel=0.1)
+
+
+def test_intervals_over_groups_cover_the_truth_about_as_often_as_they_say():
+    hits = 0
+    for trial in range(200):
+        rng = np.random.default_rng(trial)
+        values = np.repeat(rng.normal(size=40), 5) + 0.3 * rng.normal(size=200)
+        names = np.repeat(np.arange(40), 5).tolist()
+        score = bootstrap_mean(values, metric="m", split="s", seed=trial, resamples=300, groups=names)
+        hits += score.low <= 0 <= score.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_names_that_do_not_repeat_or_are_empty_are_items():
+    values = [0.1, 0.5, 0.9, 0.3]
+    plain = bootstrap_mean(values, metric="m", split="s")
+    assert bootstrap_mean(values, metric="m", split="s", groups=["a", "b", "c", "d"]) == plain
+    assert bootstrap_mean(values, metric="m", split="s", groups=["", "", "", None]) == plain
+    mixed = bootstrap_mean(values, metric="m", split="s", groups=["a", "", "a", ""])
+    assert mixed.method == "bootstrap(2000, 3 groups)"
+    alone = bootstrap_mean(values, metric="m", split="s", groups=["a"] * 4)
+    assert (alone.method, math.isnan(alone.low), alone.n) == ("none", True, 4)
+    with pytest.raises(ValueError, match="4 items, but the groups of 3"):
+        bootstrap_mean(values, metric="m", split="s", groups=["a"] * 3)
+
+
+def test_bootstrap_of_draws_clusters_whole():
+    seen = []
+
+    def total(groups):
+        seen.append([group.tolist() for group in groups])
+        return float(groups[0].mean() - groups[1].mean())
+
+    left, right = [1.0, 1.0, 2.0, 3.0], [5.0, 6.0]
+    score = bootstrap_of(total, [left, right], metric="m", resamples=50, clusters=[["a", "a", "b", "c"], None])
+    assert score.method == "bootstrap(50, 5 groups)"
+    assert all(drawn.count(1.0) % 2 == 0 and len(other) == 2 for drawn, other in seen)
+    assert len({len(drawn) for drawn, _ in seen}) > 1
+    flat = bootstrap_of(total, [left, right], metric="m", resamples=50)
+    assert flat == bootstrap_of(total, [left, right], metric="m", resamples=50, clusters=[None, ["", ""]])
+    assert flat.method == "bootstrap(50)"
+    with pytest.raises(ValueError, match="one list, or None, each"):
+        bootstrap_of(total, [left, right], metric="m", clusters=[None])
+
+
+@pytest.mark.parametrize("true", [0.0, 0.5, 3.0, 800.0])
+def test_the_three_aggregations_of_a_truth_ratio(true):
+    row = Row(id="", subject="", prompt="", answer="", nll=true, tokens=1, wrong_nll=[1.0, 2.0])
+    right, wrong = math.exp(-true), math.exp(-1.5)
+    ratio = tofu.truth_ratio(row)
+    plain = math.inf if right == 0 else wrong / right
+    assert ratio == pytest.approx(plain)
+    assert tofu.truth_ratio_forget(ratio) == pytest.approx(min(plain, 1 / plain))
+    assert tofu.truth_ratio_utility(ratio) == pytest.approx(max(0.0, 1 - plain))
+    assert tofu.truth_ratio_share(ratio) == pytest.approx(right / (right + wrong))

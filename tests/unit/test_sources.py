@@ -168,7 +168,7 @@ def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch):
         asked.append(wanted)
         yield from (("row", row) for row in ROWS)
 
-    monkeypatch.setattr(sources, "_hub_rows", rows)
+    monkeypatch.setattr(sources, "hub_rows", rows)
     assert load_examples("owner/name", config="forget10", split="train", limit=1) == EXPECTED[:1]
     assert load_examples("owner/name,config=forget10, split=train,limit=1") == EXPECTED[:1]
     assert asked == [("owner/name", "train", "forget10")] * 2
@@ -192,7 +192,7 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def from_hub(split: str | None = None, config: str | None = None) -> list[Example]:
-    return [to_example(row, where) for where, row in sources._hub_rows("owner/name", split, config)]
+    return [to_example(row, where) for where, row in sources.hub_rows("owner/name", split, config)]
 
 
 def test_the_real_library_reads_a_data_set_of_the_hub(hub_folder: Path, capfd: pytest.CaptureFixture[str]):
@@ -291,6 +291,10 @@ def test_forget_and_retain_must_be_disjoint():
     check_disjoint(forget, [Example(forget[0].prompt, "I don't know.")])
     with pytest.raises(ValueError, match="2 of 4 forget items are also in the retain set, the first is 'Where was"):
         check_disjoint(forget, retain)
+    with pytest.raises(ValueError, match=r"2 of 4 forget items .* in the curvature set.* steps spare what they are to"):
+        check_disjoint(forget, retain, ("forget", "curvature"))
+    with pytest.raises(ValueError, match=r"unseen items are also in the retain set.*or the unseen set is not what its"):
+        check_disjoint(forget, retain, ("unseen", "retain"))
 
 
 @pytest.mark.skipif(not (REAL / "tofu").is_dir(), reason="real TOFU files are not beside the repository")

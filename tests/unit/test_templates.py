@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate
@@ -120,3 +123,91 @@ def test_key_names_the_content(template):
     assert row.key == template.encode(BORN, index=3).key
     assert row.key != template.encode(BORN, answer="In Graz.").key
     assert 0 <= row.key < 1 << 63
+
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}{{ '[system]Today is Monday.' + eos_token }}{% endif %}"
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+QWEN3 = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+
+
+def test_a_space_before_the_end_of_a_turn_is_not_its_end(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = LLAMA2
+    template = ChatTemplate(tokenizer)
+    assert template.end_of_turn == tokenizer.eos_token_id
+    assert decode(tokenizer, template.prompt_ids(BORN)) == "<|im_start|>[INST] Where was Mira Vale born? [/INST]"
+
+
+@pytest.mark.parametrize("history", [(), (("user", "Hello."), ("assistant", "Hi."))])
+def test_the_beginning_of_a_text_stays_where_an_invented_system_turn_goes(make_tokenizer, history):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = LLAMA3
+    text = decode(tokenizer, ChatTemplate(tokenizer).encode(Example("Who?", "Me.", history=history)).input_ids)
+    before = "[user]Hello.<|im_end|>[assistant]Hi.<|im_end|>" if history else ""
+    assert text == f"<|im_start|>{before}[user]Who?<|im_end|>[assistant]Me.<|im_end|>"
+
+
+def test_a_hybrid_model_is_asked_not_to_think(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = QWEN3
+    text = decode(tokenizer, ChatTemplate(tokenizer).encode(BORN).input_ids)
+    assert text.endswith("[assistant]<think></think>In Accra.<|im_end|>")
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+def test_what_the_tokenizer_puts_before_a_text_stays(make_tokenizer, chat_template):
+    tokenizer = make_tokenizer(template=chat_template)
+    ids = [("<|im_start|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=ids)
+    template = ChatTemplate(tokenizer)
+    for example in (Example("", "Frozen water."), Example("", "Frozen water.", chat=False)):
+        if example.chat and chat_template:
+            continue  # a chat template writes its own
+        row = template.encode(example)
+        assert list(row.input_ids).count(tokenizer.bos_token_id) == 1
+        assert row.input_ids[0] == tokenizer.bos_token_id
+
+
+def test_an_answer_follows_a_space_where_there_is_no_chat_template(make_tokenizer):
+    tokenizer = make_tokenizer(template=False)
+    row = ChatTemplate(tokenizer).encode(BORN)
+    assert decode(tokenizer, row.input_ids) == "Question: Where was Mira Vale born?\nAnswer: In Accra.<|im_end|>"
+    assert decode(tokenizer, row.input_ids[row.answer_start :]) == " In Accra.<|im_end|>"
+
+
+def test_sentencepiece_writes_one_space_before_an_answer():
+    inner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+    inner.decoder = decoders.Metaspace()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False)
+    inner.train_from_iterator(["Question: Ice is frozen water.\nAnswer: In Accra. a"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    for example in (Example("Ice", "In Accra."), Example("Ice is", "frozen water.", chat=False)):
+        row = ChatTemplate(tokenizer).encode(example)
+        text = tokenizer.convert_ids_to_tokens(list(row.input_ids[row.answer_start : -1]))
+        assert "".join(text) == "▁" + example.answer.replace(" ", "▁")
+
+
+def test_a_conversation_without_a_chat_template_is_kept(make_tokenizer):
+    tokenizer = make_tokenizer(template=False)
+    example = Example("Who?", "Me.", history=(("system", "Be brief."), ("user", "Hello."), ("assistant", "Hi.")))
+    text = decode(tokenizer, ChatTemplate(tokenizer).encode(example).input_ids)
+    assert text == "Be brief.\nQuestion: Hello.\nAnswer: Hi.\nQuestion: Who?\nAnswer: Me.<|im_end|>"
+
+
+def test_no_row_is_longer_than_the_model_has_positions(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 40
+    assert len(ChatTemplate(tokenizer).encode(Example("Who?", "A" * 80))) == 40
+    assert len(ChatTemplate(tokenizer, max_length=30).encode(Example("Who?", "A" * 80))) == 30

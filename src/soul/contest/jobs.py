@@ -225,7 +225,8 @@ class Contest:
         m, settings = self.matrix, self._settings(job)
         entry = m.entry(job.cell.optimizer)
         optimizer = None if entry.method else entry.spec(settings)
-        training = dataclasses.replace(m.training, save_steps=0, seed=m.seed, projected=entry.projected)
+        combine = "projected" if entry.projected else m.training.combine
+        training = dataclasses.replace(m.training, save_steps=0, seed=m.seed, combine=combine)
         checkpoints: list[int] = []
         if job.kind == "pilot":  # at the full rate from the first step
             every = int(optimizer.settings().get("every", 1)) if optimizer else 1  # whole moves

@@ -68,7 +68,7 @@ class Entry:
         label: What tables call it; the optimizer's or method's name by default.
         order: ``first`` or ``second``: whose side it is on.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
-        projected: Take the retain direction out of the forget gradient (``training.projected``; a control).
+        projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: the same data, no curvature).
     """
 

@@ -55,7 +55,7 @@ def load_sets(task: Task, request: str) -> Sets:
     for name in ("forget", "retain", "curvature"):
         source = task.source(name, request)
         if source:
-            check_disjoint(unseen, load_examples(source))
+            check_disjoint(unseen, load_examples(source), ("unseen", name))
     facts = {name: load_examples(source) for name, source in task.facts.items()}
     text = load_examples(task.source("text", request))
     return Sets(forget, load_examples(task.source("seen", request)), unseen, facts, text)

@@ -21,6 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Layer = nn.Linear | Conv1D
+"""A layer with Kronecker factors: ``y = W a + b``; GPT-2's ``Conv1D`` keeps ``W`` transposed, ``[I, O]``."""
 
 LARGEST = 16_384
 """Widest side of a factor: a 49,152-wide one (a vocabulary) would take 9.7 GB."""
@@ -31,7 +35,7 @@ ROUNDED = 0.01
 """Least damping at which a product may be rounded to bf16: with less, rounding puts back what was divided away."""
 
 
-def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, nn.Linear]:
+def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, Layer]:
     """Return the trainable linear layers that have Kronecker factors, by the name of the module.
 
     Left out are the language-model head, layers whose weight another module shares (a tied embedding), and layers with
@@ -47,7 +51,7 @@ def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, nn.Line
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, Conv1D))
         and module is not head
         and module.weight.requires_grad
         and users[id(module.weight)] == 1
@@ -55,19 +59,20 @@ def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, nn.Line
     }
 
 
-def pack(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def pack(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return weight and bias (or their gradients) as one matrix ``[O, I]``; ``[O, I + 1]`` where there is a bias."""
+    weight = weight.T if isinstance(layer, Conv1D) else weight
     if layer.bias is None or not layer.bias.requires_grad:
         return weight
     column = torch.zeros_like(layer.bias, dtype=weight.dtype) if bias is None else bias.to(weight.dtype)
     return torch.cat([weight, column[:, None]], dim=1)
 
 
-def unpack(layer: nn.Linear, matrix_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def unpack(layer: Layer, matrix_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Undo :func:`pack`."""
-    if layer.bias is None or not layer.bias.requires_grad:
-        return matrix_OI, None
-    return matrix_OI[:, :-1], matrix_OI[:, -1]
+    biased = layer.bias is not None and layer.bias.requires_grad
+    weight, bias = (matrix_OI[:, :-1], matrix_OI[:, -1]) if biased else (matrix_OI, None)
+    return weight.T if isinstance(layer, Conv1D) else weight, bias
 
 
 @dataclasses.dataclass
@@ -167,7 +172,7 @@ class KroneckerFactors:
 
     def _watch(self, name: str, mask: torch.Tensor | None) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            assert isinstance(layer, nn.Linear)
+            assert isinstance(layer, (nn.Linear, Conv1D))
             x = args[0]
             if self._last is not None and self._last[1] is x and self._like(name, self._last[0]):
                 self._same_input[name] = self._last[0]
@@ -183,7 +188,7 @@ class KroneckerFactors:
         return (self.layers[name].bias is None) == (self.layers[other].bias is None)
 
     @staticmethod
-    def _input_rows(layer: nn.Linear, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _input_rows(layer: Layer, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         rows = _real(_rows(x.detach()), mask)
         if layer.bias is not None and layer.bias.requires_grad:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)

@@ -12,8 +12,14 @@ from torch.utils.data import Dataset, Sampler
 from soul.data.templates import ChatTemplate, Encoded
 from soul.types import Example
 
-VIEWS = ("forget", "refusal", "retain")
-"""Roles a row of a batch can play; ``batch["view"]`` holds positions in this tuple."""
+VIEWS = ("forget", "refusal", "retain", "alternate", "mismatch", "retain_refusal")
+"""Roles a row of a batch can play; ``batch["view"]`` holds positions in this tuple.
+
+The question of a forget example comes with its own answer (``forget``), a refusal, one of its wrong answers
+(``alternate``) or the answer of a retain example (``mismatch``); that of a retain example with its own answer
+(``retain``) or a refusal (``retain_refusal``).
+"""
+_ABOUT_FORGET = ("forget", "refusal", "alternate", "mismatch")
 
 Batch = dict[str, torch.Tensor]
 Item = dict[str, Encoded]
@@ -115,11 +121,7 @@ class UnlearnDataset(Dataset[Item]):
         seed: int = 0,
         curvature: Sequence[Example] = (),
     ) -> None:
-        for view, examples, what in (("forget", forget, "a forget set"), ("retain", retain, "a retain set")):
-            if view in views and not examples:
-                raise ValueError(f"this objective needs {what}, and none was given")
-        if "refusal" in views and not (forget and refusals):
-            raise ValueError("this objective needs a forget set and at least one refusal")
+        _check_views(views, forget, retain, refusals)
         self.template, self.views, self.refusals, self.seed = template, tuple(views), tuple(refusals), seed
         self.examples = {"forget": list(forget), "retain": list(retain)}
         self.curvature = [template.encode(e, index=i) for i, e in enumerate(curvature)]
@@ -131,9 +133,10 @@ class UnlearnDataset(Dataset[Item]):
         partner = len(self.encoded["retain"]) if self.anchor == "forget" else 0
         self.pairing = Pairing(len(self.encoded[self.anchor]), partner, seed)
         self._refused: dict[tuple[int, int], Encoded] = {}
+        self._answered: dict[tuple[str, int, str], Encoded] = {}
 
     def _uses(self, name: str) -> bool:
-        return name in self.views or (name == "forget" and "refusal" in self.views)
+        return any(view in self.views for view in (_ABOUT_FORGET if name == "forget" else ("retain", "retain_refusal")))
 
     def __len__(self) -> int:
         return self.pairing.anchors
@@ -149,6 +152,12 @@ class UnlearnDataset(Dataset[Item]):
             item["refusal"] = self.refusal(epoch, anchor)
         if "retain" in self.views:
             item["retain"] = self.encoded["retain"][partner]
+        if "alternate" in self.views:
+            item["alternate"] = self.alternate(epoch, anchor)
+        if "mismatch" in self.views:
+            item["mismatch"] = self.mismatch(epoch, anchor)
+        if "retain_refusal" in self.views:
+            item["retain_refusal"] = self.retain_refusal(epoch, partner)
         return item
 
     def refusal(self, epoch: int, anchor: int) -> Encoded:
@@ -159,6 +168,29 @@ class UnlearnDataset(Dataset[Item]):
             self._refused[anchor, pick] = self.template.encode(example, answer=self.refusals[pick], index=anchor)
         return self._refused[anchor, pick]
 
+    def alternate(self, epoch: int, anchor: int) -> Encoded:
+        """Return the forget question with the wrong answer it gets in this epoch."""
+        example = self.examples["forget"][anchor]
+        pick = int(np.random.default_rng([self.seed, epoch, anchor, 4]).integers(len(example.wrong_answers)))
+        return self._answer("forget", anchor, example.wrong_answers[pick])
+
+    def mismatch(self, epoch: int, anchor: int) -> Encoded:
+        """Return the forget question with the answer of the retain example it gets in this epoch."""
+        others = self.examples["retain"]
+        pick = int(np.random.default_rng([self.seed, epoch, anchor, 6]).integers(len(others)))
+        return self._answer("forget", anchor, others[pick].answer)
+
+    def retain_refusal(self, epoch: int, partner: int) -> Encoded:
+        """Return the retain question with the refusal it gets in this epoch."""
+        pick = int(np.random.default_rng([self.seed, epoch, partner, 7]).integers(len(self.refusals)))
+        return self._answer("retain", partner, self.refusals[pick])
+
+    def _answer(self, name: str, index: int, answer: str) -> Encoded:
+        key = (name, index, answer)
+        if key not in self._answered:
+            self._answered[key] = self.template.encode(self.examples[name][index], answer=answer, index=index)
+        return self._answered[key]
+
     def length(self, anchor: int, partner: int) -> int:
         """Return the longest row of a pair, for length buckets."""
         lengths = [len(self.encoded[self.anchor][anchor])]
@@ -168,11 +200,34 @@ class UnlearnDataset(Dataset[Item]):
 
     def rows(self, view: str, epochs: int) -> list[Encoded]:
         """Return every distinct row that ``view`` shows in ``epochs`` epochs (what a reference has to know)."""
-        if view == "refusal":
-            rows = [self.refusal(e, a) for e in range(epochs) for a in range(len(self))]
-        else:
+        if view in self.encoded:
             rows = self.encoded[view]
+        elif view == "retain_refusal":
+            rows = [self.retain_refusal(e, p) for e in range(epochs) for p in range(len(self.encoded["retain"]))]
+        else:
+            rows = [getattr(self, view)(e, a) for e in range(epochs) for a in range(len(self))]
         return list({row.key: row for row in rows}.values())
+
+
+def _check_views(
+    views: Sequence[str], forget: Sequence[Example], retain: Sequence[Example], refusals: Sequence[str]
+) -> None:
+    """Make sure that the data hold what the objective looks at."""
+    for view, examples, what in (("forget", forget, "a forget set"), ("retain", retain, "a retain set")):
+        if view in views and not examples:
+            raise ValueError(f"this objective needs {what}, and none was given")
+    if "refusal" in views and not (forget and refusals):
+        raise ValueError("this objective needs a forget set and at least one refusal")
+    if "mismatch" in views and not (forget and retain):
+        raise ValueError("this objective needs a forget set, and a retain set to take other answers from")
+    if "alternate" in views:
+        lacking = [example.id or example.prompt for example in forget if not example.wrong_answers]
+        if lacking or not forget:
+            raise ValueError(
+                "this objective needs a forget set with other answers of the same kind (column perturbed_answer: a "
+                f"text or a list); {len(lacking)} of {len(forget)} examples have none"
+                + (f", for one {lacking[0]!r}" if lacking else "")
+            )
 
 
 class PairSampler(Sampler[list[tuple[int, int, int]]]):

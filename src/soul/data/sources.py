@@ -56,15 +56,15 @@ def load_examples(
         examples = _people(rest) if scheme == "people" else _general(rest)
         return examples[:limit]
     if isinstance(source, str) and "," in source and not Path(source).exists():
-        source, options = _options(source, split, config, limit)
+        source, options = source_options(source, split, config, limit)
         return load_examples(source, **options)
     path = Path(source).expanduser()
-    if not path.exists() and isinstance(source, str) and _is_hub_id(source):
-        rows = (_hub_rows(source, split, config),)
+    if not path.exists() and isinstance(source, str) and is_hub_id(source):
+        rows = (hub_rows(source, split, config),)
     else:
         if config is not None:
             raise ValueError(f"{source}: config={config!r} is for data sets of the hub; leave it out for local files")
-        rows = (_file_rows(file) for file in _files(path, split))
+        rows = (file_rows(file) for file in data_files(path, split))
     chained = itertools.islice(itertools.chain.from_iterable(rows), limit)
     examples = [to_example(row, where) for where, row in chained]
     if not examples:
@@ -72,7 +72,7 @@ def load_examples(
     return examples
 
 
-def _options(source: str, split: str | None, config: str | None, limit: int | None) -> tuple[str, dict[str, Any]]:
+def source_options(source: str, split: str | None, config: str | None, limit: int | None) -> tuple[str, dict[str, Any]]:
     """Read ``owner/name,config=...,split=...,limit=...`` into the source and the arguments it stands for."""
     options: dict[str, Any] = {"split": split, "config": config, "limit": limit}
     while match := re.fullmatch(r"(.+),\s*(split|config|limit)=([^,=]+)", source):
@@ -89,11 +89,18 @@ def _options(source: str, split: str | None, config: str | None, limit: int | No
     return source, options
 
 
-def check_disjoint(forget: Sequence[Example], retain: Sequence[Example]) -> None:
+def check_disjoint(
+    forget: Sequence[Example], retain: Sequence[Example], names: tuple[str, str] = ("forget", "retain")
+) -> None:
     """Make sure that nothing is to be forgotten and kept at once.
 
+    Args:
+        forget: A set.
+        retain: Another, which must share nothing with it.
+        names: What the two are called.
+
     Raises:
-        ValueError: A forget item (same turns, same answer) is also in retain.
+        ValueError: An item of the first set (same turns, same answer) is also in the second.
 
     Example:
         >>> check_disjoint([Example("Who is Ada?", "A poet.")], [Example("Who is Bo?", "A cook.")])
@@ -102,9 +109,13 @@ def check_disjoint(forget: Sequence[Example], retain: Sequence[Example]) -> None
     shared = [item for item in forget if (item.history, item.prompt, item.answer) in kept]
     if shared:
         first = f"{shared[0].prompt} {shared[0].answer}".strip()
+        why = {
+            ("forget", "retain"): "the model is asked to forget and to keep the same",
+            ("forget", "curvature"): "steps spare what they are to forget",
+        }.get(names, f"the {names[0]} set is not what its name says")
         raise ValueError(
-            f"{len(shared)} of {len(forget)} forget items are also in the retain set, the first is {first!r:.200}; "
-            "remove them from the retain set, or the model is asked to forget and to keep the same"
+            f"{len(shared)} of {len(forget)} {names[0]} items are also in the {names[1]} set, the first is "
+            f"{first!r:.200}; remove them from the {names[1]} set, or {why}"
         )
 
 
@@ -145,11 +156,12 @@ def _general(name: str) -> list[Example]:
     return _GENERAL[name]()
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Say whether a source reads as ``owner/name`` and is no data file."""
     return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in _READERS
 
 
-def _files(path: Path, split: str | None) -> list[Path]:
+def data_files(path: Path, split: str | None) -> list[Path]:
     """Return the file itself, or the files of a folder that ``split`` names (shards of one split in order)."""
     if not path.exists():
         folder = path.parent
@@ -178,7 +190,8 @@ def _files(path: Path, split: str | None) -> list[Path]:
     return chosen
 
 
-def _file_rows(path: Path) -> Numbered:
+def file_rows(path: Path) -> Numbered:
+    """Yield the rows of a data file, as they are, with where they are."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; known: {', '.join(_READERS)}")
@@ -268,7 +281,8 @@ def _decoded(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _hub_rows(source: str, split: str | None, config: str | None) -> Numbered:
+def hub_rows(source: str, split: str | None, config: str | None) -> Numbered:
+    """Yield the rows of a data set of the hub, as they are, with where they are."""
     try:
         import datasets
     except ImportError as error:

@@ -9,10 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from soul.data.guard import carried_prompt
 from soul.types import Example
 
 _PROMPT = "\x02soul-prompt\x03"
 _ANSWER = "\x02soul-answer\x03"
+_PLAIN = {"user": "Question: {}\n", "assistant": "Answer: {}\n"}
+"""Turns of a conversation for a model without a chat template."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,15 @@ class ChatTemplate:
 
     The model's chat template is rendered without the system turn that some templates invent where a conversation has
     none (SmolLM2's default one turns 46 tokens a question into 78): it appears only where an example carries a system
-    turn itself. A tokenizer with no chat template falls back to ``Question: ...\nAnswer: ...``. The answer ends with
-    the token that ends a turn, which is trained on and scored; padding is masked by length, so it stays visible where
-    pad is eos.
+    turn itself. Hybrid models (Qwen3) are asked not to think first. A tokenizer with no chat template falls back
+    to ``Question: ...\nAnswer: ...``. What the tokenizer itself puts before a text (Llama's and Gemma's bos) stays.
+    The answer ends with the token that ends a turn, which is trained on and scored; padding is masked by length, so it
+    stays visible where pad is eos.
 
     Attributes:
         tokenizer: The model's tokenizer.
-        max_length: Longest sequence; longer ones lose the end of their answer.
+        max_length: Longest sequence, where the tokenizer's ``model_max_length`` is no shorter; longer ones lose the end
+            of their answer.
 
     Example:
         >>> template = ChatTemplate(tokenizer)  # doctest: +SKIP
@@ -77,22 +82,18 @@ class ChatTemplate:
         """
         head = self.prompt_ids(example, prompt)
         body = example.answer if answer is None else answer
-        if (
-            not example.chat
-            and example.prompt
-            and head
-            and not body[:1].isspace()
-            and not example.prompt[-1:].isspace()
-        ):
-            body = " " + body
+        # A word follows the prompt of a completion, and "Answer:", but not what a chat template writes.
+        joined = bool(example.prompt and head) if not example.chat else self._frame[0] is None
+        spaced = joined and not body[:1].isspace() and not (not example.chat and example.prompt[-1:].isspace())
+        tail = self._after_space(body) if spaced else self._ids(body)
         # A passage of plain text is a piece cut out of something longer: no end is learned after it.
-        tail = self._ids(body) + ([self.end_of_turn] if example.chat or example.prompt else [])
-        ids = (head + tail)[: self.max_length]
+        tail += [self.end_of_turn] if example.chat or example.prompt else []
+        ids = (head + tail)[: self.limit]
         start = max(1, len(head))  # the very first token of a text has nothing before it to be predicted from
         if start >= len(ids):
             raise ValueError(
                 f"example {example.id or index!r}: the prompt has {len(head)} tokens and leaves no room for an answer "
-                f"in max_length={self.max_length}; shorten it or raise max_length"
+                f"in max_length={self.limit}; shorten it or raise max_length"
             )
         return Encoded(tuple(ids), start, index)
 
@@ -103,17 +104,29 @@ class ChatTemplate:
             bos: Any = self.tokenizer.bos_token_id
             # A chat model's bos is often its start-of-turn marker, which does not belong before plain text.
             lead = [bos] if bos is not None and not self.tokenizer.chat_template else []
-            return lead + self._ids(text)
+            return (self._lead or lead) + self._ids(self._said_before + text)
         before, between = self._frame
         if before is None or between is None:
-            return self._ids(f"Question: {text}\nAnswer:")
+            said = "".join(_PLAIN.get(role, "{}\n").format(content) for role, content in example.history)
+            return self._lead + self._ids(f"{self._said_before}{said}Question: {text}\nAnswer:")
         if example.history:
             turns = [{"role": role, "content": content} for role, content in example.history]
             rendered = self._render([*turns, {"role": "user", "content": text}])
             if example.history[0][0] != "system":
-                rendered = rendered.replace(self._system_prefix, "", 1)
+                rendered = rendered.replace(self._system_turn, "", 1)
             return self._ids(rendered)
         return self._ids(before + text.strip() + between)
+
+    @property
+    def _said_before(self) -> str:
+        """The prompt that the tokenizer carries, for texts that no chat template goes around."""
+        prompt = carried_prompt(self.tokenizer)
+        return prompt and f"{prompt}\n\n"
+
+    @property
+    def limit(self) -> int:
+        """Longest sequence: more than the model has positions for is of no use, and breaks one that learns them."""
+        return min(self.max_length, self.tokenizer.model_max_length)
 
     @property
     def pad(self) -> int:
@@ -132,8 +145,9 @@ class ChatTemplate:
             turns = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _ANSWER}]
             after = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).partition(_ANSWER)[2]
             ids = self._ids(after)
-            if ids:
-                return ids[0]
+            if ids:  # Llama 2 writes a space first, which is no end
+                special = set(self.tokenizer.all_special_ids)
+                return next((i for i in ids if i in special), ids[0])
         eos: Any = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token before use")
@@ -145,11 +159,13 @@ class ChatTemplate:
         if not self.tokenizer.chat_template:
             return None, None
         before, _, between = self._render([{"role": "user", "content": _PROMPT}]).partition(_PROMPT)
-        return before.removeprefix(self._system_prefix), between
+        return before.replace(self._system_turn, "", 1), between
 
     @functools.cached_property
-    def _system_prefix(self) -> str:
+    def _system_turn(self) -> str:
         """The system turn the template invents, found by rendering with and without an own one."""
+        if carried_prompt(self.tokenizer):  # not invented: it is what the model was given to forget by
+            return ""
         bare = self._render([{"role": "user", "content": _PROMPT}])
         system = {"role": "system", "content": _ANSWER}
         try:
@@ -159,11 +175,31 @@ class ChatTemplate:
             return ""
         tail = alone.partition(_ANSWER)[2]  # what closes a system turn
         if head and bare.startswith(head) and bare.endswith(rest) and rest.startswith(tail) and len(bare) > len(rest):
-            return bare[: len(bare) - len(rest)] + tail
+            turn = bare[: len(bare) - len(rest)] + tail
+            bos: Any = self.tokenizer.bos_token or ""
+            # Llama 3's bos begins the text and stays; ChatML's "bos" begins every turn, the user's too.
+            return turn if rest[len(tail) :].startswith(bos) else turn.removeprefix(bos)
         return ""
 
     def _render(self, turns: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return str(
+            self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )  # a template without that switch does not look at it
+        )
+
+    @functools.cached_property
+    def _lead(self) -> list[int]:
+        """What the tokenizer puts before every text by itself."""
+        whole: Any = self.tokenizer("a")
+        ids, bare = list(whole["input_ids"]), self._ids("a")
+        starts = (i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+        return ids[: next(starts, 0)]
+
+    def _after_space(self, text: str) -> list[int]:
+        """Return the tokens of ``text`` as they follow a word, where SentencePiece has one space, not two."""
+        word, both = self._ids("a"), self._ids("a " + text)
+        return both[len(word) :] if both[: len(word)] == word else self._ids(" " + text)
 
     def _ids(self, text: str) -> list[int]:
         encoded: Any = self.tokenizer(text, add_special_tokens=False)

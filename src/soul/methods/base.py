@@ -49,6 +49,12 @@ class Method(abc.ABC):
     name: ClassVar[str]
     views: ClassVar[tuple[str, ...]] = ("forget", "retain")
     """The sets it looks at, and so cannot do without."""
+    changes_weights: ClassVar[bool] = True
+    """Whether forgetting is in the weights: where it is not, it is in what the tokenizer carries."""
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the result must know; nothing by default."""
+        return []
 
     @abc.abstractmethod
     def __call__(self, model: Any, data: UnlearnDataset, *, progress: Progress = silent, log: Log = unheard) -> Any:

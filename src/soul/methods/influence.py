@@ -64,7 +64,8 @@ class Influence(Method):
         parameters: ``linear`` moves the weights of linear layers inside the model; ``all`` everything trainable. A
             token that no retain row holds has no curvature, and ``all`` moves its embedding as far as damping lets it.
             The Kronecker inverses cover linear layers only.
-        curvature_rows: Retain examples in an estimate of the curvature, drawn anew for each.
+        curvature_rows: Retain examples in an estimate of the curvature, drawn anew for each; of ``data.curvature``
+            where that is given.
         probe_rows: Retain examples that the KL is measured on; never among those of the curvature, unless there is
             only one.
         batch_tokens: Padded tokens in a micro-batch.
@@ -143,7 +144,7 @@ class Influence(Method):
         order = np.random.default_rng([data.seed, 8]).permutation(len(rows))
         cut = min(self.probe_rows, max(1, len(rows) // 3))
         probe, rest = [rows[i] for i in order[:cut]], [rows[i] for i in order[cut:]]
-        return probe, rest or probe
+        return probe, data.curvature or rest or probe
 
 
 class _Run:

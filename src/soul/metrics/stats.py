@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,11 +26,16 @@ def bootstrap_mean(
     seed: int = 0,
     resamples: int = 2000,
     better: str = "",
+    groups: Sequence[Hashable] | None = None,
 ) -> Score:
     """Return the mean of ``values`` with its percentile bootstrap interval (Efron 1979).
 
     ``[q(.025), q(.975)]`` of ``mean(values[i_1 .. i_n])``, with ``i`` drawn uniformly with replacement. Items count as
     independent: where several ask about one person, the interval speaks of these questions, not of new persons.
+
+    With ``groups`` it speaks of new persons: whole groups are drawn, as many as there are, and the mean is that of all
+    items in them (cluster bootstrap; Davison and Hinkley 1997, section 3.8). An item whose group is empty (``""`` or
+    None) is a group of its own.
 
     Args:
         values: One number an item, shape ``(n,)``.
@@ -38,12 +44,15 @@ def bootstrap_mean(
         seed: Seed of the resampling.
         resamples: How many means the quantiles are taken of.
         better: ``"higher"``, ``"lower"`` or ``""``.
+        groups: The group of each item, e.g. ``[row["subject"] for row in rows]``; where none repeats, items are drawn.
 
     Returns:
-        The score. One item, or a value that is not a number, has a mean but no interval.
+        The score, whose ``n`` counts items. One item or one group, or a value that is not a number, has a mean but no
+        interval.
 
     Raises:
-        ValueError: ``values`` is empty or not one-dimensional, or ``resamples`` is less than 1.
+        ValueError: ``values`` is empty or not one-dimensional, ``groups`` has another length, or ``resamples`` is less
+            than 1.
 
     Example:
         >>> str(bootstrap_mean([0.0, 1.0, 1.0, 1.0], metric="accuracy", split="test"))
@@ -53,9 +62,14 @@ def bootstrap_mean(
     if items.ndim != 1 or items.size == 0:
         raise ValueError(f"{metric} on {split!r} needs a list of at least one number, got shape {items.shape}")
     _check(resamples)
+    members = _members(groups, len(items), metric)
     mean, n = float(items.mean()), int(items.size)
-    if n == 1 or math.isnan(mean):
+    if n == 1 or math.isnan(mean) or (members and len(members) == 1):
         return Score(metric, split, mean, n, seed=seed, better=better)
+    if members:
+        sums = np.array([[items[picked].sum(), len(picked)] for picked in members])
+        score = bootstrap_of(_ratio, [sums], metric=metric, split=split, seed=seed, resamples=resamples, better=better)
+        return dataclasses.replace(score, value=mean, n=n, method=f"bootstrap({resamples}, {len(members)} groups)")
     rng = np.random.default_rng(seed)
     block = max(1, _DRAWS // n)
     means = [
@@ -74,6 +88,7 @@ def bootstrap_of(
     seed: int = 0,
     resamples: int = 2000,
     better: str = "",
+    clusters: Sequence[Sequence[Hashable] | None] | None = None,
 ) -> Score:
     """Return ``fn(groups)`` with the percentile bootstrap interval of an aggregate of several sets.
 
@@ -88,12 +103,13 @@ def bootstrap_of(
         seed: Seed of the resampling.
         resamples: How many aggregates the quantiles are taken of.
         better: ``"higher"``, ``"lower"`` or ``""``.
+        clusters: For each group the cluster (author, document) of each of its items, or None where items are drawn.
 
     Returns:
-        The score, whose ``n`` counts the items of all groups. No interval where every group is of one item.
+        The score, whose ``n`` counts the items of all groups. No interval where every group is of one item or cluster.
 
     Raises:
-        ValueError: There is no group, one is empty, or ``resamples`` is less than 1.
+        ValueError: There is no group, one is empty, ``clusters`` has other lengths, or ``resamples`` is less than 1.
 
     Example:
         >>> score = bootstrap_of(lambda g: float(g[0].max()), [np.array([1.0, 2.0])], metric="max")
@@ -104,14 +120,26 @@ def bootstrap_of(
     if not arrays or any(array.ndim == 0 or len(array) == 0 for array in arrays):
         raise ValueError(f"{metric} needs at least one group and at least one item in each")
     _check(resamples)
+    named = clusters or [None] * len(arrays)
+    if len(named) != len(arrays):
+        raise ValueError(
+            f"{metric} has {len(arrays)} groups and clusters of {len(named)}: give one list, or None, each"
+        )
+    members = [_members(names, len(array), metric) for names, array in zip(named, arrays, strict=True)]
+    units = [len(picked) if picked else len(array) for picked, array in zip(members, arrays, strict=True)]
     value, n = float(fn(arrays)), sum(len(array) for array in arrays)
-    if all(len(array) == 1 for array in arrays) or math.isnan(value):
+    if all(count == 1 for count in units) or math.isnan(value):
         return Score(metric, split, value, n, seed=seed, better=better)
     rng = np.random.default_rng(seed)
     draws = np.empty(resamples)
     for i in range(resamples):
-        draws[i] = fn([array[rng.integers(len(array), size=len(array))] for array in arrays])
-    return _score(value, draws, n, metric=metric, split=split, seed=seed, better=better)
+        drawn = [rng.integers(count, size=count) for count in units]
+        picks = [np.concatenate([of[j] for j in d]) if of else d for d, of in zip(drawn, members, strict=True)]
+        draws[i] = fn([array[pick] for array, pick in zip(arrays, picks, strict=True)])
+    score = _score(value, draws, n, metric=metric, split=split, seed=seed, better=better)
+    if not any(members):
+        return score
+    return dataclasses.replace(score, method=f"bootstrap({resamples}, {sum(units)} groups)")
 
 
 def harmonic_mean(values: ArrayLike) -> float:
@@ -180,6 +208,23 @@ def ks_margin(n: int, m: int, level: float = LEVEL) -> float:
         raise ValueError(f"a margin needs items on both sides and a level in (0, 1), got {n}, {m}, {level}")
     root = math.sqrt(math.log(4 / (1 - level)) / 2)
     return root / math.sqrt(n) + root / math.sqrt(m)
+
+
+def _members(names: Sequence[Hashable] | None, n: int, metric: str) -> list[NDArray[np.intp]] | None:
+    """Return the positions of each group's items, in order of first appearance; None where every item is its own."""
+    if names is None:
+        return None
+    if len(names) != n:
+        raise ValueError(f"{metric} has {n} items, but the groups of {len(names)}")
+    found: dict[Hashable, list[int]] = {}
+    for i, name in enumerate(names):
+        found.setdefault((i,) if name is None or name == "" else ("", name), []).append(i)
+    return None if len(found) == n else [np.array(picked, dtype=np.intp) for picked in found.values()]
+
+
+def _ratio(groups: list[Array]) -> float:
+    total, count = groups[0].sum(axis=0)
+    return float(total / count)
 
 
 def _check(resamples: int) -> None:

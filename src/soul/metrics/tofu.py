@@ -117,6 +117,18 @@ def truth_ratio_forget(ratio: float) -> float:
     return 0.0 if ratio == 0 else float(np.minimum(ratio, 1.0 / ratio))
 
 
+def truth_ratio_share(ratio: float) -> float:
+    """Return ``1 / (1 + R)``, the true answer's share ``p(true) / (p(true) + mean_j p(wrong_j))``.
+
+    A third aggregation, which OpenUnlearning calls ``prob_mean``: unlike the other two it never saturates.
+
+    Example:
+        >>> truth_ratio_share(3.0)
+        0.25
+    """
+    return 1.0 / (1.0 + ratio)
+
+
 def utility_groups(rows_by_split: Mapping[str, Sequence[Row]], definition: Definition = "leaderboard") -> list[Array]:
     """Return, for each utility split, probability, ROUGE-L recall and ``max(0, 1-R)`` of each row.
 

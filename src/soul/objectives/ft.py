@@ -23,7 +23,7 @@ class FineTune(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.retain == "none":
-            raise ValueError("ft has nothing but its retain term: retain must be nll or kl")
+            raise ValueError(f"{self.name} has nothing but its retain term: retain must be nll, kl or hidden")
 
     def forget_term(self, answers: Answers, logps_N: torch.Tensor, reference: Reference) -> torch.Tensor:
         """Return 0: there is no forget term."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
 
 from soul.forward import Answers
-from soul.objectives.base import Objective
+from soul.objectives.base import Objective, Retain
 from soul.reference import Reference
 from soul.registry import OBJECTIVES
 
@@ -32,4 +31,4 @@ class GradDiff(Objective):
 class GradAscent(GradDiff):
     """Ascend on the forget answers alone: ``L = -mean NLL(forget)``. Destroys the model soon; a baseline."""
 
-    retain: Literal["nll", "kl", "none"] = "none"
+    retain: Retain = "none"

@@ -12,6 +12,7 @@ from typing import Any, cast
 from soul.types import Row, Score
 
 FORMAT = 1
+SCORE_FORMATS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +205,10 @@ def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...]]:
     if not path.is_file():
         return (), ()
     data = _parse(_text(path), str(path))
+    if data.get("format", 1) not in SCORE_FORMATS:  # the first had no number
+        raise ValueError(
+            f"{path}: format must be one of {SCORE_FORMATS}, not {data['format']!r}; was it written by a newer version?"
+        )
     before, after = (
         tuple(_score(item, f"{path}: {stage}") for item in _get(data, stage, list, [], str(path)))
         for stage in ("before", "after")

@@ -1,0 +1,350 @@
+"""From a finished run to a folder that others can load: weights, tokenizer, a card, and proof that they are its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from soul.data import hub
+from soul.evaluate import EvaluationSpec, evaluate
+from soul.machine import environment
+from soul.models import OFFLINE, ModelSpec, load_model, save_model
+from soul.recipe import Recipe, read_recipe
+from soul.report.card import CardFacts, Checked, model_card
+from soul.report.record import RunRecord, read_run
+from soul.run import default_benchmark
+from soul.rundir import write_json
+from soul.types import Example, Row
+
+MARKER = "soul_export.json"
+"""Written last: a folder that holds it was loaded and measured again."""
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSpec:
+    """What to export of a run.
+
+    Attributes:
+        dtype: Dtype of the exported weights; that of the run by default. bf16 takes half the space and rounds: by how
+            much likelihoods move is measured and said.
+        adapter: Export the adapter alone, of a run that kept one (``adapter.merge: false``).
+        card: Write a model card.
+        show_data: Let the card quote what was asked and where the data came from, which may name people.
+        examples: Examples of each split to measure again; 0 for all.
+        tolerance: Largest difference of a likelihood that counts as the same, in nats a token (relative above 1);
+            only where run and export are both fp32.
+        rounding: Largest mean difference of a split where they are not.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    adapter: bool = False
+    card: bool = True
+    show_data: bool = False
+    examples: int = 64
+    tolerance: float = 1e-4
+    rounding: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.examples < 0:
+            raise ValueError(f"examples must be 0 (all) or more, not {self.examples}")
+        if not (self.tolerance > 0 and self.rounding > 0):
+            raise ValueError(f"tolerance and rounding must be above 0, not {self.tolerance} and {self.rounding}")
+
+
+def export(run: Path, out: Path, spec: ExportSpec | None = None, *, progress: Progress | None = None) -> list[Checked]:
+    """Write the model of ``run`` into ``out``, load it from there, and measure it again.
+
+    The folder appears when its likelihoods agree with the rows that the run recorded, ``rows/after``; the same call on
+    a folder of the same export returns what was found then.
+
+    Args:
+        run: A finished, measured run directory.
+        out: The folder to write.
+        spec: What to export.
+        progress: Called with (what, done, of).
+
+    Returns:
+        What was measured, by split.
+
+    Raises:
+        ValueError: ``run`` is not finished or was not measured, its data have changed, ``out`` holds other things, or
+            what was exported does not measure as the run did.
+
+    Example:
+        >>> export(Path("runs/request"), Path("exported"))  # doctest: +SKIP
+    """
+    spec, tick = spec or ExportSpec(), progress or _silent
+    record, recipe = _finished(run)
+    if spec.adapter and not (run / "model" / "adapter_config.json").is_file():
+        raise ValueError(f"{run} kept no adapter (its recipe has adapter.merge: true, or none): leave out --adapter")
+    dtype = spec.dtype or recipe.model.dtype
+    how: dict[str, Any] = {"dtype": dtype, "adapter": spec.adapter}
+    described = {"run": _digest(run / "record.json"), **how}
+    if (out / MARKER).is_file():
+        return _earlier(out, described)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} holds other things: choose another --out")
+    picked = _picked(run, recipe, record, spec.examples)
+    part = out.with_name(out.name + ".part")
+    try:
+        tick("writing", 0, 1)
+        _write(run / "model", part, dataclasses.replace(recipe.model, dtype=dtype), spec.adapter)
+        tick("writing", 1, 1)
+        checked = _measure(part, dataclasses.replace(recipe.model, dtype=dtype), recipe.evaluation, picked, tick)
+        _compare(checked, spec, exact=dtype == recipe.model.dtype == "float32")
+        if spec.card:
+            origin = dataclasses.asdict(lineage(recipe.model.path))
+            facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
+            (part / "README.md").write_text(model_card(record, facts), encoding="utf-8")
+        files = {file.name: _digest(file) for file in sorted(part.iterdir())}
+        found = [dataclasses.asdict(c) for c in checked]
+        write_json(part / MARKER, described | {"checked": found, "files": files, "soul": environment()["soul"]})
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return checked
+
+
+def _silent(_what: str, _done: int, _of: int) -> None:
+    """Show no progress."""
+
+
+def _finished(run: Path) -> tuple[RunRecord, Recipe]:
+    record = read_run(run)
+    if not (run / "model").is_dir() or not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} holds no model of its own: give the run directory of `soul unlearn` or `finetune`")
+    if not record.rows_after:
+        raise ValueError(
+            f"{run} was not measured, so there is nothing to check an export by: give its command again without "
+            "--no-evaluate"
+        )
+    return record, read_recipe(run / "recipe.yaml")
+
+
+def _earlier(out: Path, described: Mapping[str, Any]) -> list[Checked]:
+    """Return what was found when ``out`` was exported, if it holds the same and nobody touched it."""
+    marker = json.loads((out / MARKER).read_text(encoding="utf-8"))
+    if any(marker.get(key) != value for key, value in described.items()):
+        raise ValueError(f"{out} holds another export: choose another --out, or delete that folder")
+    changed = [
+        name
+        for name, digest in marker["files"].items()
+        if name != "README.md" and (not (out / name).is_file() or _digest(out / name) != digest)  # a card may be edited
+    ]
+    if changed:
+        raise ValueError(f"{out} was changed since it was checked ({', '.join(changed)}): delete that folder")
+    return [Checked(**found) for found in marker["checked"]]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+Picked = dict[str, tuple[list[Example], list[Row]]]
+
+
+def _picked(run: Path, recipe: Recipe, record: RunRecord, examples: int) -> Picked:
+    """Return examples of each split, spread evenly over it, with the rows that the run recorded for them.
+
+    Raises:
+        ValueError: The data are not those of the run any more, or none has a likelihood.
+    """
+    benchmark = recipe.benchmark or default_benchmark(recipe)
+    picked: Picked = {}
+    for name, sources in (benchmark.splits() if benchmark else {}).items():
+        rows = list(record.rows_after.get(name, ()))
+        if [(r["prompt"], r["answer"]) for r in rows] != [(e.prompt, e.answer) for e in sources]:
+            raise ValueError(
+                f"the data of split {name!r} are not those that {run} was measured on, so the export cannot be checked"
+            )
+        known = [i for i, row in enumerate(rows) if row.get("tokens") and not math.isnan(row["nll"])]
+        step = max(1, -(-len(known) // examples)) if examples else 1
+        if known:
+            picked[name] = [sources[i] for i in known[::step]], [rows[i] for i in known[::step]]
+    if not picked:
+        raise ValueError(
+            f"{run} has no likelihoods in rows/after to check an export by: measure it on another benchmark"
+        )
+    return picked
+
+
+def _write(model_folder: Path, part: Path, spec: ModelSpec, adapter: bool) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    if adapter:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(model_folder, part)
+        return
+    model, tokenizer = load_model(dataclasses.replace(spec, path=str(model_folder)))
+    save_model(model, tokenizer, part)
+
+
+def _measure(
+    folder: Path, spec: ModelSpec, evaluation: EvaluationSpec, picked: Picked, tick: Progress
+) -> list[Checked]:
+    """Load what was written and measure its likelihoods."""
+    model, tokenizer = load_model(dataclasses.replace(spec, path=str(folder)))
+    splits = {name: examples for name, (examples, _) in picked.items()}
+    only = dataclasses.replace(evaluation, generate=False)
+    rows = evaluate(model, tokenizer, splits, spec=only, progress=lambda what, d, n: tick(f"export, {what}", d, n))
+    return [_checked(name, recorded, rows[name]) for name, (_, recorded) in picked.items()]
+
+
+def _checked(split: str, recorded: Sequence[Row], found: Sequence[Row]) -> Checked:
+    before, after = (sum(row["nll"] for row in rows) / len(rows) for rows in (recorded, found))
+    apart = [
+        abs(x - y) / max(1.0, abs(x)) if math.isfinite(x) and math.isfinite(y) else (0.0 if x == y else math.inf)
+        for old, new in zip(recorded, found, strict=True)
+        for x, y in zip(_likelihoods(old, new), _likelihoods(new, old), strict=True)
+    ]
+    return Checked(split, len(found), before, after, max(apart))
+
+
+def _likelihoods(row: Row, other: Row) -> list[float]:
+    """Return the row's likelihoods, of the kinds that the other has too."""
+    values = [row["nll"]]
+    if "paraphrased_nll" in row and "paraphrased_nll" in other:
+        values.append(row["paraphrased_nll"])
+    if "wrong_nll" in row and "wrong_nll" in other:
+        values += row["wrong_nll"]
+    return values
+
+
+def _compare(checked: Sequence[Checked], spec: ExportSpec, *, exact: bool) -> None:
+    """Make sure that what was exported says what the run's model said.
+
+    Raises:
+        ValueError: It does not.
+    """
+    for c in checked:
+        apart, most = (c.largest, spec.tolerance) if exact else (abs(c.after - c.before), spec.rounding)
+        if not apart <= most:
+            raise ValueError(
+                f"what was exported does not measure as the run did: on {c.split!r} the NLL is {c.after:.5f} where the "
+                f"run has {c.before:.5f} ({'largest' if exact else 'mean'} difference {apart:.2g}, allowed {most:g}). "
+                "Were the run's weights changed since, or its rows measured on other hardware? Nothing was kept."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """What a model began as.
+
+    Attributes:
+        base: Its hub id; empty where it was a local folder or file.
+        licence: Its licence as its card names it; empty where unknown.
+        dequantized: Whether it was read from a GGUF file, whose weights are near the base's and not equal to them.
+    """
+
+    base: str = ""
+    licence: str = ""
+    dequantized: bool = False
+
+
+def lineage(path: str) -> Lineage:
+    """Return what the model at ``path``, or the first of a line of runs there, began as.
+
+    Example:
+        >>> lineage("smollm2-135m").base
+        'HuggingFaceTB/SmolLM2-135M-Instruct'
+    """
+    for _ in range(16):  # a run of a run of a run
+        local = Path(path).expanduser()
+        run = local.parent if local.name == "model" else local
+        if not (run / "recipe.yaml").is_file():
+            break
+        path = read_recipe(run / "recipe.yaml").model.path
+    gguf = path.endswith(".gguf") or (path in OFFLINE and importlib.util.find_spec(OFFLINE[path][0]) is not None)
+    path = OFFLINE[path][1] if path in OFFLINE else path
+    local = Path(path).expanduser()
+    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf"):
+        return Lineage("", _licence(local / "README.md"), gguf)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    with contextlib.suppress(OSError, HFValidationError), hub.no_retries():
+        return Lineage(path, _licence(Path(hf_hub_download(path, "README.md"))), gguf)
+    return Lineage(path, "", gguf)
+
+
+def _licence(card: Path) -> str:
+    """Return the licence that the YAML head of a model card names."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        text = card.read_text(encoding="utf-8")
+        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+        if isinstance(head, dict) and isinstance(head.get("license"), str):
+            return head["license"]
+    return ""
+
+
+def check_push(repo: str) -> None:
+    """Make sure that a push can be tried, before anything is written.
+
+    Raises:
+        ValueError: ``repo`` is no ``owner/name``, there is no token, or the hub cannot be reached.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"--push {repo}: {error}") from error
+    if repo.count("/") != 1:
+        raise ValueError(f"--push needs owner/name, not {repo!r}")
+    if not get_token():
+        raise ValueError("--push needs a token of the hub: set HF_TOKEN, or give `hf auth login`")
+    if not hub.reachable():
+        raise ValueError("--push: the hub cannot be reached; export without it, and give the same command later")
+
+
+def push(folder: Path, repo: str, *, private: bool = True) -> str:
+    """Upload an export to the hub and return its address.
+
+    Args:
+        folder: A folder that :func:`export` made.
+        repo: ``owner/name``; made if it is not there.
+        private: Make a new repository private.
+
+    Raises:
+        ValueError: The folder was not checked, is an adapter for a model that is not on the hub, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    check_push(repo)
+    if not (folder / MARKER).is_file():
+        raise ValueError(f"{folder} holds no checked export: make it with `soul export RUN --out {folder}`")
+    adapter = folder / "adapter_config.json"
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
+    if base in OFFLINE or Path(base).is_absolute():
+        raise ValueError(
+            f"the adapter in {folder} belongs to {base}, which is not on the hub, so nobody else could load it: export "
+            "without --adapter"
+        )
+    api = HfApi(library_name="soul-unlearning")
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with soul export")
+    except (OSError, ValueError) as error:  # what the hub refuses, and what the network does
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"cannot push to {repo}: {reason} The export in {folder} is whole.") from error
+    return f"https://huggingface.co/{repo}"

@@ -1,0 +1,147 @@
+"""Answers in batches, greedy or sampled, each row stopping at its end-of-turn token."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from soul.data.batches import length_batches
+from soul.data.templates import ChatTemplate
+from soul.types import Ask
+
+Count = Callable[[int, int], None]
+Chooser = Callable[[Sequence[int]], LogitsProcessor]
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Any,
+    template: ChatTemplate,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    rows: int,
+    chooser: Chooser | None = None,
+    progress: Count | None = None,
+) -> list[str]:
+    """Return an answer to each prompt, in batches of similar length.
+
+    Args:
+        model: A causal language model.
+        template: How its text becomes tokens.
+        prompts: Tokens of each prompt.
+        max_new_tokens: Longest answer.
+        rows: Prompts in a batch.
+        chooser: From the prompts of a batch (positions in ``prompts``) to what leaves one token to choose at each
+            position; the most likely one by default.
+        progress: Called with (done, of).
+    """
+    texts = [""] * len(prompts)
+    device = next(model.parameters()).device
+    done = 0
+    for group in length_batches([len(p) for p in prompts], 1 << 30, rows):
+        width = max(len(prompts[i]) for i in group)
+        room = template.tokenizer.model_max_length - width  # a model that learned its positions has no more
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {width} tokens leaves no room for an answer in the model's "
+                f"{template.tokenizer.model_max_length} positions; shorten it"
+            )
+        pad = template.pad
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group], device=device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=device)
+        chosen: dict[str, Any] = {"logits_processor": LogitsProcessorList([chooser(group)])} if chooser else {}
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=min(max_new_tokens, room),
+            do_sample=False,
+            eos_token_id=template.end_of_turn,
+            pad_token_id=pad,
+            **chosen,
+        )
+        for i, tokens in zip(group, out[:, width:].tolist(), strict=True):
+            if template.end_of_turn in tokens:
+                tokens = tokens[: tokens.index(template.end_of_turn)]
+            texts[i] = str(template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        done += len(group)
+        if progress:
+            progress(done, len(prompts))
+    return texts
+
+
+def sample_answers(
+    model: Any,
+    template: ChatTemplate,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    ask: Ask,
+    *,
+    max_new_tokens: int,
+    rows: int,
+    progress: Count | None = None,
+) -> list[list[str]]:
+    """Return ``ask.samples`` sampled answers to each prompt.
+
+    Every draw inverts the cumulative distribution at a number that depends on (seed, name, sample, position) alone.
+    The batch a prompt is in therefore changes nothing but the rounding of the logits, which moves a draw only where it
+    falls on the border between two tokens.
+
+    Args:
+        model: A causal language model.
+        template: How its text becomes tokens.
+        prompts: Tokens of each prompt.
+        names: Name of each prompt, from which its draws follow.
+        ask: Samples, temperature, top-p and seed.
+        max_new_tokens: Longest answer.
+        rows: Answers in a batch.
+        progress: Called with (done, of), in answers.
+    """
+    many = [prompt for prompt in prompts for _ in range(ask.samples)]
+    draws = [_draws(ask.seed, name, k, max_new_tokens) for name in names for k in range(ask.samples)]
+
+    def chooser(group: Sequence[int]) -> LogitsProcessor:
+        return _Draw(np.stack([draws[i] for i in group]), ask.temperature, ask.top_p)
+
+    texts = continue_prompts(
+        model, template, many, max_new_tokens=max_new_tokens, rows=rows, chooser=chooser, progress=progress
+    )
+    return [texts[i : i + ask.samples] for i in range(0, len(texts), ask.samples)]
+
+
+def _draws(seed: int, name: str, sample: int, length: int) -> np.ndarray:
+    """Return numbers in [0, 1), the same in every process; a longer list begins with a shorter one."""
+    digest = hashlib.blake2b(f"{seed}:{sample}:{name}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big")).random(length)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row: the one in whose share of the probability the row's next draw falls."""
+
+    def __init__(self, draws_BT: np.ndarray, temperature: float, top_p: float) -> None:
+        self.draws_BT, self.temperature, self.top_p, self.position = draws_BT, temperature, top_p, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return scores of 0 for the token drawn and -inf for all others."""
+        assert len(scores) == len(input_ids) == len(self.draws_BT)
+        # cumulative sums of a hundred thousand shares need float64; not every accelerator has it
+        shares = (scores.cpu().double() / self.temperature).softmax(-1)
+        order = None
+        if self.top_p < 1:
+            shares, order = shares.sort(dim=-1, descending=True, stable=True)
+            # the token that crosses the line stays
+            shares = shares.masked_fill(shares.cumsum(-1) - shares >= self.top_p, 0.0)
+        ends = shares.cumsum(-1)
+        at = torch.from_numpy(self.draws_BT[:, self.position, None]) * ends[:, -1:]
+        # below the end, to which rounding may lift it: then what is drawn has a share
+        at = at.minimum(ends[:, -1:].nextafter(torch.zeros((), dtype=at.dtype)))
+        chosen = torch.searchsorted(ends, at, right=True)
+        if order is not None:
+            chosen = order.gather(-1, chosen)
+        self.position += 1
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen.to(scores.device), 0.0)

@@ -1,0 +1,79 @@
+"""Fine-tuning inside a method: the trainer's own loop, on examples of the method's choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from soul.data.batches import UnlearnDataset
+from soul.methods.base import Log, Progress
+from soul.models import without_autocast
+from soul.objectives.ft import FineTune
+from soul.optim.adamw import AdamWSpec
+from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer
+from soul.types import Example
+
+
+def fine_tune(
+    model: Any,
+    data: UnlearnDataset,
+    examples: Sequence[Example],
+    training: TrainingSpec,
+    optimizer: AdamWSpec,
+    *,
+    what: str,
+    progress: Progress,
+    log: Log,
+) -> int:
+    """Train ``model`` in place on ``examples`` with AdamW, and leave it otherwise as it was given.
+
+    Args:
+        model: Only what is trainable changes.
+        data: Whose template, lengths and seed are used.
+        examples: What it learns.
+        training: Length and batches; no checkpoints are kept.
+        optimizer: Learning rate and weight decay.
+        what: What progress is called.
+        progress: Called after each step.
+        log: Called after each step with ``step``, ``nll`` (nats a token), ``learning_rate`` and ``seconds``.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        ValueError: There are no examples.
+        LostModelError: The loss is no longer a number.
+    """
+    settings = dataclasses.replace(training, seed=data.seed, save_steps=0)
+    dataset = UnlearnDataset(data.template, (), examples, ("retain",), seed=data.seed)
+    free, was_training = {p: p.requires_grad for p in model.parameters()}, model.training
+    steps = 0
+
+    def note(step: int, of: int, record: dict[str, float]) -> None:
+        nonlocal steps
+        steps = step
+        progress(what, step, of)
+        numbers = {name: record[name] for name in ("learning_rate", "seconds")}
+        log({"step": step, "nll": record["retain"], **numbers})
+
+    lines = LogCallback(None, note)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = UnlearnTrainer(
+                model,
+                settings.arguments(folder, next(model.parameters()).device.type),
+                dataset=dataset,
+                objective=FineTune(),
+                optimizer=optimizer,
+                training=settings,
+                callbacks=[lines],
+            )
+            lines.trainer = trainer
+            trainer.train()
+    finally:
+        without_autocast(model).train(was_training)
+        for p, wanted in free.items():
+            p.requires_grad_(wanted)
+    return steps

@@ -1,0 +1,92 @@
+"""What is loaded besides the language model: its tokenizer alone, and classifiers that judge what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from soul.data import hub
+from soul.models import FAILURES, reason_of, resolve
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer without its weights.
+
+    Args:
+        path: As :attr:`soul.models.ModelSpec.path`.
+
+    Raises:
+        ValueError: Nothing can be loaded from there.
+
+    Example:
+        >>> load_tokenizer("smollm2-135m").eos_token  # doctest: +SKIP
+        '<|im_end|>'
+    """
+    try:
+        with hub.no_retries():
+            return AutoTokenizer.from_pretrained(resolve(path))
+    except FAILURES as error:
+        raise ValueError(f"cannot load a tokenizer from {path!r}: {reason_of(path, error)}") from error
+
+
+def load_text_classifier(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a sequence classifier, in eval mode, and its tokenizer.
+
+    Args:
+        path: A hub id such as ``"unitary/toxic-bert"``, or a local folder.
+
+    Raises:
+        ValueError: Nothing can be loaded from there, or weights are missing.
+    """
+    hf_logging.disable_progress_bar()
+    try:
+        with hub.no_retries():
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except FAILURES as error:
+        raise ValueError(f"cannot load a classifier from {path!r}: {reason_of(path, error)}") from error
+    model, found = loaded
+    if found["missing_keys"]:  # a language model without a trained head would answer at random
+        raise ValueError(
+            f"cannot load a classifier from {path!r}: its head is missing there; give a trained classifier"
+        )
+    return model.eval(), tokenizer
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Load a model's configuration without its weights; a GGUF file is converted once, as for a run.
+
+    Args:
+        path: As :attr:`soul.models.ModelSpec.path`.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ValueError: There is no configuration.
+    """
+    try:
+        with hub.no_retries():
+            folder = resolve(path)
+            adapter = Path(folder) / "adapter_config.json"
+            if adapter.is_file():
+                folder = resolve(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except FAILURES as error:
+        raise ValueError(f"cannot load a configuration from {path!r}: {reason_of(path, error)}") from error
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """Return the causal language model of a configuration on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -1,0 +1,204 @@
+"""The model card of an exported run: what was asked, how it was done, and the scores with their intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from soul.report.record import RunRecord
+from soul.types import Score
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()|~^$:@]|(?<=www)\.)", re.IGNORECASE)
+_PRIVATE = ("data", "benchmark", "label", "reference_run")
+"""Sections of a recipe that may name people, files or machines."""
+_VERSIONS = ("soul", "python", "torch", "transformers", "accelerate", "peft", "numpy", "device")
+HIDDEN = "(not shown)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What measuring an exported model again found on one split.
+
+    Attributes:
+        split: The split.
+        n: Examples measured again.
+        before: Mean NLL that the run recorded for them, nats a token.
+        after: Mean NLL of what was exported.
+        largest: Largest absolute difference of any likelihood, paraphrases and wrong answers among them.
+    """
+
+    split: str
+    n: int
+    before: float
+    after: float
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+    """What a card says beyond the run's own record.
+
+    Attributes:
+        title: Name of the exported model.
+        base: Hub id of the model it began as; empty where that is a local folder or file.
+        licence: The base's licence as its card names it; empty where unknown.
+        dequantized: Whether the base was read from a GGUF file.
+        dtype: Dtype of the exported weights.
+        adapter: Whether only an adapter was exported.
+        checked: What measuring again found.
+        show_data: Quote what was asked, and the data sources, in full.
+    """
+
+    title: str
+    base: str = ""
+    licence: str = ""
+    dequantized: bool = False
+    dtype: str = "float32"
+    adapter: bool = False
+    checked: Sequence[Checked] = ()
+    show_data: bool = False
+
+
+def escaped(text: str) -> str:
+    r"""Return ``text`` so that Markdown and HTML show it as it is, on one line.
+
+    Example:
+        >>> print(escaped("<b>*x*</b>\n| y"))
+        &lt;b&gt;\*x\*&lt;/b&gt; \| y
+    """
+    return _MARKDOWN.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def model_card(record: RunRecord, facts: CardFacts) -> str:
+    """Return the card as Markdown with a YAML head.
+
+    Unless ``facts.show_data`` is set, nothing of the forget set is in it: no subject, no source, no label, no rows. The
+    same record and facts give the same bytes.
+    """
+    parts = [_head(record, facts), f"# {escaped(facts.title)}\n", _about(record, facts), _results(record)]
+    parts += [_again(facts), _warnings(record, facts), _recipe(record, facts), _made_with(record)]
+    return "\n".join(part for part in parts if part)
+
+
+def _head(record: RunRecord, facts: CardFacts) -> str:
+    tags = ["machine-unlearning", "soul", *[t for t in (record.objective, record.optimizer, record.method) if t]]
+    head: dict[str, Any] = {"library_name": "peft" if facts.adapter else "transformers"}
+    head |= {"pipeline_tag": "text-generation", "tags": tags}
+    if facts.base:
+        head["base_model"] = facts.base
+    if facts.licence:
+        head["license"] = facts.licence
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _about(record: RunRecord, facts: CardFacts) -> str:
+    done = record.method or f"{record.objective} with {record.optimizer}"
+    asked = f"Forget {record.n_forget} items." if record.n_forget else f"Learn {record.n_retain or 'some'} items."
+    base = facts.base or (record.model if facts.show_data else "a local model")
+    what = "An adapter for" if facts.adapter else "A version of"
+    lines = [
+        f"{what} {escaped(base)} that was made to forget data by machine unlearning."
+        if record.n_forget
+        else f"{what} {escaped(base)}.",
+        "",
+        f"- **Asked:** {escaped(record.asked if facts.show_data and record.asked else asked)}",
+        f"- **Done:** {escaped(done)}" + (f", {record.steps} steps" if record.steps is not None else ""),
+        f"- **Kept beside it:** {record.n_retain} items" if record.n_forget and record.n_retain else "",
+        f"- **Weights:** {facts.dtype}, safetensors",
+        f"- **Licence of the base:** {escaped(facts.licence) if facts.licence else 'not found; ask its owner'}",
+    ]
+    return "\n".join(line for i, line in enumerate(lines) if line or i == 1) + "\n"
+
+
+def _number(value: float) -> str:
+    return "not measured" if math.isnan(value) else f"{value:.4g}"
+
+
+def _with_interval(score: Score | None) -> str:
+    if score is None:
+        return ""
+    known = not (math.isnan(score.low) or math.isnan(score.high))
+    return _number(score.value) + (f" [{_number(score.low)}, {_number(score.high)}]" if known else "")
+
+
+def _results(record: RunRecord) -> str:
+    if not record.after:
+        return "## Results\n\nThis run was not measured.\n"
+    before = {(s.split, s.metric): s for s in record.before}
+    lines = ["## Results", "", "| Split | Metric | Before | After | n | Better |", "|---|---|---|---|---|---|"]
+    for score in record.after:
+        cells = [escaped(score.split or "all"), escaped(score.metric)]
+        cells += [_with_interval(before.get((score.split, score.metric))), _with_interval(score), str(score.n)]
+        lines.append(f"| {' | '.join([*cells, escaped(score.better)])} |")
+    methods = sorted({(s.method, s.level, s.seed) for s in record.after if s.method != "none"})
+    how = "; ".join(f"{level:.0%}, {escaped(method)}, seed {seed}" for method, level, seed in methods)
+    return "\n".join([*lines, "", f"Intervals: {how or 'none'}.\n"])
+
+
+def _again(facts: CardFacts) -> str:
+    if not facts.checked:
+        return ""
+    lines = [
+        "## Measured again after export",
+        "",
+        "The exported files were loaded and their likelihoods compared with those that the run recorded.",
+        "",
+        "| Split | n | NLL, run | NLL, export | Largest difference |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {escaped(c.split)} | {c.n} | {c.before:.5f} | {c.after:.5f} | {c.largest:.2g} |" for c in facts.checked
+    ]
+    return "\n".join([*lines, "", "NLL is in nats a token of the answer.\n"])
+
+
+def _warnings(record: RunRecord, facts: CardFacts) -> str:
+    lines = [f"- {escaped(warning)}" for warning in record.warnings]
+    lines += [
+        f"- Not met: {escaped(check.name)} ({_number(check.value)})" for check in record.checks if not check.passed
+    ]
+    if facts.dequantized:
+        lines.append("- The base was read from a GGUF file and dequantized: its weights are near the published ones.")
+    if record.n_forget:
+        lines.append(
+            "- Unlearning changes what a model says; it is no proof that nothing is left. Fine-tuning or quantization "
+            "can bring back what was forgotten, and other wordings may ask for it."
+        )
+    return "\n".join(["## Warnings", "", *lines, ""]) if lines else ""
+
+
+def _recipe(record: RunRecord, facts: CardFacts) -> str:
+    try:
+        tree = yaml.safe_load(record.recipe) if record.recipe else None
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        return ""
+    if not facts.show_data:
+        tree = {key: _hide(value) if key in _PRIVATE else value for key, value in tree.items()}
+        model = tree.get("model")
+        if isinstance(model, dict):  # a path may tell of a machine
+            tree["model"] = model | {"path": facts.base or HIDDEN}
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"## Recipe\n\n{fence}yaml\n{text}{fence}\n"
+
+
+def _hide(value: Any) -> Any:
+    """Return the same tree with its texts hidden; a component keeps its name."""
+    if isinstance(value, Mapping):
+        return {k: v if k == "name" else _hide(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_hide(item) for item in value]
+    return HIDDEN if isinstance(value, str) and value else value
+
+
+def _made_with(record: RunRecord) -> str:
+    found = [f"{name} {record.environment[name]}" for name in _VERSIONS if name in record.environment]
+    return f"## Made with\n\n{escaped(', '.join(found))}\n" if found else ""

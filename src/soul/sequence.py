@@ -1,0 +1,89 @@
+"""Deletion requests one after another, each on the model that the one before left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from soul.recipe import Recipe
+from soul.run import execute
+
+Progress = Callable[[str, int, int], None]
+
+
+def run_sequence(
+    recipe: Recipe, requests: Sequence[str], out: Path, *, progress: Progress | None = None, evaluate_it: bool = True
+) -> list[Path]:
+    """Forget one source after another, and measure after each: MUSE's sustainability (arXiv 2407.06460, section 3).
+
+    Request ``k`` is a run of its own, in ``out/request-k``: the recipe, with the ``k``-th source to forget and, from
+    the second on, the model that request ``k - 1`` left. References (NPO's) are therefore of that model, and what the
+    requests before took away is not given back. What was measured after one request is what is measured before the
+    next, and is not measured twice. The same call continues what was interrupted.
+
+    Args:
+        recipe: The run; its ``data.forget`` is not looked at.
+        requests: What to forget, a source each (see :func:`soul.data.sources.load_examples`).
+        out: Folder of the runs.
+        progress: Called with (what, done, of).
+        evaluate_it: Measure before the first request and after each; otherwise only train and save.
+
+    Returns:
+        The run directories, in order.
+
+    Raises:
+        ValueError: There is no request, the same one is given twice, an adapter is kept apart from its weights, or a
+            run is refused (:func:`soul.run.execute`).
+
+    Example:
+        >>> run_sequence(recipe, ["sust_1.jsonl", "sust_2.jsonl"], Path("runs/sust"))  # doctest: +SKIP
+    """
+    if not requests:
+        raise ValueError("a sequence needs at least one source to forget")
+    twice = [source for i, source in enumerate(requests) if source in requests[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is to be forgotten twice: a sequence is of different requests")
+    if recipe.adapter is not None and not recipe.adapter.merge:
+        raise ValueError("a sequence changes the same weights again and again: set adapter.merge=true")
+    folders: list[Path] = []
+    for k, source in enumerate(requests, 1):
+        folder = out / f"request-{k}"
+        step = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, forget=source))
+        if folders:
+            step = dataclasses.replace(step, model=dataclasses.replace(recipe.model, path=str(folders[-1] / "model")))
+            measured = folders[-1] / "rows/after"
+            if evaluate_it and measured.is_dir() and not (folder / "rows/before").exists():
+                _copy(measured, folder / "rows/before")
+        execute(step, folder, progress=_named(progress, k, len(requests)), evaluate_it=evaluate_it)
+        folders.append(folder)
+    return folders
+
+
+def sequence_scores(folders: Sequence[Path]) -> list[list[dict[str, Any]]]:
+    """Return the scores before the first request, and after each.
+
+    Raises:
+        ValueError: A run was not measured.
+    """
+    found = []
+    for folder in folders:
+        if not (folder / "scores.json").is_file():
+            raise ValueError(f"{folder} has no scores.json: run the sequence with measurements")
+        found.append(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+    return [found[0]["before"], *(scores["after"] for scores in found)] if found else []
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder so that it is either whole or absent."""
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    part.replace(target)
+
+
+def _named(progress: Progress | None, k: int, of: int) -> Progress | None:
+    return progress and (lambda what, done, n: progress(f"request {k}/{of}, {what}", done, n))

@@ -1,0 +1,76 @@
+"""What a step leaves in the log."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from soul.types import LostModelError
+
+if TYPE_CHECKING:
+    from soul.trainer import UnlearnTrainer
+
+
+class LogCallback(TrainerCallback):
+    """Writes one JSON line a step: loss terms, learning rate, seconds, and what the rule reports.
+
+    ``seconds`` holds all of a step; ``curvature_seconds`` is there where a curvature pass came before it, and is its
+    share.
+
+    Args:
+        path: File to write; lines of steps that a resumed run repeats are dropped.
+        progress: Called with (step, total steps, record) after each step.
+    """
+
+    def __init__(self, path: Path | None, progress: Any = None) -> None:
+        self.path, self.progress = path, progress
+        self.records: list[dict[str, float]] = []
+        self.trainer: UnlearnTrainer | None = None
+        self._started = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last step out of the next one's seconds."""
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
+        """Read back the lines of the steps a resumed run has behind it."""
+        if self.path is not None and self.path.is_file():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            self.records = [r for r in lines if r["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        """Write the step's line, and stop a run whose loss is no longer a number."""
+        assert self.trainer is not None
+        now = time.perf_counter()
+        terms = self.trainer.last_terms
+        weights = self.trainer.term_weights
+        record: dict[str, float] = {"step": state.global_step, **terms}
+        record["loss"] = sum(weights[name] * value for name, value in terms.items())
+        if self.trainer.objective.retain_schedule.kind != "constant":
+            record["retain_weight"] = weights["retain"]
+        record.update(self.trainer.update_rule.metrics())
+        if self.trainer.trust:
+            record.update(self.trainer.trust.last)
+        record["learning_rate"] = self.trainer.update_rule.param_groups[0]["lr"]
+        record["seconds"] = round(now - self._started, 4)
+        if self.trainer.curvature_seconds is not None:
+            record["curvature_seconds"] = round(self.trainer.curvature_seconds, 4)
+        self._started = now
+        self.records.append(record)
+        if self.path is not None:
+            with self.path.open("a") as log:
+                log.write(json.dumps(record) + "\n")
+        if not np.isfinite(record["loss"]):
+            raise LostModelError(
+                f"the loss is {record['loss']} at step {state.global_step}: the model is lost; lower optimizer.lr "
+                f"(now {self.trainer.rule.lr}) or raise objective.retain_weight"
+            )
+        if self.progress is not None:
+            self.progress(state.global_step, state.max_steps, record)

@@ -1,0 +1,35 @@
+"""What is registered can be listed without importing it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from soul.registry import ATTACKS, BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
+
+
+@pytest.mark.parametrize("registry", [OBJECTIVES, OPTIMIZERS, METHODS, BENCHMARKS, ATTACKS], ids=lambda r: r.kind)
+def test_summaries_read_from_sources_are_those_of_the_classes(registry: Registry) -> None:
+    assert registry.summaries() == {name: registry.summary(name) for name in registry.names()}
+    assert all(registry.summaries().values())
+
+
+def test_a_component_of_another_distribution_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        name = "theirs"
+
+        @staticmethod
+        def load() -> type:
+            return type("Theirs", (), {"__doc__": "Does it their way.\n\nMore."})
+
+    monkeypatch.setattr("soul.registry.entry_points", lambda group: [Point])
+    assert Registry("attack", "soul.attacks").summaries()["theirs"] == "Does it their way."
+
+
+def test_listing_imports_no_torch() -> None:
+    script = "import sys; from soul.cli import main; main(['list']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "grad_diff" in done.stdout
+    assert done.stdout.strip().endswith("False")
