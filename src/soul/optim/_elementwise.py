@@ -256,9 +256,13 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
+def piece_size(device: str) -> int:
+    """Return the most coordinates that a sweep on ``device`` works on at a time."""
+    return CPU_CHUNK_PER_THREAD * torch.get_num_threads() if device == "cpu" else DEVICE_CHUNK
+
+
 def _piece_size(p: torch.Tensor) -> int:
-    size = CPU_CHUNK_PER_THREAD * torch.get_num_threads() if p.device.type == "cpu" else DEVICE_CHUNK
-    return min(size, max(1, p.numel()))
+    return min(piece_size(p.device.type), max(1, p.numel()))
 
 
 def _state_dtype(p: torch.Tensor) -> torch.dtype:

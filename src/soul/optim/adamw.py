@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from soul.optim._elementwise import check_above, check_common
 from soul.optim._torch import TorchRule, fusable, tensors
 from soul.optim.base import OptimizerSpec
+from soul.optim.cost import RuleCost, plain_cost
 from soul.registry import OPTIMIZERS
 
 
@@ -81,3 +82,10 @@ class AdamWSpec(OptimizerSpec):
         """Return :class:`AdamW` over ``params``."""
         del model
         return AdamW(params, **self.settings())
+
+    def cost(
+        self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
+    ) -> RuleCost:
+        """Return the cost of two numbers a coordinate, in the parameters' dtype."""
+        del model, device
+        return plain_cost(params, slots=2, scalars=1)

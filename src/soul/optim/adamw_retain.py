@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from soul.curvature.spec import CurvatureSpec
 from soul.optim._diagonal import DiagonalRule
-from soul.optim._elementwise import Kernel, check_above, check_between, check_common, move
+from soul.optim._elementwise import Kernel, check_above, check_between, check_common, move, piece_size
 from soul.optim.base import CurvatureOptimizerSpec
+from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
 
 
@@ -135,3 +136,10 @@ class AdamWRetainSpec(CurvatureOptimizerSpec):
         """Return :class:`AdamWRetain` over ``params``."""
         del model
         return AdamWRetain(params, **self.settings())
+
+    def cost(
+        self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
+    ) -> RuleCost:
+        """Return the cost of two fp32 numbers a coordinate."""
+        del model
+        return elementwise_cost(params, slots=len(AdamWRetain.slots), written=1, piece=piece_size(device), scalars=1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from soul.curvature.spec import CurvatureSpec
+from soul.optim.cost import RuleCost, probed_cost
 
 
 class UpdateRule(torch.optim.Optimizer):
@@ -111,6 +112,24 @@ class OptimizerSpec(abc.ABC):
         self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None
     ) -> UpdateRule:
         """Return the torch optimizer over ``params`` (parameters, or torch's parameter groups) of ``model``."""
+
+    def cost(self, params: Sequence[torch.Tensor], model: nn.Module | None = None, device: str = "cpu") -> RuleCost:
+        """Return what the rule will take in memory and arithmetic, from shapes and dtypes alone.
+
+        A rule declares it here, as a formula. Of one that does not, the state is found from a step on tiny tensors.
+
+        Args:
+            params: The trainable parameters; tensors on the meta device do.
+            model: The model they are of, likewise.
+            device: Where the rule is to run.
+
+        Raises:
+            ValueError: The rule declares nothing, and cannot make a step on a tensor alone.
+        """
+        del device
+        if self.needs_modules:
+            raise ValueError(f"{self.name} watches the model's layers and declares no cost(): its memory is not known")
+        return probed_cost(lambda tensors: self.build(tensors, model), params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from soul.curvature.kronecker import EigenInverse
 from soul.curvature.spec import CurvatureSpec
+from soul.optim._kronecker_cost import kronecker_cost
+from soul.optim.cost import RuleCost
 from soul.optim.kfac import KFACSpec
 from soul.optim.kronecker import KroneckerRule
 from soul.registry import OPTIMIZERS
@@ -41,3 +44,9 @@ class EKFACSpec(KFACSpec):
         """Return the rule over ``params`` of ``model``."""
         factors = self.factors_of(model, outputs=True)
         return self.rule(params, factors, EigenInverse(factors, self.damping), self.newton)
+
+    def cost(self, params: Sequence[torch.Tensor], model: nn.Module | None = None, device: str = "cpu") -> RuleCost:
+        """Return the cost of momentum, both factors, their eigenbases and the moments along them."""
+        del device
+        assert model is not None, "a rule that watches layers is planned with its model"
+        return kronecker_cost(params, model, "eigen", diagonal=self.others == "diagonal", every=self.every)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,8 @@ from torch import nn
 from soul.curvature.kronecker import KroneckerInverse
 from soul.machine import has_bf16
 from soul.optim._elementwise import check_between
+from soul.optim._kronecker_cost import kronecker_cost
+from soul.optim.cost import RuleCost
 from soul.optim.kronecker import KroneckerRule, KroneckerSpec
 from soul.registry import OPTIMIZERS
 
@@ -46,3 +48,16 @@ class KFACSpec(KroneckerSpec):
         rounded = self.products == "auto" and weight.dtype == torch.float32 and has_bf16(weight.device.type)
         inverse = KroneckerInverse(factors, self.damping, products=torch.bfloat16 if rounded else None)
         return self.rule(params, factors, inverse, self.newton)
+
+    def cost(self, params: Sequence[torch.Tensor], model: nn.Module | None = None, device: str = "cpu") -> RuleCost:
+        """Return the cost of momentum, both factors of each layer and their inverses."""
+        assert model is not None, "a rule that watches layers is planned with its model"
+        return kronecker_cost(
+            params,
+            model,
+            "both",
+            diagonal=self.others == "diagonal",
+            every=self.every,
+            damping=self.damping,
+            rounds_on=device if self.products == "auto" and all(p.dtype == torch.float32 for p in params) else "",
+        )

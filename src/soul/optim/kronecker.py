@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, pack, unpack
+from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, Layer, pack, unpack
 from soul.curvature.spec import CurvatureSpec
 from soul.machine import memory_of
 from soul.optim._elementwise import check_above, check_between, check_common, check_last_group
@@ -307,7 +307,7 @@ class KroneckerRule(UpdateRule):
             self.preconditioner.load_state(parts["eigen"])
 
 
-def _parameters(layer: nn.Linear) -> list[torch.Tensor]:
+def _parameters(layer: Layer) -> list[torch.Tensor]:
     return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
 

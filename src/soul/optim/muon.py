@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from soul.optim._elementwise import check_above, check_between, check_common
 from soul.optim._torch import TorchRule, fusable
 from soul.optim.base import OptimizerSpec
+from soul.optim.cost import RuleCost, plain_cost
 from soul.optim.groups import embedding_ids
 from soul.registry import OPTIMIZERS
 
@@ -160,3 +161,24 @@ class MuonSpec(OptimizerSpec):
     ) -> Muon:
         """Return :class:`Muon` over ``params``, with embeddings and head as ``model`` has them."""
         return Muon(params, **self.settings(), model=model)
+
+    def cost(
+        self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
+    ) -> RuleCost:
+        """Return the cost of one number a coordinate of matrices, two of the rest, and the iterations in bf16.
+
+        One iteration on ``[m, n]`` with ``m <= n`` is ``X X^T``, its square and a product with ``X``:
+        ``4 m^2 n + 2 m^3`` operations.
+        """
+        del device
+        flat = embedding_ids(model)
+        matrices = [p for p in params if p.ndim == 2 and id(p) not in flat]
+        rest = plain_cost([p for p in params if p.ndim != 2 or id(p) in flat], slots=2, scalars=1)
+        ours = plain_cost(matrices, slots=1)
+        sides = [sorted(p.shape) for p in matrices]
+        return RuleCost(
+            state=ours.state + rest.state,
+            step=max((p.numel() * (p.itemsize + 6) + 4 * min(p.shape) ** 2 for p in matrices), default=0),
+            traffic=ours.traffic + rest.traffic,
+            products=self.ns_steps * sum(4 * m * m * n + 2 * m**3 for m, n in sides),
+        )

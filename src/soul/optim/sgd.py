@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from soul.optim._elementwise import check_common, host_scalar
 from soul.optim._torch import TorchRule, fusable, tensors
 from soul.optim.base import OptimizerSpec
+from soul.optim.cost import RuleCost, plain_cost
 from soul.registry import OPTIMIZERS
 
 
@@ -103,3 +104,10 @@ class SGDSpec(OptimizerSpec):
         """Return :class:`SGD` over ``params``."""
         del model
         return SGD(params, **self.settings())
+
+    def cost(
+        self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
+    ) -> RuleCost:
+        """Return the cost of one number a coordinate, in the parameters' dtype; of none without momentum."""
+        del model, device
+        return plain_cost(params, slots=1 if self.momentum else 0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from soul.optim._elementwise import ElementwiseRule, Kernel, check_common, move
+from soul.optim._elementwise import ElementwiseRule, Kernel, check_common, move, piece_size
 from soul.optim.base import OptimizerSpec
+from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
 
 
@@ -77,3 +78,10 @@ class SignumSpec(OptimizerSpec):
         """Return :class:`Signum` over ``params``."""
         del model
         return Signum(params, **self.settings())
+
+    def cost(
+        self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
+    ) -> RuleCost:
+        """Return the cost of one fp32 number a coordinate."""
+        del model
+        return elementwise_cost(params, slots=len(Signum.slots), written=1, piece=piece_size(device))

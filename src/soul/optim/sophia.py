@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 
 from soul.optim._diagonal import DiagonalRule, Ratio, average
-from soul.optim._elementwise import Direction, Kernel, check_above, check_between, check_common, host_scalar, move
+from soul.optim._elementwise import (
+    Direction,
+    Kernel,
+    check_above,
+    check_between,
+    check_common,
+    host_scalar,
+    move,
+    piece_size,
+)
 from soul.optim._metrics import systematic_views
 from soul.optim.base import CurvatureOptimizerSpec
+from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
 
 Clip = Literal["element", "block_rms", "kl"]
@@ -324,3 +334,10 @@ class SophiaSpec(CurvatureOptimizerSpec):
         """Return :class:`Sophia` over ``params``."""
         del model
         return Sophia(params, **self.settings())
+
+    def cost(
+        self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
+    ) -> RuleCost:
+        """Return the cost of two fp32 numbers a coordinate."""
+        del model
+        return elementwise_cost(params, slots=len(Sophia.slots), written=1, piece=piece_size(device), scalars=1)

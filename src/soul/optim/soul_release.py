@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from soul.optim._elementwise import Direction, ElementwiseRule, Kernel, check_above, check_common, move
+from soul.optim._elementwise import Direction, ElementwiseRule, Kernel, check_above, check_common, move, piece_size
 from soul.optim.base import OptimizerSpec
+from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
 
 
@@ -130,3 +131,10 @@ class SoulReleaseSpec(OptimizerSpec):
         """Return :class:`SoulRelease` over ``params``."""
         del model
         return SoulRelease(params, **self.settings())
+
+    def cost(
+        self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
+    ) -> RuleCost:
+        """Return the cost of two fp32 numbers a coordinate."""
+        del model
+        return elementwise_cost(params, slots=len(SoulRelease.slots), written=2, piece=piece_size(device))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from soul.curvature.kronecker import KroneckerInverse
+from soul.optim._kronecker_cost import kronecker_cost
+from soul.optim.cost import RuleCost
 from soul.optim.kronecker import KroneckerRule, KroneckerSpec
 from soul.registry import OPTIMIZERS
 
@@ -33,3 +36,9 @@ class WhitenSpec(KroneckerSpec):
         """Return the rule over ``params`` of ``model``."""
         factors = self.factors_of(model, outputs=False)
         return self.rule(params, factors, KroneckerInverse(factors, self.damping, outputs=False), newton=0.0)
+
+    def cost(self, params: Sequence[torch.Tensor], model: nn.Module | None = None, device: str = "cpu") -> RuleCost:
+        """Return the cost of momentum, input factors and their inverses."""
+        del device
+        assert model is not None, "a rule that watches layers is planned with its model"
+        return kronecker_cost(params, model, "inputs", diagonal=False, every=self.every)

@@ -1,0 +1,104 @@
+"""What rules with Kronecker factors take in memory and arithmetic."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from soul.curvature.kronecker import ROUNDED, WIDE, KroneckerFactors, pack
+from soul.optim.cost import RuleCost, multiplies_bf16
+
+Kind = Literal["inputs", "both", "eigen"]
+
+
+def kronecker_cost(
+    params: Sequence[torch.Tensor],
+    model: nn.Module,
+    kind: Kind,
+    *,
+    diagonal: bool,
+    every: int,
+    damping: float = 1.0,
+    rounds_on: str = "",
+) -> RuleCost:
+    """Return the cost of a rule over the layers ``[O, I]`` of ``model``, in fp32 where nothing else is said.
+
+    Kept: momentum ``O I`` of each layer; ``A`` (``I^2``, one for all layers with the same input) and ``G`` (``O^2``);
+    and what is derived from them. ``inputs`` keeps the inverse of ``A``; ``both`` the inverses of both, in bf16 where
+    they are multiplied in it; ``eigen`` two bases a layer and two sets of ``O I`` moments.
+
+    A step holds the moves of all layers at once, since their common length decides how far each goes: ``O I``. A pass
+    holds a second set of factors while it sums them up.
+
+    Args:
+        params: The trainable parameters.
+        model: The model; its layers are those of :func:`soul.curvature.kronecker.linear_layers`.
+        kind: What divides by the factors.
+        diagonal: Other parameters are stepped by their diagonal curvature.
+        every: Steps from one move to the next.
+        damping: Of ``both``; with little of it inverses are never rounded.
+        rounds_on: Of ``both``, the device that multiplies in bf16 if it can; empty where products are exact.
+    """
+    factors = KroneckerFactors(model, outputs=kind != "inputs")
+    layers = {name: pack(layer, layer.weight, layer.bias).shape for name, layer in factors.layers.items()}
+    shapes = [(o, i) for o, i in layers.values()]
+    inputs = [layers[name][1] for name in _with_inputs_of_their_own(model, factors)]
+    outputs = [o for o, _ in shapes] if factors.watches_outputs else []
+    weights = sum(o * i for o, i in shapes)
+    rest = sum(p.numel() for p in params) - weights
+    rounded = bool(rounds_on) and multiplies_bf16(rounds_on) and damping >= ROUNDED
+    squares = sum(width**2 for width in inputs + outputs)
+    derived = {
+        "inputs": 4 * squares,
+        "both": sum(width**2 * (2 if rounded and width >= WIDE else 4) for width in inputs + outputs),
+        "eigen": 4 * sum(i * i + o * o + 2 * o * i for o, i in shapes),
+    }[kind]
+    one_side, both_sides = sum(2 * o * i * i for o, i in shapes), sum(2 * o * i * (o + i) for o, i in shapes)
+    return RuleCost(
+        state=4 * weights + (8 * rest if diagonal else 0),
+        whole=4 * squares + derived,
+        step=4 * weights + 16 * max(o * i for o, i in shapes),
+        refresh=4 * squares,
+        traffic=sum(3 * p.numel() * p.itemsize for p in params) + 24 * weights,
+        products={"inputs": one_side, "both": both_sides, "eigen": 2 * both_sides}[kind] // every,
+        per_position=2 * squares,
+        derivation=(9 if kind == "eigen" else 1) * sum(width**3 for width in inputs + outputs),
+        shards=False,
+        backward=kind != "inputs" or diagonal,
+    )
+
+
+def _with_inputs_of_their_own(model: nn.Module, factors: KroneckerFactors) -> list[str]:
+    """Return the layers that keep an ``A``: who is given the same input shows in a forward pass without numbers.
+
+    Where the model cannot be run so, all layers of one module with as many inputs are taken to share one.
+    """
+    bare: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = tensor.detach().to("meta")
+        bare[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    twin = copy.deepcopy(model, bare)  # which is told that the tensors are copied already
+    own: list[str] = []
+    last: list[Any] = [None]
+
+    def note(name: str) -> Any:
+        def hook(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0] is not last[0]:
+                own.append(name)
+                last[0] = args[0]
+
+        return hook
+
+    for name in factors.layers:
+        twin.get_submodule(name).register_forward_pre_hook(note(name))
+    try:
+        with torch.no_grad():
+            twin(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    except Exception:  # noqa: BLE001 - a model that is not called like a language model, or looks at numbers
+        modules = {(name.rpartition(".")[0], layer.weight.shape[1]): name for name, layer in factors.layers.items()}
+        return list(modules.values())
+    return own

@@ -1,0 +1,150 @@
+"""Which changes of settings would make a run fit, each planned as the run itself is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from soul.models import AdapterSpec
+from soul.optim.base import CurvatureOptimizerSpec
+from soul.plan import Plan, make_plan
+from soul.plan.work import resized
+from soul.recipe import Recipe
+from soul.registry import OPTIMIZERS
+
+MOST_GPUS = 1024
+SMALL = 2
+"""Examples in a micro-batch of a curvature pass that is to take little memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A change, and what the run would then take.
+
+    Attributes:
+        settings: What to add to the command.
+        note: What else a person should know.
+        plan: The run with it.
+    """
+
+    settings: str
+    note: str
+    plan: Plan
+
+
+def options(plan: Plan) -> list[Option]:
+    """Return changes under which a run takes less, those that fit first; several at once where none alone does."""
+    found: list[Option] = []
+    for changes in (_single(plan), _several(plan)):
+        found += [o for o in changes if o.plan.memory.peak < plan.memory.peak or plan.refused]
+        if any(o.plan.fits and o.plan.machine.gpus == plan.machine.gpus for o in found):
+            break
+    unique = {option.settings: option for option in found}
+    return sorted(unique.values(), key=lambda o: not o.plan.fits)
+
+
+def _single(plan: Plan) -> Iterator[Option]:
+    recipe = plan.recipe
+    small, words = smaller_batches(recipe)
+    if words:
+        yield Option(words, "the same gradients, in small batches", _again(plan, small))
+    lightest = _lightest(plan)
+    if lightest is not None:
+        yield Option(f"optimizer={lightest.recipe.optimizer.name}", "another rule: tune its lr", lightest)
+    if recipe.training.frozen == "nothing" and recipe.adapter is None:
+        yield Option(
+            "training.frozen=embeddings", "embeddings and head stay as they are", _again(plan, _frozen(recipe))
+        )
+    if recipe.adapter is None:
+        yield Option("adapter.r=8", "LoRA", _again(plan, dataclasses.replace(recipe, adapter=AdapterSpec())))
+    sharded = _sharded(plan)
+    if sharded is not None:
+        yield Option(f"--gpus {sharded.machine.gpus}", "weights, gradients and states sharded by FSDP2", sharded)
+
+
+def _several(plan: Plan) -> Iterator[Option]:
+    recipe = plan.recipe
+    lightest = _lightest(plan) or plan
+    rule = "" if lightest is plan else f"optimizer={lightest.recipe.optimizer.name}"
+    small, words = smaller_batches(lightest.recipe)
+    yield _option(plan, "smallest in full", small, rule, words)
+    sharded = _sharded(lightest)
+    if sharded is not None:
+        yield Option(" ".join(filter(None, (rule, f"--gpus {sharded.machine.gpus}"))), "sharded by FSDP2", sharded)
+    lora = "" if recipe.adapter else "adapter.r=8"
+    for light in dict.fromkeys(("", rule)):
+        base = lightest.recipe if light else recipe
+        adapted = dataclasses.replace(base, adapter=base.adapter or AdapterSpec())
+        small, words = smaller_batches(adapted)
+        yield _option(plan, "LoRA in small batches", small, light, lora, words)
+        rounded = dataclasses.replace(small, model=dataclasses.replace(recipe.model, dtype="bfloat16"))
+        half = "" if recipe.model.dtype == "bfloat16" else "model.dtype=bfloat16"
+        yield _option(plan, "LoRA on bf16 weights", rounded, light, lora, half, words)
+        if plan.machine.device == "cuda":
+            four = dataclasses.replace(rounded, model=dataclasses.replace(rounded.model, quantize="nf4"))
+            yield _option(plan, "on 4-bit weights", four, light, lora, half, "model.quantize=nf4", words)
+
+
+def _option(plan: Plan, note: str, changed: Recipe, *words: str) -> Option:
+    return Option(" ".join(filter(None, words)), note, _again(plan, changed))
+
+
+def _frozen(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, frozen="embeddings"))
+
+
+def smaller_batches(recipe: Recipe) -> tuple[Recipe, str]:
+    """Return the recipe with the smallest micro-batches that add up to the same steps and passes, and the settings."""
+    training, optimizer, words = recipe.training, recipe.optimizer, []
+    if training.batch_size > 1:
+        count = training.batch_size * training.accumulation
+        training = dataclasses.replace(training, batch_size=1, accumulation=count)
+        words += ["training.batch_size=1", f"training.accumulation={count}"]
+    if isinstance(optimizer, CurvatureOptimizerSpec) and optimizer.curvature.batch > SMALL:
+        spec = optimizer.curvature
+        many = -(-spec.batch // SMALL)
+        changes = {"batch": SMALL, "micro_batches": many * spec.micro_batches, "warm_start": many * spec.warm_start}
+        optimizer = dataclasses.replace(optimizer, curvature=dataclasses.replace(spec, **changes))
+        words += [f"optimizer.curvature.{name}={value}" for name, value in changes.items() if value]
+    return dataclasses.replace(recipe, training=training, optimizer=optimizer), " ".join(words)
+
+
+def _again(plan: Plan, recipe: Recipe) -> Plan:
+    work = resized(plan.work, recipe.training.batch_size / plan.recipe.training.batch_size)
+    before, now = (getattr(r.optimizer, "curvature", None) for r in (plan.recipe, recipe))
+    if work.curvature and before and now and before.batch != now.batch:
+        share = (now.batch + now.general_text) / (before.batch + before.general_text)
+        old = work.curvature
+        work = dataclasses.replace(
+            work, curvature=dataclasses.replace(old, rows=old.rows * share, answers=old.answers * share)
+        )
+    return make_plan(recipe, plan.machine, work, plan)
+
+
+def _lightest(plan: Plan) -> Plan | None:
+    """Return the plan with the registered rule that keeps least, if that is another one."""
+    kept: dict[str, int] = {}
+    for name in OPTIMIZERS.names():
+        try:
+            cost = OPTIMIZERS.get(name)().cost(plan.skeleton.params, plan.skeleton.model, plan.machine.device)
+        except ValueError:  # it declares nothing
+            continue
+        if cost.shards or plan.machine.gpus == 1:
+            kept[name] = cost.kept
+    name = min(kept, key=lambda n: kept[n])
+    if kept[name] >= plan.cost.kept and not plan.refused:
+        return None
+    return make_plan(dataclasses.replace(plan.recipe, optimizer=OPTIMIZERS.get(name)()), plan.machine, plan.work, plan)
+
+
+def _sharded(plan: Plan) -> Plan | None:
+    """Return the plan with the smallest number of GPUs, a power of two, that it fits on."""
+    if plan.machine.device != "cuda" or not plan.cost.shards:
+        return None
+    gpus = max(2, 2 * plan.machine.gpus)
+    while gpus <= MOST_GPUS:
+        found = make_plan(plan.recipe, dataclasses.replace(plan.machine, gpus=gpus), plan.work, plan)
+        if found.fits:
+            return found
+        gpus *= 2
+    return None

@@ -1,0 +1,186 @@
+"""How much a run puts through its model: rows, tokens and answer tokens of a step, a curvature pass, a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from soul.curvature.estimators import ESTIMATORS
+from soul.curvature.passes import CurvaturePasses
+from soul.curvature.picks import source_rows, text_rows
+from soul.curvature.spec import CurvatureSpec
+from soul.data.batches import PairSampler, UnlearnDataset
+from soul.data.general import general_text
+from soul.data.sources import load_examples
+from soul.pretrained import load_tokenizer
+from soul.recipe import Recipe
+from soul.run import read_refusals
+from soul.trainer import make_dataset
+from soul.types import Example
+
+SAMPLE = 256
+"""Examples of each set that are tokenised; more of them would change a mean by a few percent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch.
+
+    Attributes:
+        rows: Rows.
+        width: Tokens of each, padding included.
+        answers: Positions of all rows that the head is applied to.
+    """
+
+    rows: float
+    width: float
+    answers: float
+
+    @property
+    def positions(self) -> float:
+        """Tokens that go through the model's body."""
+        return self.rows * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a run puts through its model.
+
+    Attributes:
+        typical: A micro-batch as it is on average.
+        largest: The largest one, which decides how much memory is needed.
+        curvature: A micro-batch of a curvature pass; None where no passes are made.
+        reference: All rows that the reference is asked about, as one batch; None where it is asked nothing beforehand.
+        items: Items of an epoch; 0 where the data are not at hand.
+        source: Where the lengths are from.
+    """
+
+    typical: Batch
+    largest: Batch
+    curvature: Batch | None
+    reference: Batch | None
+    items: int
+    source: str
+
+
+def resized(work: Work, factor: float) -> Work:
+    """Return the work with ``factor`` times the rows in a micro-batch of training."""
+
+    def part(batch: Batch) -> Batch:
+        return Batch(batch.rows * factor, batch.width, batch.answers * factor)
+
+    return dataclasses.replace(work, typical=part(work.typical), largest=part(work.largest))
+
+
+def curvature_of(recipe: Recipe) -> CurvatureSpec | None:
+    """Return the spec of the curvature passes that a recipe's rule makes."""
+    spec = getattr(recipe.optimizer, "curvature", None) if recipe.optimizer.needs_curvature else None
+    return spec if spec is not None and ESTIMATORS[spec.estimator].needs_pass else None
+
+
+def find_work(recipe: Recipe, length: int = 0, answer: int = 0) -> Work:
+    """Tokenise a sample of the data where they are on this machine; take given lengths, or the longest, where not.
+
+    Args:
+        recipe: What is planned.
+        length: Tokens of a row; 0 looks into the data, and takes ``training.max_length`` where there are none.
+        answer: Answer tokens of a row; 0 for half of them, where the data do not tell.
+
+    Raises:
+        ValueError: Data that are here cannot be read, or lengths make no sense.
+    """
+    if length < 0 or not 0 <= answer <= (length or recipe.training.max_length):
+        raise ValueError(f"--length {length} and --answer {answer} must be 0 or more, and answers no longer than rows")
+    sources = [recipe.data.forget, *recipe.data.retain_sources, *recipe.data.curvature_sources]
+    here = any(sources) and all(_is_here(source) for source in sources if source)
+    if length or answer or not here:
+        return _assumed(recipe, length or recipe.training.max_length, answer)
+    return _counted(recipe)
+
+
+def _is_here(source: str) -> bool:
+    scheme = source.partition(":")[0]
+    return scheme in ("people", "general") or Path(source.partition(",")[0]).expanduser().exists()
+
+
+def _assumed(recipe: Recipe, length: int, answer: int) -> Work:
+    objective, training = recipe.objective, recipe.training
+    answer = answer or max(1, length // 2)
+    rows = training.batch_size * len(objective.views)
+    batch = Batch(rows, length, rows * answer)
+    spec, curvature = curvature_of(recipe), None
+    if spec:
+        rows = spec.batch + spec.general_text
+        curvature = Batch(rows, length, rows * answer)
+    steps = training.max_steps * training.accumulation
+    asked = steps * training.batch_size * len(_asked(recipe))
+    reference = Batch(asked, length, asked * answer) if asked else None
+    source = f"rows of {length} tokens, {answer} of them answers (the data are not at hand, or lengths were given)"
+    return Work(batch, batch, curvature, reference, steps * training.batch_size, source)
+
+
+def _asked(recipe: Recipe) -> tuple[str, ...]:
+    objective = recipe.objective
+    return tuple(dict.fromkeys((*objective.needs_logps, *objective.needs_distributions, *objective.needs_states)))
+
+
+def _counted(recipe: Recipe) -> Work:
+    data, training, objective = recipe.data, recipe.training, recipe.objective
+    forget = load_examples(data.forget) if data.forget else []
+    retain = [example for source in data.retain_sources for example in load_examples(source)]
+    if not retain and recipe.needs_anchors:
+        retain = load_examples("general:chat")  # the model's own samples cannot be had without it
+    own = [example for source in data.curvature_sources for example in load_examples(source)]
+    tokenizer, refusals = load_tokenizer(recipe.model.path), read_refusals(data.refusals)
+    dataset = make_dataset(tokenizer, _some(forget), _some(retain), objective, training, refusals, _some(own))
+    batches = _batches(dataset, training.batch_size)
+    mean = sum(b.positions for b in batches) / sum(b.rows for b in batches)
+    typical = Batch(*(sum(getattr(b, name) for b in batches) / len(batches) for name in ("rows", "width", "answers")))
+    typical = dataclasses.replace(typical, width=mean)
+    anchors = len(forget if dataset.anchor == "forget" else retain)
+    asked = [row for view in _asked(recipe) for row in dataset.rows(view, 1)]
+    many = {"forget": len(forget), "retain": len(retain)}
+    scale = max(1.0, sum(many[v if v in many else "forget"] for v in _asked(recipe)) / max(1, len(asked)))
+    rows = len(asked) * scale
+    reference = (
+        Batch(rows, sum(map(len, asked)) / len(asked), rows * sum(r.answer_length for r in asked) / len(asked))
+        if asked
+        else None
+    )
+    return Work(
+        typical,
+        max(batches, key=lambda b: (b.positions, b.answers)),
+        _curvature_batch(recipe, dataset),
+        reference,
+        anchors,
+        f"{len(forget)} to forget, {len(retain)} to keep, "
+        + ("tokenised" if max(len(forget), len(retain), len(own)) <= SAMPLE else f"{SAMPLE} of each tokenised"),
+    )
+
+
+def _some(examples: Sequence[Example]) -> Sequence[Example]:
+    return examples[:: max(1, -(-len(examples) // SAMPLE))]
+
+
+def _batches(dataset: UnlearnDataset, size: int) -> list[Batch]:
+    found = []
+    for keys in PairSampler(dataset, size):
+        rows = [row for key in keys for row in dataset[key].values()]
+        found.append(Batch(len(rows), max(map(len, rows)), sum(row.answer_length for row in rows)))
+    return found
+
+
+def _curvature_batch(recipe: Recipe, dataset: UnlearnDataset) -> Batch | None:
+    spec = curvature_of(recipe)
+    if spec is None:
+        return None
+    text = text_rows(dataset) if spec.general_text and general_text() else ()
+    passes = CurvaturePasses(spec, source_rows(dataset, spec.source), text, seed=recipe.training.seed)
+    picked = [[pick.row for pick in picks] for picks in passes.plan(0)]
+    widths = [max(map(len, rows)) for rows in picked]
+    return Batch(
+        sum(map(len, picked)) / len(picked),
+        sum(w * len(rows) for w, rows in zip(widths, picked, strict=True)) / sum(map(len, picked)),
+        sum(row.answer_length for rows in picked for row in rows) / len(picked),
+    )
