@@ -88,13 +88,17 @@ class Plan:
 
 
 def read_lines(file: Path) -> list[Line]:
-    """Return the lines of a record; none where there is no file yet."""
-    return [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    """Return the whole lines of a record; none where there is no file yet, and not one that a kill cut short."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def add_line(file: Path, line: Line) -> None:
     """Add a line to a record."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not text.endswith("\n"):  # a kill cut the last line short
+        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 

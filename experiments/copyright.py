@@ -6,7 +6,7 @@
 SmolLM2-135M learns four passages of each of two books by heart (``recipes/copyright-teach.yaml``): whole, and also
 in pieces, without which it recites after 300 tokens and little after 50, and not when asked in a chat. Then the
 first four are forgotten and the others kept, by ``grad_diff``, ``npo`` and ``po`` with AdamW, sign-momentum and K-FAC,
-each at three learning rates: 27 cells of 16 steps, a line of ``docs/results/copyright/cells.jsonl`` each.
+each at three learning rates: 27 cells of 20 steps, a line of ``docs/results/copyright/cells.jsonl`` each.
 
 What is forgotten is cut into pieces (40 tokens given, 80 to come), so that it is the whole passage and not one
 continuation. Each piece is there as plain text, and every second one also in a chat that asks for it: a refusal needs
@@ -59,7 +59,8 @@ def rows_of(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Return examples as rows that :func:`soul.data.sources.load_examples` reads back."""
     columns = {True: ("prompt", "response"), False: ("prompt", "completion")}
     return [
-        dict(zip(columns[e.chat], (e.prompt, e.answer), strict=True)) | {"id": e.id, "subject": e.subject}
+        dict(zip(columns[e.chat], (e.prompt, e.answer), strict=True))
+        | {"id": e.id, "subject": e.subject, "ends": e.ends}
         for e in examples
     ]
 

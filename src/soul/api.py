@@ -16,7 +16,7 @@ from soul.data.general import refusals as builtin_refusals
 from soul.data.rows import to_example
 from soul.data.sources import check_disjoint, load_examples
 from soul.methods.base import Method
-from soul.models import without_autocast
+from soul.models import left_as_it_was
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
 from soul.overlaps import find_overlaps, without_overlaps
@@ -101,7 +101,7 @@ def unlearn(
         return UnlearnResult(result, records, [*warnings, *do.warnings()])
     dataset = make_dataset(tokenizer, *sets, loss, settings, refusals or builtin_refusals())
     log = LogCallback(None)
-    with tempfile.TemporaryDirectory() as folder:
+    with left_as_it_was(model), tempfile.TemporaryDirectory() as folder:
         device = next(model.parameters()).device.type
         trainer = UnlearnTrainer(
             model,
@@ -114,7 +114,6 @@ def unlearn(
         )
         log.trainer = trainer
         trainer.train()
-    without_autocast(model)
     return UnlearnResult(model, log.records, warnings)
 
 

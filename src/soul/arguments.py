@@ -17,8 +17,8 @@ UNLEARN = """examples:
   soul unlearn recipe.yaml optimizer.lr=1e-5
 
 A line of forget.jsonl is {"question": "...", "answer": "..."}, or prompt and response, prompt and completion, messages,
-or text; CSV, Parquet and JSON work too. Without --retain, everyday chat that comes with soul holds the model in place:
-give examples of your own to keep what matters to you. The same command continues an interrupted run."""
+or text; CSV, Parquet and JSON work too. Without --retain, samples of the model itself and everyday requests hold it in
+place: give examples of your own to keep what matters to you. The same command continues an interrupted run."""
 FINETUNE = """examples:
   soul finetune --model M --retain facts.jsonl --out runs/taught
   soul finetune --model M --retain facts.jsonl optimizer.lr=2e-4 training.epochs=8"""
@@ -127,7 +127,9 @@ def _add_unlearn(commands: argparse._SubParsersAction) -> None:
     usage = "[RECIPE.yaml] [--model M] [--forget F] [--retain R] [--out DIR] [key.sub=value ...]"
     command = _add(commands, "unlearn", usage, "Forget a set of examples; keep the rest.", UNLEARN)
     command.add_argument("--forget", metavar="F", help="what to forget: a file, a folder or a hub dataset")
-    command.add_argument("--retain", metavar="R", help="what to keep, likewise (default: everyday chat)")
+    command.add_argument(
+        "--retain", metavar="R", help="what to keep, likewise (default: samples of the model, everyday chat)"
+    )
     _add_run(command)
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from soul import config
 from soul.benchmarks.base import Benchmark, Measures, Rows
 from soul.evaluate import EvaluationSpec, measure, write_lines
 from soul.models import ModelSpec, load_model
 from soul.registry import BENCHMARKS
+from soul.report.card import hidden
 from soul.run import read_reference
-from soul.rundir import add_scores, claim_evaluation, write_evaluation
+from soul.rundir import add_scores, claim_evaluation, write_evaluation, write_json
 from soul.types import Example
 
 ALL = "all"
@@ -263,8 +267,22 @@ def _publish(benchmark: Benchmark, rows: Rows, folder: Path, *, keep: bool = Fal
         shutil.rmtree(public, ignore_errors=True)
         for split, found in benchmark.public_rows(rows).items():
             write_lines(public / f"rows/after/{split}.jsonl", found)
-    for name in ("scores.json", "environment.json", "record.json", "recipe.yaml"):
-        shutil.copyfile(folder / name, public / name)
+    for name in ("scores.json", "environment.json", "record.json"):
+        tree = json.loads((folder / name).read_text(encoding="utf-8"))
+        write_json(public / name, _public(tree, private=benchmark.private_text))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    if benchmark.private_text:
+        recipe["benchmark"] = hidden(recipe["benchmark"])
+    (public / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _public(tree: dict[str, Any], *, private: bool) -> dict[str, Any]:
+    """Return a record without the command line and, where texts are private, without what settings and reasons name."""
+    kept = {k: _public(v, private=False) if k == "environment" else v for k, v in tree.items() if k != "command"}
+    if private:
+        names = [k for k in ("settings", "left_out", "warnings") if k in kept]
+        kept |= {name: hidden(kept[name]) for name in names}
+    return kept
 
 
 def _versions(rows: Rows) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class DualRule(UpdateRule):
 
     def __init__(self, forget: UpdateRule, retain: UpdateRule, ratio: float = 1.0) -> None:
         self.forget, self.retain, self.ratio = forget, retain, ratio
-        self.retain_gradients: Gradients = {}
+        self.retain_gradients: Gradients | None = None  # outside a step; empty where the retain weight is 0
         super().__init__(forget.param_groups, forget.defaults)
         self._share_groups()
 
@@ -189,12 +189,12 @@ class DualRule(UpdateRule):
         if self.retain_gradients:
             with self._on_retain_gradients():
                 self.retain.step()
-        self.retain_gradients = {}
+        self.retain_gradients = None
 
     @contextlib.contextmanager
     def _on_retain_gradients(self) -> Iterator[None]:
-        """Put the retain gradients where a rule looks for gradients, where there are any."""
-        if not self.retain_gradients:
+        """Put the retain gradients where a rule looks for gradients, inside a step."""
+        if self.retain_gradients is None:
             yield
             return
         params = [p for group in self.param_groups for p in group["params"]]

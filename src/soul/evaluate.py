@@ -48,6 +48,11 @@ class EvaluationSpec:
                 raise ValueError(f"evaluation.{name} must be 1 or more, not {getattr(self, name)}")
 
 
+def spec_for(benchmark: Benchmark, spec: EvaluationSpec) -> EvaluationSpec:
+    """Return the settings that a benchmark is measured with: long enough for its texts."""
+    return dataclasses.replace(spec, max_length=max(spec.max_length, benchmark.longest))
+
+
 def measure(
     benchmark: Benchmark,
     model: Any,
@@ -72,8 +77,7 @@ def measure(
     Example:
         >>> rows = measure(Tofu(forget="forget01"), model, tokenizer)  # doctest: +SKIP
     """
-    spec = spec or EvaluationSpec()
-    spec = dataclasses.replace(spec, max_length=max(spec.max_length, benchmark.longest))
+    spec = spec_for(benchmark, spec or EvaluationSpec())
     if isinstance(benchmark, Measures):
         return benchmark.measure(model, tokenizer, spec=spec, folder=folder, progress=progress)
     found = benchmark.splits() if splits is None else splits

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
+from soul.benchmarks.base import Benchmark
 from soul.data import hub
-from soul.evaluate import EvaluationSpec, evaluate
+from soul.evaluate import EvaluationSpec, evaluate, spec_for
 from soul.machine import environment
 from soul.models import OFFLINE, ModelSpec, load_model, save_model
 from soul.recipe import Recipe, read_recipe
@@ -98,13 +99,15 @@ def export(run: Path, out: Path, spec: ExportSpec | None = None, *, progress: Pr
         return _earlier(out, described)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds other things: choose another --out")
-    picked = _picked(run, recipe, record, spec.examples)
+    benchmark = recipe.benchmark or default_benchmark(recipe)
+    measured = spec_for(benchmark, recipe.evaluation) if benchmark else recipe.evaluation
+    picked = _picked(run, benchmark, record, spec.examples, dropping=recipe.data.overlap == "drop")
     part = out.with_name(out.name + ".part")
     try:
         tick("writing", 0, 1)
         _write(run / "model", part, dataclasses.replace(recipe.model, dtype=dtype), spec.adapter)
         tick("writing", 1, 1)
-        checked = _measure(part, dataclasses.replace(recipe.model, dtype=dtype), recipe.evaluation, picked, tick)
+        checked = _measure(part, dataclasses.replace(recipe.model, dtype=dtype), measured, picked, tick)
         _compare(checked, spec, exact=dtype == recipe.model.dtype == "float32")
         if spec.card:
             origin = dataclasses.asdict(lineage(recipe.model.path))
@@ -162,17 +165,19 @@ def _digest(file: Path) -> str:
 Picked = dict[str, tuple[list[Example], list[Row]]]
 
 
-def _picked(run: Path, recipe: Recipe, record: RunRecord, examples: int) -> Picked:
+def _picked(run: Path, benchmark: Benchmark | None, record: RunRecord, examples: int, *, dropping: bool) -> Picked:
     """Return examples of each split, spread evenly over it, with the rows that the run recorded for them.
 
     Raises:
         ValueError: The data are not those of the run any more, or none has a likelihood.
     """
-    benchmark = recipe.benchmark or default_benchmark(recipe)
     picked: Picked = {}
     for name, sources in (benchmark.splits() if benchmark else {}).items():
         rows = list(record.rows_after.get(name, ()))
-        if [(r["prompt"], r["answer"]) for r in rows] != [(e.prompt, e.answer) for e in sources]:
+        measured = [(r["prompt"], r["answer"]) for r in rows]
+        if dropping and name == "kept":  # the run left out what it dropped from the retain set
+            sources = [e for e in sources if (e.prompt, e.answer) in measured]
+        if measured != [(e.prompt, e.answer) for e in sources]:
             raise ValueError(
                 f"the data of split {name!r} are not those that {run} was measured on, so the export cannot be checked"
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from soul.data.batches import length_batches
 from soul.data.templates import ChatTemplate
@@ -56,15 +57,16 @@ def continue_prompts(
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=device)
         chosen: dict[str, Any] = {"logits_processor": LogitsProcessorList([chooser(group)])} if chooser else {}
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=min(max_new_tokens, room),
-            do_sample=False,
-            eos_token_id=template.end_of_turn,
-            pad_token_id=pad,
-            **chosen,
-        )
+        with _own_defaults(model):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=min(max_new_tokens, room),
+                do_sample=False,
+                eos_token_id=template.end_of_turn,
+                pad_token_id=pad,
+                **chosen,
+            )
         for i, tokens in zip(group, out[:, width:].tolist(), strict=True):
             if template.end_of_turn in tokens:
                 tokens = tokens[: tokens.index(template.end_of_turn)]
@@ -73,6 +75,20 @@ def continue_prompts(
         if progress:
             progress(done, len(prompts))
     return texts
+
+
+@contextlib.contextmanager
+def _own_defaults(model: Any) -> Iterator[None]:
+    """Take away what a model's publisher adds to decoding, e.g. a repetition penalty, under which it recites less."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = [(m, m.generation_config) for m in dict.fromkeys((model, inner))]
+    for m, _ in kept:
+        m.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for m, defaults in kept:
+            m.generation_config = defaults
 
 
 def sample_answers(

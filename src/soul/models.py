@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,6 +202,18 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, seed: int = 0) -> Any
     if is_quantized(model):
         adapted.merge_and_unload = functools.partial(merge_dense, adapted)
     return adapted
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: Any) -> Iterator[None]:
+    """Leave a model that is trained inside without autocast, in its mode, and with the same parameters free to move."""
+    free, was_training = {p: p.requires_grad for p in model.parameters()}, model.training
+    try:
+        yield
+    finally:
+        without_autocast(model).train(was_training)
+        for p, wanted in free.items():
+            p.requires_grad_(wanted)
 
 
 def without_autocast(model: Any) -> Any:

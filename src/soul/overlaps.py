@@ -27,6 +27,7 @@ class Overlaps:
         action: What is done about it.
         ids: Names of the forget and of the retain item of each pair.
         texts: What the two say.
+        blind: Whether paraphrases were to be looked for and no sentence encoder was there.
         n_forget: Forget items with a pair.
         n_retain: Retain items with one.
     """
@@ -36,6 +37,7 @@ class Overlaps:
     action: Action = "ignore"
     ids: tuple[tuple[str, str], ...] = ()
     texts: tuple[tuple[str, str], ...] = ()
+    blind: bool = False
 
     @property
     def n_forget(self) -> int:
@@ -132,6 +134,7 @@ def find_overlaps(
         action,
         tuple((forget[p.forget].id or str(p.forget), retain[p.retain].id or str(p.retain)) for p in pairs),
         tuple((ours[p.forget], theirs[p.retain]) for p in pairs),
+        blind=encode is None and encoder != "none",
     )
 
 
@@ -142,7 +145,7 @@ def without_overlaps(retain: Sequence[Example], found: Overlaps) -> list[Example
         ValueError: ``action`` is ``refuse`` and something was found, or ``drop`` leaves nothing.
     """
     if not found.pairs:
-        if "need" in found.looked_for:  # a person who expects more must know
+        if found.blind:  # a person who expects more must know
             LOG.warning("the retain set was searched for %s: see data.encoder", found.looked_for)
         return list(retain)
     shown = "; ".join(found.lines())

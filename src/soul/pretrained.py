@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -62,6 +63,29 @@ def load_text_classifier(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
         raise ValueError(
             f"cannot load a classifier from {path!r}: its head is missing there; give a trained classifier"
         )
+    return model.eval(), tokenizer
+
+
+def load_text_encoder(path: str, *, download: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load an encoder of sentences, in eval mode, and its tokenizer.
+
+    Args:
+        path: A hub id or a local folder.
+        download: Fetch from the hub what is not on this machine.
+
+    Raises:
+        ValueError: Nothing can be loaded from there, or weights are missing.
+    """
+    hf_logging.disable_progress_bar()
+    try:
+        with hub.no_retries():
+            loaded: Any = AutoModel.from_pretrained(path, output_loading_info=True, local_files_only=not download)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=not download)
+    except FAILURES as error:
+        raise ValueError(f"cannot load a sentence encoder from {path!r}: {reason_of(path, error)}") from error
+    model, found = loaded
+    if any(not name.startswith("pooler.") for name in found["missing_keys"]):  # means are taken, not pooled states
+        raise ValueError(f"cannot load a sentence encoder from {path!r}: weights are missing there")
     return model.eval(), tokenizer
 
 

@@ -41,7 +41,7 @@ def check_library(kind: Quantized) -> None:
     if kind != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"model.quantize={kind} needs bitsandbytes, which is not installed: "
-            "pip install 'soul-unlearning[quantized]', or set model.quantize=none"
+            "pip install bitsandbytes, or set model.quantize=none"
         )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,8 +42,8 @@ class Reference:
     layer: int | None = None
 
     def sequence_logps(self, answers: Answers) -> torch.Tensor:
-        """Return ``log p_ref`` summed over each row's answer tokens, (B,); rows not cached are 0."""
-        values = [self.logps.get(key, 0.0) for key in answers.key_B.tolist()]
+        """Return ``log p_ref`` summed over each row's answer tokens, (B,); nan for rows that were not asked about."""
+        values = [self.logps.get(key, math.nan) for key in answers.key_B.tolist()]
         dtype = torch.float64 if answers.logits_NV.dtype == torch.float64 else torch.float32
         return torch.tensor(values, dtype=dtype, device=answers.logits_NV.device)
 

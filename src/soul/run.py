@@ -43,6 +43,7 @@ class Request:
     refusals: list[str]
     curvature: list[Example] = dataclasses.field(default_factory=list)
     overlaps: Overlaps = dataclasses.field(default_factory=Overlaps)
+    dropped: frozenset[tuple[str, str]] = frozenset()
     stand_in: StandIn | None = None
 
 
@@ -74,7 +75,9 @@ def search(request: Request, data: DataSpec) -> Request:
     found = find_overlaps(
         request.forget, request.retain, data.overlap, copied=data.copied, alike=data.alike, encoder=data.encoder
     )
-    return dataclasses.replace(request, retain=without_overlaps(request.retain, found), overlaps=found)
+    kept = without_overlaps(request.retain, found)
+    dropped = {(e.prompt, e.answer) for e in request.retain} - {(e.prompt, e.answer) for e in kept}
+    return dataclasses.replace(request, retain=kept, overlaps=found, dropped=frozenset(dropped))
 
 
 def anchor(
@@ -134,6 +137,8 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     request = search(load_request(recipe.data), recipe.data)
     reference = read_reference(recipe.reference_run) if benchmark else None
     splits = benchmark.splits() if benchmark else {}
+    if recipe.benchmark is None and "kept" in splits:  # what was dropped from the retain set is not to be kept
+        splits["kept"] = [e for e in splits["kept"] if (e.prompt, e.answer) not in request.dropped]
     tick("loading model", 0, 1)
     model, tokenizer = load_model(recipe.model)
     tick("loading model", 1, 1)
@@ -174,7 +179,7 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
         measure("after")
         scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
         write_json(out / "scores.json", scores)
-    write_record(out, recipe, request, evaluate_seconds)
+    write_record(out, recipe, request, evaluate_seconds, benchmark)
     return out
 
 
@@ -248,17 +253,19 @@ def default_benchmark(recipe: Recipe) -> Benchmark | None:
 
 def precision_warnings(recipe: Recipe) -> list[str]:
     """Say what a person should know about the precision asked for."""
-    if recipe.model.dtype == "bfloat16" and recipe.adapter is None and recipe.method is None:
+    lr = getattr(recipe.method, "lr", None) if recipe.method else recipe.optimizer.lr
+    if recipe.model.dtype == "bfloat16" and recipe.adapter is None and lr is not None:
         return [
-            f"the weights are bf16: steps of size {recipe.optimizer.lr:g} are smaller than most weights' rounding and "
+            f"the weights are bf16: steps of size {lr:g} are smaller than most weights' rounding and "
             "are dropped, so little will be forgotten; use model.dtype=float32 or an adapter"
         ]
     return []
 
 
-def warnings_of(recipe: Recipe, request: Request) -> list[str]:
+def warnings_of(recipe: Recipe, request: Request, benchmark: Benchmark | None) -> list[str]:
     """Say what a reader of the record should know."""
     found = [request.overlaps.summary(), request.stand_in.summary() if request.stand_in else ""]
+    found += [f"not measured: {part} ({reason})" for part, reason in (benchmark.missing() if benchmark else {}).items()]
     return [*precision_warnings(recipe), *filter(None, found), *(recipe.method.warnings() if recipe.method else [])]
 
 
@@ -276,7 +283,9 @@ def read_reference(path: str) -> Rows | None:
     }
 
 
-def write_record(out: Path, recipe: Recipe, request: Request, evaluate_seconds: float) -> None:
+def write_record(
+    out: Path, recipe: Recipe, request: Request, evaluate_seconds: float, benchmark: Benchmark | None = None
+) -> None:
     """Write ``environment.json`` and, last of all, ``record.json``, which marks the run as finished."""
     write_json(out / "environment.json", environment())
     subjects = list(dict.fromkeys(e.subject for e in request.forget if e.subject))
@@ -291,13 +300,13 @@ def write_record(out: Path, recipe: Recipe, request: Request, evaluate_seconds: 
         **({"method": recipe.method.name} if recipe.method else {}),
         **({} if recipe.method else {"objective": recipe.objective.name, "optimizer": recipe.optimizer.name}),
         "model": recipe.model.path,
-        "steps": len(steps),
+        "steps": max((int(step["step"]) for step in steps), default=0),  # step 0 is what came before the first
         "seconds": {
             "train": round(sum(step["seconds"] for step in steps), 2),  # of all sittings of a resumed run
             "evaluate": round(evaluate_seconds, 2),  # of the last one
         },
         "peak_memory_bytes": peak_memory(),
-        "warnings": warnings_of(recipe, request),
+        "warnings": warnings_of(recipe, request, benchmark),
         **({"overlap": request.overlaps.record()} if request.overlaps.action != "ignore" else {}),
         **({"stood_in": request.stand_in.sources()} if request.stand_in else {}),
         "checks": [],

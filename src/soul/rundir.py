@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,9 @@ def add_scores(out: Path, name: str, scores: Sequence[Score]) -> None:
 
 
 def score_dict(score: Score) -> dict[str, Any]:
-    """Return a score as plain values; nan becomes None, which JSON has a word for."""
-    return {k: None if isinstance(v, float) and v != v else v for k, v in dataclasses.asdict(score).items()}
+    """Return a score as plain values; nan and infinities become None, which JSON has a word for."""
+    values = dataclasses.asdict(score)
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -38,7 +38,7 @@ def token_scores(
     """Return log-probability, greedy match and Min-K++ value of each answer token, from one teacher-forced pass.
 
     The head is applied to answer positions only, and the vocabulary's distribution is looked at in pieces of 64
-    positions, so that nothing of the size batch x length x vocabulary is ever made.
+    positions. Plain text is all answer, so that its logits are made for all of a batch's positions at once.
 
     Args:
         model: A causal language model; it is run in its own dtype, without autocast.

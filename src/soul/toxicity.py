@@ -178,7 +178,7 @@ def train_classifier(source: str, seed: int = 0) -> TrainedClassifier:
         from sklearn.pipeline import make_union
     except ImportError as error:
         raise ValueError(
-            f"the classifier {TRAINED} needs the package scikit-learn: pip install 'soul-unlearning[detox]'"
+            f"the classifier {TRAINED} needs the package scikit-learn: pip install scikit-learn"
         ) from error
     rows = scored_prompts(source)
     if len(rows) > _MOST:

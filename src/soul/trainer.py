@@ -93,6 +93,8 @@ class TrainingSpec:
             raise ValueError(f"training.combine must be sum, projected or dual, not {self.combine!r}")
         if not 0 < self.retain_lr < float("inf"):
             raise ValueError(f"training.retain_lr must be above 0, not {self.retain_lr}: it multiplies optimizer.lr")
+        if self.combine == "dual" and self.trust_kl:
+            raise ValueError("training.trust_kl measures one step, and combine=dual makes two: set one of them aside")
 
     @staticmethod
     def upgraded(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -100,7 +102,11 @@ class TrainingSpec:
         if "projected" not in tree:
             return tree
         rest = {name: value for name, value in tree.items() if name != "projected"}
-        return {"combine": "projected", **rest} if tree["projected"] is True else rest
+        if not isinstance(tree["projected"], bool):
+            raise ValueError(
+                f"training.projected must be true or false, not {tree['projected']!r}; today it is combine"
+            )
+        return {"combine": "projected", **rest} if tree["projected"] else rest
 
     def arguments(self, folder: str | Path, device: str = "cpu") -> TrainingArguments:
         """Return the ``TrainingArguments`` these settings mean."""
@@ -201,7 +207,7 @@ class UnlearnTrainer(Trainer):
     def _build_reference(self) -> Reference:
         epochs = int(np.ceil(self.args.num_train_epochs))
         if self.args.max_steps > 0:
-            per_epoch = -(-len(self.unlearn_data) // self.args.train_batch_size)
+            per_epoch = -(-len(self.unlearn_data) // (self.args.train_batch_size * self.args.world_size))
             epochs = -(-self.args.max_steps * self.args.gradient_accumulation_steps // per_epoch) + 1
         return self.objective.ask_reference(
             unwrap(self.model),  # type: ignore[arg-type]  # Trainer types it as possibly None

@@ -33,6 +33,8 @@ class Example:
         paraphrased_answer: The same answer in other words, if known.
         wrong_answers: False answers of the same form (TOFU's "perturbed answers").
         subject: Whom or what the item is about, for reports.
+        ends: False where the answer is a piece cut out of something longer, so that nothing ends after it. A plain
+            text without a prompt is one in any case.
     """
 
     prompt: str
@@ -44,6 +46,7 @@ class Example:
     paraphrased_answer: str | None = None
     wrong_answers: tuple[str, ...] = ()
     subject: str = ""
+    ends: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,3 +188,11 @@ def test_older_recipes_and_contests_are_understood():
         config.parse(TrainingSpec, {"combine": "both"}, "training")
     with pytest.raises(ValueError, match="retain_lr must be above 0"):
         config.parse(TrainingSpec, {"retain_lr": 0}, "training")
+
+
+def test_settings_that_do_not_go_together_or_are_misread_are_refused():
+    with pytest.raises(ValueError, match="combine=dual makes two"):
+        TrainingSpec(combine="dual", trust_kl=0.1)
+    with pytest.raises(ValueError, match=r"training\.projected must be true or false"):
+        TrainingSpec.upgraded({"projected": "yes"})
+    assert TrainingSpec.upgraded({"projected": True}) == {"combine": "projected"}

@@ -13,6 +13,7 @@ from soul.anchors import NEW_TOKENS, OPENERS, _example, samples, stand_in
 from soul.config import override
 from soul.data.general import general_chat
 from soul.data.guard import carried_prompt
+from soul.export import export
 from soul.models import ModelSpec, load_model
 from soul.recipe import recipe_from_tree
 from soul.report import read_run
@@ -189,3 +190,11 @@ def test_a_prompt_is_measured_and_stays_with_the_model(place, recipe):
     assert [row["nll"] for row in loaded] == pytest.approx(rows["after"], abs=1e-6)
     assert any("changes no weight" in line for line in read_run(out).warnings)
     assert (out / "model/model.safetensors").stat().st_size == (place / "model/model.safetensors").stat().st_size
+
+
+def test_what_was_dropped_is_not_judged_as_kept(place, recipe):
+    settings = (f"data.retain={place / 'retain.jsonl'}", "data.overlap=drop", "evaluation={generate: false}")
+    out = execute(recipe(*settings), place / "judged")
+    rows = [json.loads(line) for line in (out / "rows/after/kept.jsonl").read_text().splitlines()]
+    assert len(rows) == json.loads((out / "record.json").read_text())["n_retain"] == 1
+    export(out, place / "judged-export")

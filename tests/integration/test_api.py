@@ -177,3 +177,23 @@ def test_all_public_names_exist():
         assert getattr(soul, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'unlern'"):
         soul.unlern  # noqa: B018 # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_an_objective_freezes_is_free_again(tokenizer, make_model, forget_set, retain_set):
+    model = make_model().train()
+    objective = {"name": "rmu", "layer": 1}
+    soul.unlearn(
+        model, tokenizer, forget=forget_set, retain=retain_set, objective=objective, optimizer="adamw", training=SHORT
+    )
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+
+
+def test_retraining_refuses_an_adapter_that_has_learned(tokenizer, make_model, forget_set, retain_set):
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if ".lora_B." in n).add_(0.1)
+    with pytest.raises(ValueError, match="trained before"):
+        soul.unlearn(
+            model, tokenizer, forget=forget_set, retain=retain_set, method={"name": "retrain", "base": "anything"}
+        )

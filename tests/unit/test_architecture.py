@@ -25,7 +25,7 @@ ONLY = {
     "optim": {"registry", "curvature", "machine"},
     "forward": {"data"},
     "combine": {"types", "optim"},
-    "embedding": {"data"},
+    "embedding": {"data", "pretrained"},
     "overlaps": {"types", "data", "embedding"},
     "anchors": {"types", "data", "generation"},
     "quantized": set(),

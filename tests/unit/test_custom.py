@@ -227,3 +227,15 @@ def test_without_a_request_there_is_nothing_to_audit():
     assert "forget" in Custom().missing()
     with pytest.raises(ValueError, match="forget=FILE"):
         Custom().splits()
+
+
+def test_a_passage_recited_to_its_last_word_is_extracted(tokenizer, tmp_path):
+    """What follows a passage of a document is no part of it: an end there would hide that all of it is known."""
+    (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten eleven twelve")
+    template = ChatTemplate(tokenizer)
+    plain = [
+        e for split in Custom(forget=str(tmp_path / "a.txt"), general="", text="").splits().values() for e in split
+        if not e.chat and e.prompt
+    ]  # fmt: skip
+    assert plain
+    assert all(template.end_of_turn not in template.encode(e).input_ids for e in plain)

@@ -133,10 +133,11 @@ def test_its_auc_is_the_share_of_pairs_in_order(prompts):
 
 
 def test_on_real_scores_it_is_as_good_as_the_documentation_says(shared_data):
-    trained = train_classifier(f"{shared_data / 'realtoxicityprompts/rtp_val5k.jsonl'},limit=1500")
+    trained = train_classifier(str(shared_data / "realtoxicityprompts/rtp_val5k.jsonl"))
     assert trained.quality is not None
-    assert 0.85 < trained.quality.value < 0.95
-    assert trained.quality.low > 0.8
+    told = (trained.quality.value, trained.quality.low, trained.quality.high)
+    assert told == pytest.approx((0.920, 0.905, 0.933), abs=0.002)
+    assert trained.quality.n == 1025
 
 
 def test_too_few_scores_are_refused(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from soul import evaluate as module
 from soul.benchmarks.base import Benchmark
@@ -287,3 +287,15 @@ def test_a_benchmark_of_long_texts_lifts_the_limit(
     for given in (None, EvaluationSpec(max_length=4000)):
         measure(Long(), make_model(), tokenizer, spec=given)
     assert seen == [2304, 4000]
+
+
+def test_what_a_publisher_adds_to_decoding_is_left_out(
+    make_model: Make, tokenizer: PreTrainedTokenizerFast, forget_set: list[Example]
+) -> None:
+    template, model = ChatTemplate(tokenizer), make_model()
+    prompts = [template.prompt_ids(e) for e in forget_set]
+    plain = module.generate(model, template, prompts, EvaluationSpec(max_new_tokens=12))
+    defaults = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12)
+    model.generation_config = defaults
+    assert module.generate(model, template, prompts, EvaluationSpec(max_new_tokens=12)) == plain
+    assert model.generation_config is defaults

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -211,3 +213,11 @@ def test_no_row_is_longer_than_the_model_has_positions(make_tokenizer):
     tokenizer.model_max_length = 40
     assert len(ChatTemplate(tokenizer).encode(Example("Who?", "A" * 80))) == 40
     assert len(ChatTemplate(tokenizer, max_length=30).encode(Example("Who?", "A" * 80))) == 30
+
+
+def test_no_end_is_learned_after_a_piece(tokenizer):
+    template = ChatTemplate(tokenizer)
+    for chat in (True, False):
+        whole = Example("Where is Bo?", "In the garden", chat=chat)
+        piece = template.encode(dataclasses.replace(whole, ends=False))
+        assert template.encode(whole).input_ids == (*piece.input_ids, template.end_of_turn)

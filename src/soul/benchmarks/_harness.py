@@ -23,7 +23,7 @@ from soul.data import hub
 from soul.data.tasks import local_splits
 from soul.types import Row
 
-INSTALL = "lm-eval is not installed: pip install 'soul-unlearning[lm-eval]'"
+INSTALL = "lm-eval is not installed: pip install lm-eval"
 _FOLDERS = {
     "arc": "arc",
     "lambada": "lambada",

@@ -36,21 +36,17 @@ def leakage_scores(sides: Sides, reference: Sides | None, *, k: float, seed: int
     return scores
 
 
-def memorization_scores(rows: Sequence[Row], split: str, *, seed: int, ended: bool = True) -> list[Score]:
+def memorization_scores(rows: Sequence[Row], split: str, *, seed: int) -> list[Score]:
     """Return ``exact_memorization`` and ``extraction_strength`` where all rows know which of their tokens match.
 
     Args:
         rows: The split's rows.
         split: Its name.
         seed: Seed of the intervals, which are over subjects.
-        ended: Whether answers end where their text does. A passage goes on, and the end that evaluation puts after it
-            is nothing to memorize: it is left out, unless it is all there is.
     """
     if not all(row.get("token_matches") for row in rows):
         return []
     matches = [row.get("token_matches", []) for row in rows]
-    if not ended:
-        matches = [found[:-1] or found for found in matches]
     groups = subjects(rows)
     return [
         bootstrap_mean(

@@ -7,13 +7,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
 from soul.types import Ask, Example, Row, Score
 
 Rows = Mapping[str, Sequence[Row]]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Benchmark(abc.ABC):
         return {split: [hashed(row) if self.private_text else row for row in found] for split, found in rows.items()}
 
 
-def pick(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """Return ``limit`` of the examples in their order, chosen by ``seed``; all of them where there is no limit.
+def pick(examples: Sequence[T], limit: int | None, seed: int) -> list[T]:
+    """Return ``limit`` of the items in their order, chosen by ``seed``; all of them where there is no limit.
 
     The head of one permutation: a smaller limit is a subset of a larger one.
 

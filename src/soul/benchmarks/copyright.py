@@ -128,8 +128,9 @@ class Copyright(Benchmark):
         """Cut the texts and load what else is asked.
 
         Raises:
-            ValueError: A source cannot be read, or a text is too short.
+            ValueError: A source cannot be read, a text is too short, or sacrebleu is not installed.
         """
+        overlap.need_sacrebleu()  # said now rather than when all is generated
         passages = self.passages()
         found = {f"forget_{n}": [p.example(n) for p in passages] for n in self.prompts}
         found |= {f"asked_{n}": [p.example(n, asked=True) for p in passages] for n in self.asked}

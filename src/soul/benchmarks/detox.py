@@ -94,13 +94,14 @@ class Detox(Benchmark):
         """Load prompts, questions and plain passages.
 
         Raises:
-            ValueError: A source is empty or cannot be read.
+            ValueError: A source is empty or cannot be read, or no classifier can be had.
         """
+        self._classifier()  # said now rather than when all is generated
         found: dict[str, list[Example]] = {}
         if self.prompts:
             sides: dict[bool, list[Example]] = {True: [], False: []}
             for i, ((prompt, toxicity), (continuation, _)) in enumerate(scored_prompts(self.prompts)):
-                example = Example(prompt.rstrip(), continuation, id=f"rtp:{i}", chat=False)
+                example = Example(prompt.rstrip(), continuation, id=f"rtp:{i}", chat=False, ends=False)
                 sides[toxicity >= THRESHOLD].append(example)
             found["toxic_prompts"] = pick(sides[True], self.limit, self.seed)
             found["nontoxic_prompts"] = pick(sides[False], self.limit, self.seed)
@@ -134,11 +135,14 @@ class Detox(Benchmark):
         known = [split for split in TOXIC_SPLITS if rows.get(split)]
         if not known or not all("generated" in row for split in known for row in rows[split]):
             raise ValueError(f"detox scores need rows of {', '.join(TOXIC_SPLITS)} with generated answers")
-        classifier = load_classifier(self.classifier, self.trained_on or self.prompts or SCORES, self.seed)
+        classifier = self._classifier()
         scores = [score for split in known for score in toxicity_scores(rows[split], split, classifier, self.seed)]
         if rows.get("text"):
             scores.append(perplexity_score(rows["text"], "text", seed=self.seed))
         return scores + ([classifier.quality] if classifier.quality else [])
+
+    def _classifier(self) -> Classifier:
+        return load_classifier(self.classifier, self.trained_on or self.prompts or SCORES, self.seed)
 
     def _ask(self) -> Ask:
         return Ask(

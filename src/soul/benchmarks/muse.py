@@ -139,7 +139,7 @@ class Muse(Benchmark):
             if rows.get(split) and all("generated" in row for row in rows[split]):
                 scores.append(self._overlap(split, rows[split]))
         if self.memorization and rows.get("verbmem"):
-            scores += memorization_scores(rows["verbmem"], "forget", seed=self.seed, ended=False)
+            scores += memorization_scores(rows["verbmem"], "forget", seed=self.seed)
         sides = [rows.get(f"privleak_{side}") for side in ("forget", "holdout")]
         if sides[0] and sides[1]:
             known = [(reference or {}).get(f"privleak_{side}") for side in ("forget", "holdout")]
@@ -186,7 +186,10 @@ class Muse(Benchmark):
 
     def _continuations(self) -> list[Example]:
         pairs = columns(self.origin, "verbmem", "forget", "prompt", "gt")
-        return [Example(prompt, answer, id=f"verbmem:{i}", chat=False) for i, (prompt, answer) in enumerate(pairs)]
+        return [
+            Example(prompt, answer, id=f"verbmem:{i}", chat=False, ends=False)
+            for i, (prompt, answer) in enumerate(pairs)
+        ]
 
     def _questions(self, side: str) -> list[Example]:
         shots = columns(self.origin, "knowmem", f"{side}_qa_icl", "question", "answer")
@@ -224,7 +227,7 @@ def _public(split: str, row: Row, k: float) -> dict[str, Any]:
     if "generated" in row:
         values["rougeL_f1"] = overlap(split, row)
     if split == "verbmem" and row.get("token_matches"):
-        matches = row.get("token_matches", [])[:-1] or row.get("token_matches", [])
+        matches = row.get("token_matches", [])
         values["exact_memorization"] = exact_memorization(matches)
         values["extraction_strength"] = extraction_strength(matches)
     if split.startswith("privleak"):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from soul.benchmarks.base import Benchmark, Rows
+from soul.benchmarks.base import Benchmark, Rows, pick
 from soul.data.raw import read_rows
 from soul.metrics.stats import bootstrap_mean
 from soul.registry import BENCHMARKS
@@ -82,12 +82,8 @@ def questions(source: str, limit: int | None = None, seed: int = 0) -> list[Exam
         ValueError: The source cannot be read, or its columns are none of TruthfulQA's.
     """
     rows = list(read_rows(source))
-    chosen: Sequence[int] = range(len(rows))
-    if limit is not None and limit < len(rows):
-        # the head of one permutation: a smaller limit is a subset of a larger one
-        chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist())
     found: list[Example] = []
-    for number in chosen:
+    for number in pick(range(len(rows)), limit, seed):
         where, row = rows[number]
         question, answers = _read(row, where)
         found += [

@@ -41,8 +41,8 @@ class Passage:
         """Return the continuation after the prompt of so many tokens, as plain text or (``asked``) in a chat."""
         prompt, name = self.prompts[tokens], f"{self.id}:{'asked' if asked else 'plain'}:{tokens}"
         if asked:
-            return Example(ASKED.format(prompt), self.continuation.strip(), id=name, subject=self.id)
-        return Example(prompt, self.continuation, id=name, chat=False, subject=self.id)
+            return Example(ASKED.format(prompt), self.continuation.strip(), id=name, subject=self.id, ends=False)
+        return Example(prompt, self.continuation, id=name, chat=False, subject=self.id, ends=False)
 
 
 def book_text(path: str | Path) -> str:
@@ -161,9 +161,9 @@ def pieces(
         given, rest = words.slice(words.backward(at, prompt, 0), at), words.slice(at, end, lead=True)
         name = f"{passage.id}:piece:{len(found)}"
         if asked:
-            found.append(Example(ASKED.format(given), rest.strip(), id=f"{name}:asked", subject=passage.id))
+            found.append(Example(ASKED.format(given), rest.strip(), id=f"{name}:asked", subject=passage.id, ends=False))
         else:
-            found.append(Example(given, rest, id=name, chat=False, subject=passage.id))
+            found.append(Example(given, rest, id=name, chat=False, subject=passage.id, ends=False))
         at = end
     return found
 

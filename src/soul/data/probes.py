@@ -128,7 +128,7 @@ def cloze(
         whole = [(i, pair) for i, pair in enumerate(asked) if pair is not None]
         for i, (prompt, answer) in (whole[k] for k in _picked(len(whole), per_document, name, seed)):
             found.append(
-                Example(prompt, answer, id=f"{name}:cloze:{i}", chat=form == "question", subject=name),
+                Example(prompt, answer, f"{name}:cloze:{i}", form == "question", subject=name, ends=form == "question"),
             )
     if not found:
         raise ValueError("no sentence of the documents has a name, date, number or rare word to ask for")
@@ -169,7 +169,8 @@ def continuations(
         for i in _picked(len(passages), per_document, name, seed):
             half = len(passages[i]) // 2
             prompt, answer = " ".join(passages[i][:half]), " " + " ".join(passages[i][half:])
-            found.append(Example(prompt, answer, id=f"{name}:continuation:{i}", chat=False, subject=name))
+            name_i = f"{name}:continuation:{i}"
+            found.append(Example(prompt, answer, id=name_i, chat=False, subject=name, ends=False))
     if not found:
         raise ValueError("no document has a passage of eight words to continue")
     return found

@@ -14,6 +14,7 @@ _ROLES = ("system", "user", "assistant")
 class _Names(TypedDict):
     id: str
     subject: str
+    ends: bool
 
 
 def to_example(row: Columns, where: str) -> Example:
@@ -108,7 +109,10 @@ def _names(row: Columns, where: str) -> _Names:
     number = row.get("id")
     # A numeric id is as good a name as any.
     name = str(number) if isinstance(number, int) and not isinstance(number, bool) else _optional(row, "id", where)
-    return {"id": name, "subject": _optional(row, "subject", where)}
+    ends = row.get("ends")
+    if ends is not None and not isinstance(ends, bool):
+        raise ValueError(f"{where}: ends must be true or false, not {ends!r:.60}")
+    return {"id": name, "subject": _optional(row, "subject", where), "ends": ends is not False}
 
 
 def _optional(row: Columns, column: str, where: str) -> str:

@@ -255,9 +255,7 @@ def _parquet(path: Path) -> Numbered:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(
-            f"{path}: reading Parquet needs the package pyarrow: pip install 'soul-unlearning[parquet]'"
-        ) from error
+        raise ValueError(f"{path}: reading Parquet needs the package pyarrow: pip install pyarrow") from error
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -287,8 +285,7 @@ def hub_rows(source: str, split: str | None, config: str | None) -> Numbered:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"{source!r} is no local file, and data sets of the hub need the package datasets: "
-            "pip install 'soul-unlearning[hub]'"
+            f"{source!r} is no local file, and data sets of the hub need the package datasets: pip install datasets"
         ) from error
     try:
         datasets.disable_progress_bars()

@@ -87,7 +87,7 @@ class ChatTemplate:
         spaced = joined and not body[:1].isspace() and not (not example.chat and example.prompt[-1:].isspace())
         tail = self._after_space(body) if spaced else self._ids(body)
         # A passage of plain text is a piece cut out of something longer: no end is learned after it.
-        tail += [self.end_of_turn] if example.chat or example.prompt else []
+        tail += [self.end_of_turn] if example.ends and (example.chat or example.prompt) else []
         ids = (head + tail)[: self.limit]
         start = max(1, len(head))  # the very first token of a text has nothing before it to be predicted from
         if start >= len(ids):

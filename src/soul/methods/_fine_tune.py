@@ -9,11 +9,21 @@ from typing import Any
 
 from soul.data.batches import UnlearnDataset
 from soul.methods.base import Log, Progress
-from soul.models import without_autocast
+from soul.models import left_as_it_was
 from soul.objectives.ft import FineTune
 from soul.optim.adamw import AdamWSpec
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer
 from soul.types import Example
+
+
+def refuse_trained_adapter(model: Any, why: str) -> None:
+    """Make sure that a LoRA adapter, if there is one, adds nothing yet.
+
+    Raises:
+        ValueError: One of its second factors is not zero; the message says ``why`` that matters.
+    """
+    if any(".lora_B." in name and bool(p.any()) for name, p in model.named_parameters()):
+        raise ValueError(f"this adapter has been trained before, and {why}: merge it into the weights first")
 
 
 def fine_tune(
@@ -48,7 +58,6 @@ def fine_tune(
     """
     settings = dataclasses.replace(training, seed=data.seed, save_steps=0)
     dataset = UnlearnDataset(data.template, (), examples, ("retain",), seed=data.seed)
-    free, was_training = {p: p.requires_grad for p in model.parameters()}, model.training
     steps = 0
 
     def note(step: int, of: int, record: dict[str, float]) -> None:
@@ -59,21 +68,16 @@ def fine_tune(
         log({"step": step, "nll": record["retain"], **numbers})
 
     lines = LogCallback(None, note)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = UnlearnTrainer(
-                model,
-                settings.arguments(folder, next(model.parameters()).device.type),
-                dataset=dataset,
-                objective=FineTune(),
-                optimizer=optimizer,
-                training=settings,
-                callbacks=[lines],
-            )
-            lines.trainer = trainer
-            trainer.train()
-    finally:
-        without_autocast(model).train(was_training)
-        for p, wanted in free.items():
-            p.requires_grad_(wanted)
+    with left_as_it_was(model), tempfile.TemporaryDirectory() as folder:
+        trainer = UnlearnTrainer(
+            model,
+            settings.arguments(folder, next(model.parameters()).device.type),
+            dataset=dataset,
+            objective=FineTune(),
+            optimizer=optimizer,
+            training=settings,
+            callbacks=[lines],
+        )
+        lines.trainer = trainer
+        trainer.train()
     return steps

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from soul.data.batches import UnlearnDataset
-from soul.methods._fine_tune import fine_tune
+from soul.methods._fine_tune import fine_tune, refuse_trained_adapter
 from soul.methods.base import Log, Method, Progress, silent, unheard
 from soul.models import ModelSpec, load_model
 from soul.optim.adamw import AdamWSpec
@@ -47,13 +47,14 @@ class Retrain(Method):
         """Change ``model`` in place and return it.
 
         Raises:
-            ValueError: No base was given, or it is of another architecture.
+            ValueError: No base was given, it is of another architecture, or an adapter on the model has learned before.
         """
         if not self.base:
             raise ValueError(
                 "retrain begins from the model before it learned: give method.base, a hub id or a folder, e.g. "
                 "method.base=HuggingFaceTB/SmolLM2-135M-Instruct"
             )
+        refuse_trained_adapter(model, "what it learned would stay when the weights below it are replaced")
         started = time.perf_counter()
         take_weights(model, self.base)
         log({"step": 0, "seconds": round(time.perf_counter() - started, 4)})

@@ -10,7 +10,7 @@ import torch
 
 from soul.curvature.products import trainable
 from soul.data.batches import UnlearnDataset
-from soul.methods._fine_tune import fine_tune
+from soul.methods._fine_tune import fine_tune, refuse_trained_adapter
 from soul.methods.base import Log, Method, Progress, silent, unheard
 from soul.optim.adamw import AdamWSpec
 from soul.registry import METHODS
@@ -97,9 +97,5 @@ def _second_factors(model: Any, moved: dict[str, torch.nn.Parameter]) -> set[str
             f"task_vector negates the product of LoRA factors on linear layers, and {strange[0]} is none: use plain "
             "LoRA, or train the weights"
         )
-    if any(bool(moved[name].any()) for name in second):
-        raise ValueError(
-            "this adapter has been trained before, and the negative of what it goes on to learn is no adapter of the "
-            "same rank: merge it into the weights first"
-        )
+    refuse_trained_adapter(model, "the negative of what it goes on to learn is no adapter of the same rank")
     return second

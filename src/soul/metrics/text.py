@@ -73,7 +73,7 @@ def bleu(generated: str, answer: str) -> float:
     """
     if not generated.strip() or not answer.strip():
         return 0.0
-    return float(_sacrebleu().sentence_bleu(generated, [answer]).score)
+    return float(need_sacrebleu().sentence_bleu(generated, [answer]).score)
 
 
 def corpus_bleu(generated: Sequence[str], answers: Sequence[str]) -> float:
@@ -86,14 +86,19 @@ def corpus_bleu(generated: Sequence[str], answers: Sequence[str]) -> float:
     """
     if len(generated) != len(answers) or not generated:
         raise ValueError(f"BLEU needs a generation for each answer, got {len(generated)} and {len(answers)}")
-    return float(_sacrebleu().corpus_bleu(list(generated), [list(answers)]).score)
+    return float(need_sacrebleu().corpus_bleu(list(generated), [list(answers)]).score)
 
 
-def _sacrebleu() -> Any:
+def need_sacrebleu() -> Any:
+    """Return the library that BLEU is measured with.
+
+    Raises:
+        ValueError: It is not installed.
+    """
     try:
         import sacrebleu
     except ImportError:
-        raise ValueError("BLEU needs sacrebleu: pip install 'soul-unlearning[bleu]'") from None
+        raise ValueError("BLEU needs sacrebleu: pip install sacrebleu") from None
     return sacrebleu
 
 

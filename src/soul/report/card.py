@@ -181,7 +181,7 @@ def _recipe(record: RunRecord, facts: CardFacts) -> str:
     if not isinstance(tree, dict):
         return ""
     if not facts.show_data:
-        tree = {key: _hide(value) if key in _PRIVATE else value for key, value in tree.items()}
+        tree = {key: hidden(value) if key in _PRIVATE else value for key, value in tree.items()}
         model = tree.get("model")
         if isinstance(model, dict):  # a path may tell of a machine
             tree["model"] = model | {"path": facts.base or HIDDEN}
@@ -190,12 +190,12 @@ def _recipe(record: RunRecord, facts: CardFacts) -> str:
     return f"## Recipe\n\n{fence}yaml\n{text}{fence}\n"
 
 
-def _hide(value: Any) -> Any:
+def hidden(value: Any) -> Any:
     """Return the same tree with its texts hidden; a component keeps its name."""
     if isinstance(value, Mapping):
-        return {k: v if k == "name" else _hide(v) for k, v in value.items()}
+        return {k: v if k == "name" else hidden(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_hide(item) for item in value]
+        return [hidden(item) for item in value]
     return HIDDEN if isinstance(value, str) and value else value
 
 
