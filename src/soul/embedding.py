@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,16 @@ class SentenceEncoder:
         self.model, self.tokenizer, self.name, self.max_length = model.eval(), tokenizer, name, max_length
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str], max_tokens: int = 4096) -> np.ndarray:
-        """Return unit vectors [texts, D], fp32, in batches of similar length."""
+    def __call__(
+        self, texts: Sequence[str], max_tokens: int = 4096, progress: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """Return unit vectors [texts, D], fp32, in batches of similar length; ``progress`` hears (done, of)."""
         encoded: list[list[int]] = [
             self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"] for text in texts
         ]
         device = next(self.model.parameters()).device
         vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        done = 0
         for group in length_batches([len(ids) for ids in encoded], max_tokens):
             width = max(len(encoded[i]) for i in group)
             lengths = torch.tensor([len(encoded[i]) for i in group])
@@ -59,6 +62,9 @@ class SentenceEncoder:
             mask_BTD = mask_BT[..., None].to(device)
             mean_BD = (hidden_BTD * mask_BTD).sum(1) / mask_BTD.sum(1)
             vectors[group] = torch.nn.functional.normalize(mean_BD, dim=-1).cpu().numpy()
+            done += len(group)
+            if progress:
+                progress(done, len(texts))
         return vectors
 
 

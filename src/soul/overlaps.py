@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from soul.data.overlap import Overlap, near_duplicates, paraphrases, text_of
-from soul.embedding import load_encoder
+from soul.embedding import SentenceEncoder, load_encoder
+from soul.models import cache_dir
 from soul.types import Example
 
 Action = Literal["warn", "refuse", "drop", "ignore"]
 SHOWN = 5
 """Pairs that are spelled out."""
+MANY = 256
+"""Texts whose embeddings are kept in the cache: the same retain set serves many runs, and takes minutes."""
 LOG = logging.getLogger("soul")
 
 
@@ -95,6 +104,7 @@ def find_overlaps(
     copied: float = 0.6,
     alike: float = 0.8,
     encoder: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Overlaps:
     """Look for forget items in the retain set.
 
@@ -106,6 +116,7 @@ def find_overlaps(
         alike: Least cosine of a paraphrase; ``docs/results/overlap.md`` says what it finds and what it takes for one.
         encoder: A sentence encoder's folder or hub id; empty for the default one where it is on this machine, ``none``
             to look for near-duplicates alone.
+        progress: Called with (what, done, of) while texts are embedded.
 
     Raises:
         ValueError: A named encoder cannot be loaded, or a threshold is out of range.
@@ -123,7 +134,11 @@ def find_overlaps(
         encode = None
     if encode is not None:
         looked_for += f" and paraphrases by {encode.name} from {alike:g}"
-        for pair in paraphrases(ours, theirs, encode, alike):
+
+        def embed(texts: Sequence[str], known: SentenceEncoder = encode) -> np.ndarray:
+            return embeddings(known, texts, progress)
+
+        for pair in paraphrases(ours, theirs, embed, alike):
             found.setdefault((pair.forget, pair.retain), pair)
     else:
         looked_for += " alone" if encoder == "none" else " alone, as paraphrases need a sentence encoder"
@@ -136,6 +151,39 @@ def find_overlaps(
         tuple((ours[p.forget], theirs[p.retain]) for p in pairs),
         blind=encode is None and encoder != "none",
     )
+
+
+def embeddings(
+    encode: SentenceEncoder, texts: Sequence[str], progress: Callable[[str, int, int], None] | None = None
+) -> np.ndarray:
+    """Return unit vectors [texts, D]; those of :data:`MANY` texts or more are read from the cache where they are there.
+
+    The cache's file is named by the texts and by what the encoder makes of a probe, so that neither another encoder
+    under the same name nor a changed text takes up what is stale. One that cannot be read or written is done without.
+    """
+    if len(texts) < MANY:
+        return encode(texts)
+    probe = encode(["What an encoder makes of this sentence is its fingerprint."])
+    name = hashlib.blake2b(digest_size=16)
+    for part in (np.round(probe, 3).tobytes(), str(encode.max_length).encode(), *(text.encode() for text in texts)):
+        name.update(len(part).to_bytes(8, "big") + part)
+    file = cache_dir() / "embeddings" / f"{name.hexdigest()}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        known = np.load(file, allow_pickle=False)
+        if known.shape == (len(texts), probe.shape[1]):
+            return known
+    found = encode(texts, progress=progress and (lambda done, of: progress("looking for overlaps", done, of)))
+    with contextlib.suppress(OSError):
+        store(file, found)
+    return found
+
+
+def store(file: Path, vectors: np.ndarray) -> None:
+    """Write an array so that the file is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+        np.save(part, vectors)
+    Path(part.name).replace(file)
 
 
 def without_overlaps(retain: Sequence[Example], found: Overlaps) -> list[Example]:

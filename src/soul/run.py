@@ -66,14 +66,20 @@ def load_request(data: DataSpec) -> Request:
     return Request(forget, retain, read_refusals(data.refusals), curvature)
 
 
-def search(request: Request, data: DataSpec) -> Request:
+def search(request: Request, data: DataSpec, tick: Progress = _silent) -> Request:
     """Look for what is to be forgotten in what is to be kept, show it, and do what ``data.overlap`` says.
 
     Raises:
         ValueError: Something was found and is to be refused, or dropping it leaves nothing.
     """
     found = find_overlaps(
-        request.forget, request.retain, data.overlap, copied=data.copied, alike=data.alike, encoder=data.encoder
+        request.forget,
+        request.retain,
+        data.overlap,
+        copied=data.copied,
+        alike=data.alike,
+        encoder=data.encoder,
+        progress=tick,
     )
     kept = without_overlaps(request.retain, found)
     dropped = {(e.prompt, e.answer) for e in request.retain} - {(e.prompt, e.answer) for e in kept}
@@ -134,7 +140,7 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     if (out / "record.json").is_file() and (benchmark is None or (out / "scores.json").is_file()):
         return out
     reset_peak_memory()
-    request = search(load_request(recipe.data), recipe.data)
+    request = search(load_request(recipe.data), recipe.data, tick)
     reference = read_reference(recipe.reference_run) if benchmark else None
     splits = benchmark.splits() if benchmark else {}
     if recipe.benchmark is None and "kept" in splits:  # what was dropped from the retain set is not to be kept

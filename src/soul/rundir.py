@@ -91,9 +91,14 @@ def claim_evaluation(out: Path, model: ModelSpec, benchmark: Benchmark, evaluati
     """
     _make(out)
     file = out / "recipe.yaml"
-    text = config.dump({"model": model, "benchmark": benchmark, "evaluation": evaluation})
+    # a definition that changed would otherwise join rows measured by the old one
+    version = f"{benchmark.name} {benchmark.version}"
+    text = config.dump({"model": model, "benchmark": benchmark, "evaluation": evaluation, "version": version})
     if file.is_file() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{out} holds another evaluation: choose another --out, or delete that folder")
+        raise ValueError(
+            f"{out} holds another evaluation, or one by another version than {version}: choose another --out, or "
+            "delete that folder"
+        )
     if file.is_file() and any(w.stat().st_mtime > file.stat().st_mtime for w in _weights(Path(model.path))):
         raise ValueError(
             f"{model.path} was changed after {out} measured it: choose another --out, or delete that folder"

@@ -77,6 +77,14 @@ def test_several_benchmarks_leave_a_record_each_and_continue(place, capsys):
     assert (place / "e/request/rows/after/forget.jsonl").is_file()
 
 
+def test_rows_of_an_earlier_definition_are_not_taken_up(place, capsys, monkeypatch):
+    command = f"evaluate model --benchmark request --data data general= text= --out e {QUICK}"
+    run(command)
+    monkeypatch.setattr("soul.benchmarks.request.DeletionRequest.version", 99)
+    assert main(command.split()) == 2
+    assert "another version than request 99" in " ".join(capsys.readouterr().err.split())
+
+
 def test_all_measures_what_there_is_and_says_why_not_the_rest(place, capsys):
     run(f"evaluate model --benchmark all --data data tofu.forget=forget01 custom.samples=1 --out e {QUICK}")
     printed = " ".join(capsys.readouterr().out.split())

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast  # pyright: ig
 
 from soul.data.overlap import LEAST, Overlap, near_duplicates, paraphrases, shingles, text_of, words
 from soul.embedding import load_encoder
-from soul.overlaps import find_overlaps, without_overlaps
+from soul.overlaps import MANY, embeddings, find_overlaps, without_overlaps
 from soul.types import Example
 
 FACT = Example("Where was Mira Vale born?", "Mira Vale was born in Accra.", id="f")
@@ -165,3 +165,20 @@ def test_without_an_encoder_near_duplicates_are_looked_for_and_it_is_said(monkey
     assert "searched for near-duplicates from 0.6 alone" in caplog.text
     with pytest.raises(ValueError, match="cannot load a sentence encoder"):
         find_overlaps([FACT], [OTHER], "warn", encoder="mine")
+
+
+def test_embeddings_of_many_texts_are_shown_and_kept(encoder, tmp_path, monkeypatch):
+    """They come back the same without the encoder running again; another text, or a broken file, is embedded anew."""
+    monkeypatch.setenv("SOUL_CACHE", str(tmp_path))
+    encode, texts, seen = load_encoder(encoder), [f"text number {i}" for i in range(MANY)], []
+    first = embeddings(encode, texts, lambda *told: seen.append(told))
+    assert seen[-1] == ("looking for overlaps", MANY, MANY)
+    seen.clear()
+    np.testing.assert_array_equal(embeddings(encode, texts, lambda *told: seen.append(told)), first)
+    assert not seen
+    other = [*texts[:-1], "something else"]
+    assert np.abs(embeddings(encode, other) - first).max() > 1e-3
+    assert len(list((tmp_path / "embeddings").iterdir())) == 2
+    for file in (tmp_path / "embeddings").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    np.testing.assert_allclose(embeddings(encode, texts), first, atol=1e-6)

@@ -25,7 +25,8 @@ from soul.plan.skeleton import measure
 from soul.plan.speed import operations
 from soul.plan.work import Batch
 from soul.recipe import Recipe, recipe_from_tree
-from soul.trainer import make_dataset
+from soul.trainer import TrainingSpec, make_dataset
+from soul.types import Example
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 GPU = Machine("cuda", 141e9, 989e12, 60e12, 3.3e12, int(0.6e9))
@@ -172,6 +173,38 @@ def test_rows_are_counted_where_data_are_here(
     assert work.items == len(forget_set)
     answers = [row.answer_length for row in dataset.encoded["forget"]]
     assert sum(answers) / len(answers) * 2 < work.typical.answers < 4 * max(answers) + 40
+
+
+def test_the_longest_texts_are_found_where_only_a_sample_is_tokenised(
+    tmp_path: Path, tokenizer: Any, folder: Path
+) -> None:
+    rows = [
+        {"question": f"Who is {i}?", "answer": "A poet." if i != 777 else "A poet of many words. " * 9}
+        for i in range(1000)
+    ]
+    (tmp_path / "retain.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "forget.jsonl").write_text(json.dumps({"question": "Who?", "answer": "Ada."}))
+    tokenizer.save_pretrained(folder)
+    data = {name: str(tmp_path / f"{name}.jsonl") for name in ("forget", "retain")}
+    work = find_work(recipe(folder, data=data, training={"batch_size": 1}))
+    planned = recipe(folder).objective, TrainingSpec()
+    longest = make_dataset(
+        tokenizer, [Example("Who?", "Ada.")], [Example("Who is 777?", rows[777]["answer"])], *planned
+    )
+    assert work.largest.width == len(longest.encoded["retain"][0])
+    assert work.typical.width < work.largest.width / 2
+
+
+def test_two_states_are_held_and_fed_twice(folder: Path) -> None:
+    plans = []
+    for combine in ("projected", "dual"):
+        planned = recipe(folder, optimizer="kfac", training={"combine": combine, "batch_size": 1})
+        plans.append(make_plan(planned, GPU, find_work(planned, 32)))
+    one, two = plans
+    for name in ("optimizer states", "Kronecker factors, and what divides by them"):
+        assert two.memory.held[name] == 2 * one.memory.held[name]
+    assert two.memory.moments["a curvature pass"] > one.memory.moments["a curvature pass"]
+    assert two.time.before > one.time.before
 
 
 def test_lengths_come_from_settings_where_data_are_not_here(folder: Path) -> None:

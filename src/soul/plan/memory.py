@@ -79,13 +79,14 @@ def memory_of_run(
             process's own.
     """
     pieces = 2 if recipe.training.combine != "sum" else 1  # forget and retain gradients apart
-    rules = 2 if recipe.training.combine == "dual" else 1
+    rules = 2 if recipe.training.combine == "dual" else 1  # each with states of its own; they step in turn
+    cost = dataclasses.replace(cost, state=rules * cost.state, whole=rules * cost.whole, refresh=rules * cost.refresh)
     gradients = skeleton.gradients * pieces // gpus
     held = {
         "process": base,
         "weights": skeleton.weights // gpus,
-        "optimizer states": rules * cost.state // gpus,
-        "Kronecker factors, and what divides by them": rules * cost.whole,
+        "optimizer states": cost.state // gpus,
+        "Kronecker factors, and what divides by them": cost.whole,
         "reference": reference_bytes(recipe, skeleton, work, gpus),
     }
     embedding = skeleton.embeddings * (4 if recipe.model.dtype == "float32" else 2) // gpus

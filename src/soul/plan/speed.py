@@ -169,9 +169,9 @@ def time_of_run(
     spec = curvature_of(recipe)
     if spec is not None and work.curvature is not None and saved[1] is not None:
         ahead, back = _pass_seconds(skeleton, work.curvature, saved[1], machine, how)
-        watched = cost.per_position * work.curvature.positions / machine.exact_flops
+        watched = rules * cost.per_position * work.curvature.positions / machine.exact_flops
         once = ahead + (back if cost.backward else 0.0) + watched
-        derived = cost.derivation / (0.3 * machine.exact_flops)
+        derived = rules * cost.derivation / (0.3 * machine.exact_flops)
         before += spec.passes(0) * once + derived
         if spec.interval:
             parts["curvature"] = (spec.micro_batches * once + derived) / spec.interval

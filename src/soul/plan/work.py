@@ -135,6 +135,11 @@ def _counted(recipe: Recipe) -> Work:
     tokenizer, refusals = load_tokenizer(recipe.model.path), read_refusals(data.refusals)
     dataset = make_dataset(tokenizer, _some(forget), _some(retain), objective, training, refusals, _some(own))
     batches = _batches(dataset, training.batch_size)
+    largest = list(batches)
+    if max(len(forget), len(retain)) > SAMPLE:  # the longest texts decide about memory, and a sample may lack them
+        longest = [_longest(examples, training.batch_size) for examples in (forget, retain, own)]
+        rare = make_dataset(tokenizer, *longest[:2], objective, training, refusals, longest[2])
+        largest += _batches(rare, training.batch_size)
     mean = sum(b.positions for b in batches) / sum(b.rows for b in batches)
     typical = Batch(*(sum(getattr(b, name) for b in batches) / len(batches) for name in ("rows", "width", "answers")))
     typical = dataclasses.replace(typical, width=mean)
@@ -150,7 +155,7 @@ def _counted(recipe: Recipe) -> Work:
     )
     return Work(
         typical,
-        max(batches, key=lambda b: (b.positions, b.answers)),
+        max(largest, key=lambda b: (b.positions, b.answers)),
         _curvature_batch(recipe, dataset),
         reference,
         anchors,
@@ -161,6 +166,10 @@ def _counted(recipe: Recipe) -> Work:
 
 def _some(examples: Sequence[Example]) -> Sequence[Example]:
     return examples[:: max(1, -(-len(examples) // SAMPLE))]
+
+
+def _longest(examples: Sequence[Example], n: int) -> Sequence[Example]:
+    return sorted(examples, key=lambda e: len(e.prompt) + len(e.answer), reverse=True)[:n]
 
 
 def _batches(dataset: UnlearnDataset, size: int) -> list[Batch]:
