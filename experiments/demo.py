@@ -22,7 +22,7 @@ from rich.console import Console
 from soul.benchmarks.request import DeletionRequest
 from soul.cli import progress_bars
 from soul.data.people import People
-from soul.models import cache_dir
+from soul.machine import cache_dir
 from soul.recipe import Recipe, read_recipe
 from soul.report import read_run, render_terminal, write_report
 from soul.run import execute, write_json

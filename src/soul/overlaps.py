@@ -15,7 +15,7 @@ import numpy as np
 
 from soul.data.overlap import Overlap, near_duplicates, paraphrases, text_of
 from soul.embedding import SentenceEncoder, load_encoder
-from soul.models import cache_dir
+from soul.machine import cache_dir
 from soul.types import Example
 
 Action = Literal["warn", "refuse", "drop", "ignore"]

@@ -26,7 +26,7 @@ ONLY = {
     "forward": {"data"},
     "combine": {"types", "optim"},
     "embedding": {"data", "pretrained"},
-    "overlaps": {"types", "data", "embedding"},
+    "overlaps": {"types", "data", "embedding", "machine"},
     "anchors": {"types", "data", "generation"},
     "quantized": set(),
     "pretrained": {"data", "models"},

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soul import models
-from soul.models import AdapterSpec, ModelSpec, add_adapter, cache_dir, check_adapter, load_model, save_model
+from soul.machine import cache_dir
+from soul.models import AdapterSpec, ModelSpec, add_adapter, check_adapter, load_model, save_model
 
 OWN_CODE = """
 from pathlib import Path

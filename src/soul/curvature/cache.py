@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from soul.models import cache_dir
+from soul.machine import cache_dir
 
 log = logging.getLogger(__name__)
 

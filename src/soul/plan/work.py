@@ -137,8 +137,8 @@ def _counted(recipe: Recipe) -> Work:
     batches = _batches(dataset, training.batch_size)
     largest = list(batches)
     if max(len(forget), len(retain)) > SAMPLE:  # the longest texts decide about memory, and a sample may lack them
-        longest = [_longest(examples, training.batch_size) for examples in (forget, retain, own)]
-        rare = make_dataset(tokenizer, *longest[:2], objective, training, refusals, longest[2])
+        lost, kept, also = (_longest(examples, training.batch_size) for examples in (forget, retain, own))
+        rare = make_dataset(tokenizer, lost, kept, objective, training, refusals, also)
         largest += _batches(rare, training.batch_size)
     mean = sum(b.positions for b in batches) / sum(b.rows for b in batches)
     typical = Batch(*(sum(getattr(b, name) for b in batches) / len(batches) for name in ("rows", "width", "answers")))
