@@ -38,7 +38,7 @@ from soul.forward import forward_answers
 from soul.machine import peak_memory, reset_peak_memory
 from soul.models import ModelSpec, load_model
 from soul.registry import OPTIMIZERS
-from soul.rundir import write_json
+from soul.stored import write_json
 from soul.trainer import has_bf16, quiet
 
 RECORD = Path(__file__).parents[1] / "docs/results/rule-cost.json"

@@ -18,7 +18,8 @@ from soul.machine import environment
 from soul.metrics.stats import harmonic_mean
 from soul.models import ModelSpec, load_model
 from soul.recipe import Recipe, recipe_from_tree
-from soul.run import execute, score_dict, write_json
+from soul.run import execute, score_dict
+from soul.stored import write_json
 from soul.trainer import quiet
 from soul.types import LostModelError
 

@@ -25,7 +25,8 @@ from soul.data.people import People
 from soul.machine import cache_dir
 from soul.recipe import Recipe, read_recipe
 from soul.report import read_run, render_terminal, write_report
-from soul.run import execute, write_json
+from soul.run import execute
+from soul.stored import write_json
 from soul.trainer import quiet
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,8 @@ from demo import FACTS, PEOPLE, ROOT, request_recipe, taught_model
 from soul.benchmarks.request import DeletionRequest
 from soul.cli import progress_bars
 from soul.data.people import People
-from soul.run import execute, write_json
+from soul.run import execute
+from soul.stored import write_json
 from soul.trainer import quiet
 
 RATES = {

@@ -35,7 +35,8 @@ from soul.evaluate import EvaluationSpec, evaluate
 from soul.metrics.tofu import answer_probability, forget_quality
 from soul.models import ModelSpec, load_model
 from soul.recipe import Recipe, read_recipe, recipe_from_tree
-from soul.run import execute, score_dict, write_json
+from soul.run import execute, score_dict
+from soul.stored import write_json
 from soul.trainer import quiet
 from soul.types import LostModelError, Row
 

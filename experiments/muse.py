@@ -31,8 +31,8 @@ from soul.cli import progress_bars
 from soul.pretrained import load_tokenizer
 from soul.recipe import Recipe, read_recipe
 from soul.run import execute
-from soul.rundir import write_json
 from soul.sequence import run_sequence, sequence_scores
+from soul.stored import write_json
 from soul.trainer import quiet
 
 LONGEST = 2304  # a passage of 2,048 of Llama's tokens in those of another tokenizer

@@ -16,6 +16,7 @@ from soul.data.general import general_chat
 from soul.data.overlap import near_duplicates, text_of
 from soul.data.templates import ChatTemplate
 from soul.generation import sample_answers
+from soul.stored import check_format
 from soul.types import Ask, Example
 
 Anchors = Literal["both", "samples", "general", "none"]
@@ -63,7 +64,7 @@ class StandIn:
 
     def record(self) -> dict[str, Any]:
         """Return what a continued run needs to be anchored by the same bytes."""
-        return {"of": self.identity, "samples": [_plain(e) for e in self.samples]}
+        return {"format": 1, "of": self.identity, "samples": [_plain(e) for e in self.samples]}
 
 
 def stand_in(
@@ -176,4 +177,5 @@ def _read(file: Path | None, identity: str) -> list[Example]:
     if file is None or not file.is_file():
         return []
     found = json.loads(file.read_text(encoding="utf-8"))
+    check_format("anchors", found, file)
     return [Example(**row) for row in found["samples"]] if found["of"] == identity else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -14,12 +15,14 @@ import yaml
 
 from soul import config
 from soul.benchmarks.base import Benchmark, Measures, Rows
-from soul.evaluate import EvaluationSpec, measure, write_lines
+from soul.evaluate import EvaluationSpec, measure
+from soul.folderlock import alone_in
 from soul.models import ModelSpec, load_model
 from soul.registry import BENCHMARKS
 from soul.report.card import hidden
 from soul.run import read_reference
-from soul.rundir import add_scores, claim_evaluation, write_evaluation, write_json
+from soul.rundir import add_scores, claim_evaluation, write_evaluation
+from soul.stored import write_json, write_lines, write_text
 from soul.types import Example
 
 ALL = "all"
@@ -182,6 +185,20 @@ class Assessment:
         several = len(tasks) > 1
         references = {t.benchmark.name: self._reference(t.benchmark.name, several) for t in tasks}
         folders = {t.benchmark.name: out / t.benchmark.name if several else out for t in tasks}
+        with contextlib.ExitStack() as held:
+            for folder in folders.values():
+                held.enter_context(alone_in(folder))
+            return self._assess(tasks, folders, references, progress, keep_going=keep_going)
+
+    def _assess(
+        self,
+        tasks: Sequence[Task],
+        folders: Mapping[str, Path],
+        references: Mapping[str, Rows | None],
+        progress: Progress | None,
+        *,
+        keep_going: bool,
+    ) -> tuple[list[Path], dict[str, str]]:
         loaded = load_model(self.model)
         for task in tasks:
             claim_evaluation(folders[task.benchmark.name], self.model, task.benchmark, self.evaluation)
@@ -273,7 +290,7 @@ def _publish(benchmark: Benchmark, rows: Rows, folder: Path, *, keep: bool = Fal
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     if benchmark.private_text:
         recipe["benchmark"] = hidden(recipe["benchmark"])
-    (public / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(public / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
 def _public(tree: dict[str, Any], *, private: bool) -> dict[str, Any]:

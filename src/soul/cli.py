@@ -240,10 +240,7 @@ def _show_report(runs: Sequence[str], out: Path) -> int:
     records = [read_run(run) for run in runs]
     console = Console()
     render_terminal(records, console)
-    try:
-        path = write_report(runs, out)
-    except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    path = write_report(runs, out)
     console.print(f"report: {escape(str(path))}", soft_wrap=True)
     return 0
 

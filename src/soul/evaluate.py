@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from soul.data.templates import ChatTemplate, Encoded
 from soul.generation import continue_prompts, sample_answers
 from soul.likelihood import sequence_nll
 from soul.metrics.text import rouge_l_recall
+from soul.stored import read_lines, write_lines
 from soul.token_scores import gradient_norms, token_scores
 from soul.types import Ask, Example, Row
 
@@ -164,22 +164,16 @@ def _silent(_what: str, _done: int, _of: int) -> None:
     """Show no progress."""
 
 
-def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines so that the file is either whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(file)
-
-
 def _read_rows(file: Path | None, examples: Sequence[Example], spec: EvaluationSpec, ask: Ask) -> list[Row] | None:
     """Return rows measured earlier if they are of exactly these examples and hold what is asked beyond the usual."""
     if file is None or not file.is_file():
         return None
-    # not splitlines(), which also ends a line at characters that JSON leaves as they are
-    rows: list[Row] = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    same = [(r["prompt"], r["answer"]) for r in rows] == [(e.prompt, e.answer) for e in examples]
-    return rows if same and all(_complete(row, spec, ask) for row in rows) else None
+    try:
+        rows: list[Any] = read_lines(file)
+        same = [(r["prompt"], r["answer"]) for r in rows] == [(e.prompt, e.answer) for e in examples]
+        return rows if same and all(_complete(row, spec, ask) for row in rows) else None
+    except (ValueError, KeyError):  # damaged: it is measured again
+        return None
 
 
 def _complete(row: Row, spec: EvaluationSpec, ask: Ask) -> bool:

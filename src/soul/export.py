@@ -24,7 +24,7 @@ from soul.recipe import Recipe, read_recipe
 from soul.report.card import CardFacts, Checked, model_card
 from soul.report.record import RunRecord, read_run
 from soul.run import default_benchmark
-from soul.rundir import write_json
+from soul.stored import check_format, publish, write_json, write_text
 from soul.types import Example, Row
 
 MARKER = "soul_export.json"
@@ -112,13 +112,15 @@ def export(run: Path, out: Path, spec: ExportSpec | None = None, *, progress: Pr
         if spec.card:
             origin = dataclasses.asdict(lineage(recipe.model.path))
             facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
-            (part / "README.md").write_text(model_card(record, facts), encoding="utf-8")
+            write_text(part / "README.md", model_card(record, facts))
         files = {file.name: _digest(file) for file in sorted(part.iterdir())}
         found = [dataclasses.asdict(c) for c in checked]
-        write_json(part / MARKER, described | {"checked": found, "files": files, "soul": environment()["soul"]})
+        write_json(
+            part / MARKER, {"format": 1} | described | {"checked": found, "files": files, "soul": environment()["soul"]}
+        )
         if out.exists():
-            out.rmdir()
-        part.rename(out)
+            out.rmdir()  # it is empty
+        publish(part, out)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
     finally:
@@ -145,6 +147,7 @@ def _finished(run: Path) -> tuple[RunRecord, Recipe]:
 def _earlier(out: Path, described: Mapping[str, Any]) -> list[Checked]:
     """Return what was found when ``out`` was exported, if it holds the same and nobody touched it."""
     marker = json.loads((out / MARKER).read_text(encoding="utf-8"))
+    check_format("export", marker, out / MARKER)
     if any(marker.get(key) != value for key, value in described.items()):
         raise ValueError(f"{out} holds another export: choose another --out, or delete that folder")
     changed = [

@@ -11,11 +11,15 @@ import platform
 import resource
 import shlex
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_ASIDE = ("command", "cores", "platform")
+"""What a machine is called by its system: a new kernel moves no number, a new processor has a line of its own."""
 
 
 def environment() -> dict[str, Any]:
@@ -26,11 +30,32 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **versions,
         "platform": platform.platform(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _processor() -> str:
+    """Return the processor's name and the instructions that torch uses of it: both decide how sums are rounded."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux only
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say in what two environments differ that may move a number; an empty text where in nothing.
+
+    Example:
+        >>> changes({"torch": "2.7", "threads": 2, "command": "a"}, {"torch": "2.8", "threads": 2, "command": "b"})
+        'torch was 2.7 and is 2.8'
+    """
+    apart = [key for key in now if key in earlier and key not in _ASIDE and earlier[key] != now[key]]
+    return ", ".join(f"{key} was {earlier[key]} and is {now[key]}" for key in apart)
 
 
 def has_bf16(device: str = "cpu") -> bool:

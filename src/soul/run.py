@@ -15,17 +15,20 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from soul.anchors import StandIn, stand_in
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
+from soul.checkpoints import check_weights, last_checkpoint
 from soul.data import hub
 from soul.data.batches import UnlearnDataset
 from soul.data.general import refusals as builtin_refusals
 from soul.data.sources import check_disjoint, load_examples
 from soul.evaluate import measure as measure_benchmark
-from soul.machine import environment, peak_memory, reset_peak_memory
+from soul.folderlock import alone_in
+from soul.machine import peak_memory, reset_peak_memory
 from soul.methods.base import json_lines
 from soul.models import add_adapter, check_adapter, load_model, save_model, without_autocast
 from soul.overlaps import Overlaps, find_overlaps, without_overlaps
 from soul.recipe import DataSpec, Recipe
-from soul.rundir import check_folder, claim_folder, last_checkpoint, score_dict, write_json
+from soul.rundir import check_folder, claim_folder, environment_warnings, score_dict
+from soul.stored import read_lines, write_json
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.types import Example
 
@@ -132,9 +135,15 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
         evaluate_it: Measure before and after; otherwise only train and save. A later call may measure.
 
     Raises:
-        ValueError: Bad data or settings, or ``out`` holds another recipe's run.
+        ValueError: Bad data or settings, ``out`` holds another recipe's run, or another process is at work there.
+        StorageError: The disk is full or read-only; what was whole is, and the same call goes on from there.
+        LostModelError: The model is lost (:mod:`soul.divergence`); the last good checkpoint is kept.
     """
-    tick = progress or _silent
+    with alone_in(out):
+        return _execute(recipe, out, progress or _silent, evaluate_it=evaluate_it)
+
+
+def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) -> Path:
     check_folder(out, recipe)
     benchmark = (recipe.benchmark or default_benchmark(recipe)) if evaluate_it else None
     if (out / "record.json").is_file() and (benchmark is None or (out / "scores.json").is_file()):
@@ -181,10 +190,11 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
     else:
         with hub.no_retries():  # peft asks about an adapter's base at every checkpoint
             model = train_and_save(model, tokenizer, recipe, dataset, out, tick)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # only needed to resume training, which is done
     if benchmark:
         measure("after")
         scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
-        write_json(out / "scores.json", scores)
+        write_json(out / "scores.json", {"format": 1, **scores})
     write_record(out, recipe, request, evaluate_seconds, benchmark)
     return out
 
@@ -212,6 +222,7 @@ def train_and_save(
     else:
         train(model, dataset, recipe, out, tick)
         model = without_autocast(model)
+    check_weights(model)
     tick("saving model", 0, 1)
     merge: Any = model.merge_and_unload if recipe.adapter is not None else lambda: model
     if recipe.adapter is None or recipe.adapter.merge:
@@ -220,7 +231,6 @@ def train_and_save(
     else:
         save_model(model, tokenizer, out / "model", recipe.model.path)
         model = merge()
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # only needed to resume training, which is done
     tick("saving model", 1, 1)
     return model
 
@@ -292,12 +302,11 @@ def read_reference(path: str) -> Rows | None:
 def write_record(
     out: Path, recipe: Recipe, request: Request, evaluate_seconds: float, benchmark: Benchmark | None = None
 ) -> None:
-    """Write ``environment.json`` and, last of all, ``record.json``, which marks the run as finished."""
-    write_json(out / "environment.json", environment())
+    """Write ``record.json``, last of all, which marks the run as finished."""
     subjects = list(dict.fromkeys(e.subject for e in request.forget if e.subject))
     about = f" about {' and '.join(subjects)}" if 0 < len(subjects) <= 4 else ""
     asked = f"Forget {len(request.forget)} items{about}." if request.forget else f"Learn {len(request.retain)} items."
-    steps = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = read_lines(out / "log.jsonl")
     done = recipe.method.name if recipe.method else f"{recipe.objective.name} + {recipe.optimizer.name}"
     record = {
         "format": 1,
@@ -312,7 +321,7 @@ def write_record(
             "evaluate": round(evaluate_seconds, 2),  # of the last one
         },
         "peak_memory_bytes": peak_memory(),
-        "warnings": warnings_of(recipe, request, benchmark),
+        "warnings": [*warnings_of(recipe, request, benchmark), *environment_warnings(out)],
         **({"overlap": request.overlaps.record()} if request.overlaps.action != "ignore" else {}),
         **({"stood_in": request.stand_in.sources()} if request.stand_in else {}),
         "checks": [],

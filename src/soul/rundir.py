@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,16 @@ import yaml
 from soul import config
 from soul.benchmarks.base import Benchmark
 from soul.evaluate import EvaluationSpec
-from soul.machine import environment
+from soul.machine import changes, environment
 from soul.models import ModelSpec
 from soul.recipe import Recipe, recipe_from_tree
+from soul.stored import check_format, write_json, write_text
 from soul.types import Score
 
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = "environment.json"
+_NOT_SAME = "an uninterrupted run may end with other bytes"
 _RESULTS = ("checkpoints", "log.jsonl", "model", "record.json", "scores.json")
 
 
@@ -47,7 +53,43 @@ def claim_folder(out: Path, recipe: Recipe) -> None:
     """Write the recipe into a folder that :func:`check_folder` found fit."""
     text = config.dump(recipe)
     if not (out / "recipe.yaml").is_file() or _difference(out / "recipe.yaml", recipe):
-        (out / "recipe.yaml").write_text(text, encoding="utf-8")
+        (out / ENVIRONMENT).unlink(missing_ok=True)
+        write_text(out / "recipe.yaml", text)
+    note_environment(out)
+
+
+def note_environment(out: Path) -> None:
+    """Write down what is at work here, the first time, and where it goes on under other conditions; warn of these."""
+    file, now = out / ENVIRONMENT, environment()
+    first = _environment(file)
+    if not first:
+        write_json(file, {"format": 1, **now})
+        return
+    later = first.get("later", [])
+    if not changes([first, *later][-1], now):
+        return
+    write_json(file, {**first, "later": [*later, now]})
+    log.warning("%s goes on under other conditions (%s): %s", out, changes([first, *later][-1], now), _NOT_SAME)
+
+
+def environment_warnings(out: Path) -> list[str]:
+    """Say under what other conditions than the first a run in ``out`` went on."""
+    first = _environment(out / ENVIRONMENT)
+    steps = [first, *first.get("later", [])]
+    found = [changes(earlier, now) for earlier, now in itertools.pairwise(steps)]
+    return [f"it went on under other conditions ({change}): {_NOT_SAME}" for change in found if change]
+
+
+def _environment(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        found.get("later", [])
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, and what went before is not compared") from error
+    check_format("environment", found, file)
+    return found
 
 
 def _make(out: Path) -> None:
@@ -74,15 +116,6 @@ def _difference(file: Path, recipe: Recipe) -> str:
     return ""
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the checkpoint of the latest step; one that a kill cut short lacks its state, which is written last."""
-    steps: dict[int, Path] = {}
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError):
-            steps[int(json.loads(state.read_text(encoding="utf-8"))["global_step"])] = state.parent
-    return str(steps[max(steps)]) if steps else None
-
-
 def claim_evaluation(out: Path, model: ModelSpec, benchmark: Benchmark, evaluation: EvaluationSpec) -> None:
     """Take a folder for an evaluation, or go on with the one that it holds.
 
@@ -106,7 +139,8 @@ def claim_evaluation(out: Path, model: ModelSpec, benchmark: Benchmark, evaluati
     if not file.is_file():
         if any((out / name).exists() for name in _RESULTS):
             raise ValueError(f"{out} holds other things: choose another --out")
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
+    note_environment(out)
 
 
 def _weights(model: Path) -> list[Path]:
@@ -147,9 +181,9 @@ def write_evaluation(
         "environment": here,
     }
     write_json(out / "scores.json", record)
-    write_json(out / "environment.json", here)
     label = f"{model} on {benchmark.name}"
     notes = [f"not measured: {part} ({reason})" for part, reason in (left_out or {}).items()]
+    notes += environment_warnings(out)
     about = {"label": label, "asked": f"Measure {label}.", "model": model, "warnings": notes}
     write_json(out / "record.json", {"format": 1, **about})
 
@@ -164,11 +198,3 @@ def score_dict(score: Score) -> dict[str, Any]:
     """Return a score as plain values; nan and infinities become None, which JSON has a word for."""
     values = dataclasses.asdict(score)
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that the file is whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(file)

@@ -11,6 +11,7 @@ from typing import Any
 
 from soul.recipe import Recipe
 from soul.run import execute
+from soul.stored import publish
 
 Progress = Callable[[str, int, int], None]
 
@@ -82,7 +83,7 @@ def _copy(source: Path, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part)
-    part.replace(target)
+    publish(part, target)
 
 
 def _named(progress: Progress | None, k: int, of: int) -> Progress | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from transformers import TrainerCallback
 
-from soul.types import LostModelError
+from soul.divergence import check_step
+from soul.stored import append_line, read_lines, write_lines
 
 if TYPE_CHECKING:
     from soul.trainer import UnlearnTrainer
@@ -40,13 +39,12 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
         """Read back the lines of the steps a resumed run has behind it."""
         if self.path is not None and self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.records = [r for r in lines if r["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+            self.records = [r for r in read_lines(self.path) if r["step"] <= state.global_step]
+            write_lines(self.path, self.records)
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
-        """Write the step's line, and stop a run whose loss is no longer a number."""
+        """Write the step's line, and stop a run whose model is lost."""
         assert self.trainer is not None
         now = time.perf_counter()
         terms = self.trainer.last_terms
@@ -65,12 +63,7 @@ class LogCallback(TrainerCallback):
         self._started = now
         self.records.append(record)
         if self.path is not None:
-            with self.path.open("a") as log:
-                log.write(json.dumps(record) + "\n")
-        if not np.isfinite(record["loss"]):
-            raise LostModelError(
-                f"the loss is {record['loss']} at step {state.global_step}: the model is lost; lower optimizer.lr "
-                f"(now {self.trainer.rule.lr}) or raise objective.retain_weight"
-            )
+            append_line(self.path, record, flush=control.should_save)  # a checkpoint is never ahead of its log
+        check_step(self.trainer, self.records, state.global_step)
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps, record)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from soul.checkpoints import WholeCheckpoints
 from soul.combine import Combine, make_combination
 from soul.curvature.estimators import ESTIMATORS
 from soul.curvature.passes import CurvaturePasses
@@ -61,6 +62,8 @@ class TrainingSpec:
             control that protects one direction where curvature protects all; ``dual`` gives each an optimizer state of
             its own and steps twice (arXiv 2504.15827). The last two take a backward pass more.
         retain_lr: Of ``dual``, the learning rate of the retain step as a multiple of ``optimizer.lr``.
+        max_retain_loss: A step whose retain term (nats a token: NLL, whose perplexity is e to it, or KL) is larger ends
+            the run as lost; 0 for what it was at the first step and ln(vocabulary) more.
     """
 
     batch_size: int = 4
@@ -80,6 +83,7 @@ class TrainingSpec:
     frozen: Literal["nothing", "embeddings"] = "nothing"
     combine: Combine = "sum"
     retain_lr: float = 1.0
+    max_retain_loss: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "epochs", "max_length", "trust_batch"):
@@ -87,6 +91,8 @@ class TrainingSpec:
                 raise ValueError(f"training.{name} must be 1 or more, not {getattr(self, name)}")
         if min(self.max_steps, self.save_steps, self.max_grad_norm, self.trust_kl) < 0:
             raise ValueError("training.max_steps, save_steps, max_grad_norm and trust_kl must be 0 or more")
+        if not self.max_retain_loss >= 0:  # refuses nan too
+            raise ValueError(f"training.max_retain_loss must be above 0, or 0, not {self.max_retain_loss}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"training.warmup is a share of the steps in [0, 1), not {self.warmup}")
         if self.combine not in ("sum", "projected", "dual"):
@@ -127,6 +133,7 @@ class TrainingSpec:
             save_strategy="steps" if self.save_steps else "no",
             save_steps=self.save_steps or 500,
             save_total_limit=1,
+            logging_nan_inf_filter=False,  # a loss that is no number is to be seen
             logging_strategy="no",  # the log is written by a callback, a line a step
             report_to=[],
             disable_tqdm=True,
@@ -135,7 +142,7 @@ class TrainingSpec:
         )
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(WholeCheckpoints):
     """A ``transformers.Trainer`` that unlearns.
 
     It adds what the stock trainer lacks: a loss kept as sums and counts, divided once over the whole accumulation

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from soul.benchmarks.base import Benchmark, Rows
 from soul.data import hub
 from soul.metrics.stats import Array, bootstrap_of
 from soul.registry import BENCHMARKS
+from soul.stored import read_lines, write_lines
 from soul.types import Example, Row, Score
 
 PRESETS = {
@@ -160,7 +161,7 @@ class LmEval(Benchmark):
                     with harness.task(leaf) as (task, manager):
                         rows += run(lm, task, manager, **self._settings())
                 if folder:
-                    _write(folder / f"{name}.jsonl", rows)
+                    write_lines(folder / f"{name}.jsonl", rows)
             if progress:
                 progress(name, len(leaves[name]), len(leaves[name]))
             result[name] = rows
@@ -225,14 +226,9 @@ def _aggregate(how: str, groups: list[Array]) -> float:
 
 
 def _read(file: Path) -> list[Row] | None:
+    """Return what was measured earlier; None where it was not, or where the file is damaged."""
     if not file.is_file():
         return None
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _write(file: Path, rows: Sequence[Row]) -> None:
-    """Write JSON lines so that the file is either whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(file)
+    with contextlib.suppress(ValueError):
+        return cast(list[Row], read_lines(file))
+    return None

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from soul.folderlock import attempt
 from soul.metrics.contest import read_lines
+from soul.stored import append_line, writing
 
 Line = dict[str, Any]
 
@@ -42,29 +40,22 @@ class Book:
         return read_lines(self.file)
 
     def append(self, line: Line) -> None:
-        """Add a job's line; one that a kill cut short before it is taken away."""
-        with FileLock(self._locks / "book.lock"):
+        """Add a job's line; one that a kill cut short before it is taken away.
+
+        Raises:
+            StorageError: The disk does not take it.
+        """
+        with attempt(self._locks / "book.lock", wait=True), writing(self.file):
             if self.file.is_file():
                 raw = self.file.read_bytes()
                 whole = raw[: raw.rfind(b"\n") + 1]
                 if whole != raw:
                     with self.file.open("r+b") as file:
                         file.truncate(len(whole))
-            with self.file.open("ab") as file:
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.file, {"format": 1, **line}, flush=True)
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
         """Try to take a job; yields whether it is ours."""
-        lock = FileLock(self._locks / f"{key.replace('/', '~')}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        with attempt(self._locks / f"{key.replace('/', '~')}.lock") as ours:
+            yield ours

@@ -17,11 +17,11 @@ from soul.contest.book import Book, Line
 from soul.contest.matrix import Matrix, matrix_from_tree
 from soul.contest.measure import Sets, Values, load_sets
 from soul.contest.trial import Run, Tick, do, measured, measured_under, never
-from soul.machine import environment
 from soul.metrics.contest import Cell, choose, point, references_of, runs_of, sides
 from soul.metrics.frontier import FLOOR
 from soul.optim.base import CurvatureOptimizerSpec
-from soul.rundir import write_json
+from soul.rundir import note_environment
+from soul.stored import write_text
 
 _PATIENCE = 2.0  # seconds between looks at what other workers do
 
@@ -74,8 +74,8 @@ class Contest:
         text, file = config.dump(matrix.tree()), folder / "matrix.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != text and self.book.lines():
             _refuse_other(file, matrix)
-        file.write_text(text, encoding="utf-8")
-        write_json(folder / "environment.json", environment())
+        write_text(file, text)
+        note_environment(folder)
 
     def jobs(self) -> Iterator[Job]:
         """Yield all jobs that can be done now, done or not.

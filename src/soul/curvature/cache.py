@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from soul.machine import cache_dir
+from soul.stored import PART, StorageError, part_of, publish
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+_DAY = 24 * 3600
 KEEP_BYTES = 16 * 2**30
 """The cache's least recently used files go where all take more than this."""
 
@@ -80,15 +83,15 @@ def read(file: Path, device: torch.device) -> dict[str, torch.Tensor] | None:
 
 def write(file: Path, state: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
     """Write ``state``, whole or not at all; a full disk costs the cache and not the run."""
-    part = file.with_suffix(f".{os.getpid()}.part")
+    part = part_of(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
         # one entry: safetensors writes several in any order
         save_file(tensors, part, metadata={"soul": json.dumps(description, sort_keys=True)})
-        part.replace(file)
+        publish(part, file)
         _prune(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, StorageError, SafetensorError) as error:
         log.warning("cannot keep the curvature for the next run: %s", error)
         with contextlib.suppress(OSError):
             part.unlink()
@@ -102,6 +105,10 @@ def _prune(newest: Path) -> None:
         taken += file.stat().st_size
         if taken > KEEP_BYTES and file != newest:
             file.unlink(missing_ok=True)
+    for part in newest.parent.glob(f"*{PART}"):  # of processes that were killed, if nobody has written it for a day
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > _DAY:
+                part.unlink()
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from soul.data.batches import UnlearnDataset
+from soul.stored import append_line, write_lines
 
 Progress = Callable[[str, int, int], None]
 Log = Callable[[Mapping[str, float]], None]
@@ -25,11 +25,10 @@ def unheard(_record: Mapping[str, float]) -> None:
 
 def json_lines(path: Path) -> Log:
     """Return a log that writes one JSON line a record to ``path``, which is begun anew."""
-    path.write_text("", encoding="utf-8")
+    write_lines(path, [])
 
     def log(record: Mapping[str, float]) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(record)) + "\n")
+        append_line(path, record)
 
     return log
 

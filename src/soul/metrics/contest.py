@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from soul import stored
 from soul.metrics.frontier import Point, forgetting, lost_area, relative_utility, utility
 
 Line = Mapping[str, Any]
@@ -157,15 +157,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a record, the first of each job.
 
     Raises:
-        ValueError: A line is no JSON object with a ``key``.
+        ValueError: A line is no JSON object with a ``key``, or of a newer version.
     """
     if not file.is_file():
         return []
     found: dict[str, dict[str, Any]] = {}
-    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-            found.setdefault(line["key"], line)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}, line {number}: not a line of a contest's record ({error})") from error
+    for line in stored.read_lines(file):
+        stored.check_format("trial", line, file)
+        if "key" not in line:
+            raise ValueError(f"{file} holds a line that is not of a contest's record: it has no key")
+        found.setdefault(line["key"], line)
     return list(found.values())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from soul.report.html import render_html
 from soul.report.record import RunRecord, read_run
 from soul.report.terminal import render_terminal
+from soul.stored import write_text
 
 __all__ = ["RunRecord", "read_run", "render_html", "render_terminal", "write_report"]
 
@@ -30,11 +30,5 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str, title: str = "
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give the report a file name, e.g. {out / 'report.html'}")
     page = render_html([read_run(folder) for folder in run_dirs], title=title)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(temporary, out)  # noqa: PTH105 - says what it is: an atomic replacement
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(out, page)
     return out

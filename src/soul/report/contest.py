@@ -18,6 +18,7 @@ from soul.metrics.frontier import FLOOR, Point, forgetting_at, lost_area, ratio_
 from soul.metrics.stats import ks_margin, ks_two_sided
 from soul.report import plots
 from soul.report.text import clean, one_line
+from soul.stored import write_text
 
 TIE = 0.01
 """Lost areas of a request closer than this are a tie."""
@@ -347,11 +348,5 @@ def write_contest(folder: Path, out: Path) -> Path:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(clean(record.label))}</title>'
         f"<style>{style}</style></head><body>{Markup('').join(parts)}</body></html>\n"
     )
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+    write_text(out, page)
     return out

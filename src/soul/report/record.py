@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from soul.stored import check_format
 from soul.types import Row, Score
-
-FORMAT = 1
-SCORE_FORMATS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +151,7 @@ def _number(data: Mapping[str, Any], key: str, where: str, default: float = math
 
 def _read_record(path: Path, default_label: str) -> dict[str, Any]:
     data, where = _parse(_text(path), str(path)), str(path)
-    if data.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: format must be {FORMAT}, not {data.get('format')!r}; was it written by another version?"
-        )
+    check_format("record", data, path)
     fields: dict[str, Any] = {"label": _get(data, "label", str, "", where).strip() or default_label}
     for key in ("asked", "objective", "optimizer", "method", "model"):
         fields[key] = _get(data, key, str, "", where)
@@ -178,9 +173,12 @@ def _check(item: object, where: str) -> Check:
 def _read_environment(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
+    data = _parse(_text(path), str(path))
+    check_format("environment", data, path)
     return {
         key: value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-        for key, value in _parse(_text(path), str(path)).items()
+        for key, value in data.items()
+        if key != "format"
     }
 
 
@@ -205,10 +203,7 @@ def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...]]:
     if not path.is_file():
         return (), ()
     data = _parse(_text(path), str(path))
-    if data.get("format", 1) not in SCORE_FORMATS:  # the first had no number
-        raise ValueError(
-            f"{path}: format must be one of {SCORE_FORMATS}, not {data['format']!r}; was it written by a newer version?"
-        )
+    check_format("scores", data, path)
     before, after = (
         tuple(_score(item, f"{path}: {stage}") for item in _get(data, stage, list, [], str(path)))
         for stage in ("before", "after")
