@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 from soul.data.overlap import Overlap, near_duplicates, paraphrases, text_of
 from soul.embedding import SentenceEncoder, load_encoder
 from soul.machine import cache_dir
+from soul.stored import StorageError, write_bytes
 from soul.types import Example
 
 Action = Literal["warn", "refuse", "drop", "ignore"]
@@ -173,17 +174,16 @@ def embeddings(
         if known.shape == (len(texts), probe.shape[1]):
             return known
     found = encode(texts, progress=progress and (lambda done, of: progress("looking for overlaps", done, of)))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(StorageError):
         store(file, found)
     return found
 
 
 def store(file: Path, vectors: np.ndarray) -> None:
     """Write an array so that the file is whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-        np.save(part, vectors)
-    Path(part.name).replace(file)
+    content = io.BytesIO()
+    np.save(content, vectors)
+    write_bytes(file, content.getvalue())
 
 
 def without_overlaps(retain: Sequence[Example], found: Overlaps) -> list[Example]:

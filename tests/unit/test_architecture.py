@@ -29,7 +29,7 @@ ONLY = {
     "forward": {"data"},
     "combine": {"types", "optim"},
     "embedding": {"data", "pretrained"},
-    "overlaps": {"types", "data", "embedding", "machine"},
+    "overlaps": {"types", "data", "embedding", "machine", "stored"},
     "anchors": {"types", "data", "generation", "stored"},
     "quantized": set(),
     "pretrained": {"data", "models"},
