@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from soul.data import hub
+from soul.data.guard import set_system_turn
 from soul.folderlock import attempt
 from soul.machine import cache_dir
 from soul.quantized import Quantized, check_library, is_quantized, keep_gradients, merge_dense, quantization_config
@@ -45,6 +46,8 @@ class ModelSpec:
         trust_remote_code: Run code that comes with the model. Off unless asked for.
         device: ``auto``, ``cpu`` or ``cuda``.
         quantize: Keep the linear layers in 8 or 4 bits, as a base that an adapter is trained on (needs bitsandbytes).
+        system: System turn of conversations that have none, in training and evaluation alike; ``template`` for the one
+            that the model's chat template invents. It is saved with the tokenizer. Empty: what was saved, else none.
     """
 
     path: str = "smollm2-135m"
@@ -52,6 +55,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     quantize: Quantized = "none"
+    system: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +87,8 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """Load model and tokenizer.
 
     Raises:
-        ValueError: Nothing can be loaded from ``spec.path``, weights are missing there, or there is no such device or
-            library.
+        ValueError: Nothing can be loaded from ``spec.path``, weights are missing there, there is no such device or
+            library, or the chat template cannot say ``spec.system``.
 
     Example:
         >>> model, tokenizer = load_model(ModelSpec("smollm2-135m"))  # doctest: +SKIP
@@ -99,6 +103,8 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             model, tokenizer = _load(resolve(spec.path), spec, device)
     except FAILURES as error:
         raise ValueError(f"cannot load a model from {spec.path!r}: {reason_of(spec.path, error)}") from error
+    if spec.system:
+        set_system_turn(tokenizer, spec.system)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config: Any = model.config.get_text_config()

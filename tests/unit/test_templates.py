@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from soul.data.batches import collate_rows
-from soul.data.templates import ChatTemplate
+from soul.data.guard import set_system_turn
+from soul.data.templates import DATE, ChatTemplate
 from soul.types import Example
 
 BORN = Example("Where was Mira Vale born?", "In Accra.")
@@ -221,3 +223,53 @@ def test_no_end_is_learned_after_a_piece(tokenizer):
         whole = Example("Where is Bo?", "In the garden", chat=chat)
         piece = template.encode(dataclasses.replace(whole, ends=False))
         assert template.encode(whole).input_ids == (*piece.input_ids, template.end_of_turn)
+
+
+@pytest.mark.parametrize("history", [(), (("user", "Hello."), ("assistant", "Hi."))])
+def test_a_system_turn_that_is_asked_for(tokenizer, invented, history, tmp_path):
+    """It comes before a conversation that has none, and stays with the tokenizer; it may equal the invented one."""
+    example = dataclasses.replace(BORN, history=history)
+    tokenizer = copy.deepcopy(tokenizer)
+    set_system_turn(tokenizer, "Be brief.")
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, PreTrainedTokenizerFast.from_pretrained(tmp_path)):
+        text = decode(one, ChatTemplate(one).encode(example).input_ids)
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+        assert text.count("system") == 1
+        own = dataclasses.replace(example, history=(("system", "Be long."), *history))
+        text = decode(one, ChatTemplate(one).encode(own).input_ids)
+        assert "Be brief." not in text
+        assert text.count("Be long.") == 1
+    for asked in ("template", invented):
+        set_system_turn(tokenizer, asked)
+        text = decode(tokenizer, ChatTemplate(tokenizer).encode(example).input_ids)
+        assert text.count(invented) == 1
+
+
+def test_a_system_turn_where_no_template_writes_one(make_tokenizer, tokenizer):
+    bare = make_tokenizer(template=False)
+    set_system_turn(bare, "Be brief.")
+    text = decode(bare, ChatTemplate(bare).encode(BORN).input_ids)
+    assert text.startswith("Be brief.\nQuestion: Where was Mira Vale born?\nAnswer:")
+    assert not decode(bare, ChatTemplate(bare).encode(Example("Once", "upon", chat=False)).input_ids).startswith("Be")
+    gemma = copy.deepcopy(tokenizer)
+    gemma.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="writes no system turn"):
+        set_system_turn(gemma, "Be brief.")
+
+
+def test_today_is_always_the_same_day(make_tokenizer):
+    """Llama 3.2's template writes a date into its system turn: scores must not depend on the day."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ '[system]Today Date: ' + date_string + '. ' }}{% if messages[0]['role'] == 'system' %}"
+        "{{ messages[0]['content'] }}{% set messages = messages[1:] %}{% endif %}{{ '[end]' }}"
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '[end]' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    asked = dataclasses.replace(BORN, history=(("system", "Be brief."),))
+    text = decode(tokenizer, ChatTemplate(tokenizer).prompt_ids(asked))
+    assert text == f"[system]Today Date: {DATE}. Be brief.[end][user]{BORN.prompt}[end][assistant]"
+    text = decode(tokenizer, ChatTemplate(tokenizer).prompt_ids(BORN))
+    assert text == f"[user]{BORN.prompt}[end][assistant]"

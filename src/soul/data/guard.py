@@ -1,4 +1,4 @@
-"""A prompt that a tokenizer carries: what a model is told before every text, wherever the tokenizer goes."""
+"""What a tokenizer carries, wherever it goes: a prompt to forget by, and a system turn to be used with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,33 @@ from transformers import PreTrainedTokenizerBase
 
 KEY = "soul_prompt"
 """Name of the prompt among the tokenizer's settings, which ``tokenizer_config.json`` keeps."""
+SYSTEM = "soul_system"
+"""Likewise, of the system turn."""
+TEMPLATE = "template"
+"""The system turn that stands for whatever the chat template writes where a conversation has none."""
+
+
+def system_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the system turn that conversations without one get: a text, :data:`TEMPLATE`, or empty for none."""
+    return str(tokenizer.init_kwargs.get(SYSTEM) or "")
+
+
+def set_system_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Give conversations without a system turn one, in place; it is saved with the tokenizer.
+
+    Args:
+        tokenizer: A tokenizer.
+        text: What it says; :data:`TEMPLATE` keeps the turn that the chat template invents.
+
+    Raises:
+        ValueError: The chat template does not write system turns.
+    """
+    template: Any = tokenizer.chat_template
+    if template and text != TEMPLATE and not _knows_system(tokenizer, template if isinstance(template, str) else None):
+        raise ValueError(
+            f"the model's chat template writes no system turn, so model.system={text!r:.80} cannot be said"
+        )
+    tokenizer.init_kwargs[SYSTEM] = text
 
 
 def carried_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -56,7 +83,7 @@ def _with_prompt(tokenizer: PreTrainedTokenizerBase, template: str, text: str) -
     )
 
 
-def _knows_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+def _knows_system(tokenizer: PreTrainedTokenizerBase, template: str | None) -> bool:
     """Say whether a template writes a system turn; some raise an error, and some leave it out."""
     mark = "\x02soul-system\x03"
     turns = [{"role": "system", "content": mark}, {"role": "user", "content": "-"}]

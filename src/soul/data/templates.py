@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from soul.data.guard import carried_prompt
+from soul.data.guard import TEMPLATE, carried_prompt, system_turn
 from soul.types import Example
 
 _PROMPT = "\x02soul-prompt\x03"
 _ANSWER = "\x02soul-answer\x03"
+DATE = "10 Apr 2025"
+"""What templates take for today; OpenUnlearning's choice, so that its models are asked as they were there."""
 _PLAIN = {"user": "Question: {}\n", "assistant": "Answer: {}\n"}
 """Turns of a conversation for a model without a chat template."""
 
@@ -53,8 +55,10 @@ class ChatTemplate:
 
     The model's chat template is rendered without the system turn that some templates invent where a conversation has
     none (SmolLM2's default one turns 46 tokens a question into 78): it appears only where an example carries a system
-    turn itself. Hybrid models (Qwen3) are asked not to think first. A tokenizer with no chat template falls back
-    to ``Question: ...\nAnswer: ...``. What the tokenizer itself puts before a text (Llama's and Gemma's bos) stays.
+    turn itself, or where ``model.system`` asks for one (:func:`soul.data.guard.set_system_turn`). Templates that write
+    today's date beside it (Llama 3.2) write :data:`DATE`, so that no score changes overnight. Hybrid models (Qwen3) are
+    asked not to think first. A tokenizer with no chat template falls back to ``Question: ...\nAnswer: ...``. What the
+    tokenizer itself puts before a text (Llama's and Gemma's bos) stays.
     The answer ends with the token that ends a turn, which is trained on and scored; padding is masked by length, so it
     stays visible where pad is eos.
 
@@ -107,12 +111,13 @@ class ChatTemplate:
             return (self._lead or lead) + self._ids(self._said_before + text)
         before, between = self._frame
         if before is None or between is None:
-            said = "".join(_PLAIN.get(role, "{}\n").format(content) for role, content in example.history)
+            turns = self._begun([{"role": role, "content": content} for role, content in example.history])
+            said = "".join(_PLAIN.get(turn["role"], "{}\n").format(turn["content"]) for turn in turns)
             return self._lead + self._ids(f"{self._said_before}{said}Question: {text}\nAnswer:")
         if example.history:
-            turns = [{"role": role, "content": content} for role, content in example.history]
+            turns = self._begun([{"role": role, "content": content} for role, content in example.history])
             rendered = self._render([*turns, {"role": "user", "content": text}])
-            if example.history[0][0] != "system":
+            if turns[0]["role"] != "system":
                 rendered = rendered.replace(self._system_turn, "", 1)
             return self._ids(rendered)
         return self._ids(before + text.strip() + between)
@@ -158,13 +163,15 @@ class ChatTemplate:
         """What the template writes before and after a single user turn, the invented system turn removed."""
         if not self.tokenizer.chat_template:
             return None, None
-        before, _, between = self._render([{"role": "user", "content": _PROMPT}]).partition(_PROMPT)
+        turns = self._begun([{"role": "user", "content": _PROMPT}])
+        before, _, between = self._render(turns).partition(_PROMPT)
         return before.replace(self._system_turn, "", 1), between
 
     @functools.cached_property
     def _system_turn(self) -> str:
         """The system turn the template invents, found by rendering with and without an own one."""
-        if carried_prompt(self.tokenizer):  # not invented: it is what the model was given to forget by
+        # not invented: what the model was given to forget by, or is to be used with
+        if carried_prompt(self.tokenizer) or system_turn(self.tokenizer):
             return ""
         bare = self._render([{"role": "user", "content": _PROMPT}])
         system = {"role": "system", "content": _ANSWER}
@@ -181,11 +188,18 @@ class ChatTemplate:
             return turn if rest[len(tail) :].startswith(bos) else turn.removeprefix(bos)
         return ""
 
+    def _begun(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Put the system turn that is asked for before turns that begin with none."""
+        text = system_turn(self.tokenizer)
+        if text in ("", TEMPLATE) or (turns and turns[0]["role"] == "system"):
+            return turns
+        return [{"role": "system", "content": text}, *turns]
+
     def _render(self, turns: list[dict[str, str]]) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )  # a template without that switch does not look at it
+                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False, date_string=DATE
+            )  # a template without these switches does not look at them
         )
 
     @functools.cached_property

@@ -12,6 +12,7 @@ from soul.curvature.picks import source_rows, text_rows
 from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import PairSampler, UnlearnDataset
 from soul.data.general import general_text
+from soul.data.guard import set_system_turn
 from soul.data.sources import load_examples
 from soul.pretrained import load_tokenizer
 from soul.recipe import Recipe
@@ -133,6 +134,8 @@ def _counted(recipe: Recipe) -> Work:
         retain = load_examples("general:chat")  # the model's own samples cannot be had without it
     own = [example for source in data.curvature_sources for example in load_examples(source)]
     tokenizer, refusals = load_tokenizer(recipe.model.path), read_refusals(data.refusals)
+    if recipe.model.system:
+        set_system_turn(tokenizer, recipe.model.system)
     dataset = make_dataset(tokenizer, _some(forget), _some(retain), objective, training, refusals, _some(own))
     batches = _batches(dataset, training.batch_size)
     largest = list(batches)
