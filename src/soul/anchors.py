@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from soul.data.overlap import near_duplicates, text_of
 from soul.data.templates import ChatTemplate
 from soul.generation import sample_answers
 from soul.stored import check_format
+from soul.strict import json_value, read_text
 from soul.types import Ask, Example
 
 Anchors = Literal["both", "samples", "general", "none"]
@@ -176,6 +176,9 @@ def _plain(example: Example) -> dict[str, Any]:
 def _read(file: Path | None, identity: str) -> list[Example]:
     if file is None or not file.is_file():
         return []
-    found = json.loads(file.read_text(encoding="utf-8"))
-    check_format("anchors", found, file)
-    return [Example(**row) for row in found["samples"]] if found["of"] == identity else []
+    try:
+        found = json_value(read_text(file), str(file))
+        check_format("anchors", found, file)
+        return [Example(**row) for row in found["samples"]] if found["of"] == identity else []
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is broken ({error}): delete it, and samples are taken anew") from error

@@ -7,6 +7,10 @@ import difflib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
+
+from soul import visible
+from soul.strict import broken_text
 
 KINDS = ("objectives", "optimizers", "methods", "benchmarks", "attacks")
 MODEL = "hub id, folder, GGUF file, run directory or smollm2-135m"
@@ -63,10 +67,22 @@ named under which it does."""
 PHASES = ("reference", "pilot", "tune", "report", "attack")
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose message quotes what was given and must not steer the terminal by it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and leave with exit code 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {visible.message(message)}\n")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse, with settings allowed after options too, where argparse alone gives up."""
     parser = _parser()
     words = sys.argv[1:] if argv is None else list(argv)
+    for word in words:  # what Python makes of bytes that are not UTF-8, of which no message and no record can speak
+        if broken_text(word) or "\0" in word:
+            parser.error(f"{word!r:.200} is not UTF-8 text: rename the file, or set the terminal to UTF-8")
     if not words:
         parser.exit(2, f"{parser.format_help()}\nsoul: error: the following arguments are required: COMMAND\n")
     args, rest = parser.parse_known_args(words)
@@ -82,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="soul",
         description="Make a language model forget chosen data, and prove that it did.",
         epilog="`soul COMMAND --help` says more about each.",

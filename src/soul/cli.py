@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import errno
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from soul.arguments import KINDS, parse
+from soul.console import fail, progress_bars, safe_terminal, say, warn
+from soul.strict import json_value, read_text
+from soul.visible import clean, one_line
 
 if TYPE_CHECKING:
     from soul.recipe import Recipe
@@ -24,30 +26,25 @@ NO_MODEL = "no model: give --model (a hub id, a folder, a .gguf file or smollm2-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    args = parse(argv)
-    try:
-        return COMMANDS[args.command](args)
-    except ValueError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return 2
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command continues where it stopped")
-        return 130
+    with safe_terminal():
+        args = parse(argv)
+        try:
+            return COMMANDS[args.command](args)
+        except ValueError as error:
+            fail(str(error))
+            return 2
+        except OSError as error:
+            if error.errno not in _PLACES:
+                raise
+            fail(f"{error.filename or 'a file'}: {error.strerror}; check the name, and what may be done there")
+            return 2
+        except KeyboardInterrupt:
+            say("interrupted; the same command continues where it stopped", error=True)
+            return 130
 
 
-@contextlib.contextmanager
-def progress_bars() -> Iterator[Any]:
-    """Show one bar for each thing that is under way; yields the function that moves them."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def tick(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(escape(what), total=of)
-            bars.update(tasks[what], completed=done, total=of)
-
-        yield tick
+_PLACES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What is wrong with a name that a person gave, or with what it stands for."""
 
 
 def _split(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -89,14 +86,13 @@ def _run(args: argparse.Namespace, base: dict[str, Any], default_name: str) -> i
 
     quiet()
     for warning in precision_warnings(recipe):
-        Console(stderr=True, highlight=False).print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        warn(warning)
     out = Path(args.out or f"runs/{Path(args.recipe).stem if args.recipe else default_name}")
     with progress_bars() as tick:
         execute(recipe, out, progress=tick, evaluate_it=not args.no_evaluate)
-    console = Console()
-    render_terminal([read_run(out)], console)
-    console.print(f"model:  {escape(str(out / 'model'))}", soft_wrap=True)
-    console.print(f"report: {escape(str(write_report([out], out / 'report.html')))}", soft_wrap=True)
+    render_terminal([read_run(out)])
+    say(f"model:  {out / 'model'}")
+    say(f"report: {write_report([out], out / 'report.html')}")
     return 0
 
 
@@ -149,17 +145,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         if args.precision:
             _show_precision(folder, args.precision)
     for benchmark, reason in (left_out | failed).items():
-        Console(highlight=False).print(f"left out: {benchmark} ({escape(reason)})", soft_wrap=True)
+        say(f"left out: {benchmark} ({reason})")
     return 0
 
 
 def _show_precision(folder: Path, precision: str) -> None:
     """Print each score in fp32, in another precision, and their difference."""
-    import json
-
     from rich.table import Table
 
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    file = folder / "scores.json"
+    scores = json_value(read_text(file), str(file), lenient=True)
     other = {(s["split"], s["metric"]): s["value"] for s in scores[precision]}
     table = Table(title=f"float32 and {precision}", title_justify="left")
     for title in ("split", "metric", "float32", precision, "difference"):
@@ -169,7 +164,7 @@ def _show_precision(folder: Path, precision: str) -> None:
         cells = (
             [f"{value:.4f}", f"{coarse:.4f}", f"{coarse - value:+.4f}"] if None not in (value, coarse) else ["—"] * 3
         )
-        table.add_row(escape(score["split"]), escape(score["metric"]), *cells)
+        table.add_row(Text(one_line(score["split"])), Text(one_line(score["metric"])), *cells)
     Console().print(table)
 
 
@@ -191,7 +186,7 @@ def _bench(args: argparse.Namespace) -> int:
     phases = (args.phase,) if args.phase else ()
     with progress_bars() as tick:
         done = contest.work(tick, phases=phases, seconds=60 * args.minutes or float("inf"))
-    Console().print(f"{done} jobs done, {contest.left()} left to do or under way elsewhere")
+    say(f"{done} jobs done, {contest.left()} left to do or under way elsewhere")
     return _show_contest(Path(args.out), Path(args.out) / "report.html")
 
 
@@ -205,23 +200,19 @@ def _export(args: argparse.Namespace) -> int:
         check_push(args.push)
     with progress_bars() as tick:
         checked = export(Path(args.run), Path(args.out), spec, progress=tick)
-    console = Console(highlight=False)
     for c in checked:
-        console.print(
-            f"{escape(c.split)}: NLL {c.after:.5f}, in the run {c.before:.5f} (n={c.n}, at most {c.largest:.2g} apart)",
-            soft_wrap=True,
-        )
-    console.print(f"export: {escape(args.out)}", soft_wrap=True)
+        say(f"{c.split}: NLL {c.after:.5f}, in the run {c.before:.5f} (n={c.n}, at most {c.largest:.2g} apart)")
+    say(f"export: {args.out}")
     if args.push:
-        console.print(f"pushed: {escape(push(Path(args.out), args.push, private=not args.public))}", soft_wrap=True)
+        say(f"pushed: {push(Path(args.out), args.push, private=not args.public)}")
     return 0
 
 
 def _show_contest(folder: Path, out: Path) -> int:
     from soul.report.contest import contest_tables, write_contest
 
-    Console().print(contest_tables(folder), markup=False, highlight=False, soft_wrap=True)
-    Console().print(f"report: {escape(str(write_contest(folder, out)))}", soft_wrap=True)
+    Console().print(Text(contest_tables(folder)), soft_wrap=True)
+    say(f"report: {write_contest(folder, out)}")
     return 0
 
 
@@ -237,11 +228,8 @@ def _report(args: argparse.Namespace) -> int:
 def _show_report(runs: Sequence[str], out: Path) -> int:
     from soul.report import read_run, render_terminal, write_report
 
-    records = [read_run(run) for run in runs]
-    console = Console()
-    render_terminal(records, console)
-    path = write_report(runs, out)
-    console.print(f"report: {escape(str(path))}", soft_wrap=True)
+    render_terminal([read_run(run) for run in runs])
+    say(f"report: {write_report(runs, out)}")
     return 0
 
 
@@ -258,7 +246,7 @@ def _plan(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("gpus", "memory", "flops", "bandwidth", "link")}
     plan = make_plan(recipe, find_machine(recipe, **given), find_work(recipe, args.length, args.answer))
     for line in lines(plan):
-        Console(highlight=False).print(line, markup=False, soft_wrap=True)
+        Console(highlight=False).print(Text(clean(line)), soft_wrap=True)
     return 0
 
 
@@ -268,9 +256,9 @@ def _list(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     for kind, registry in zip(KINDS, (OBJECTIVES, OPTIMIZERS, METHODS, BENCHMARKS, ATTACKS), strict=True):
         if args.kind in (None, kind):
-            console.print(f"[bold]{kind}[/]")
+            console.print(Text(kind, style="bold"))
             for name, summary in registry.summaries().items():
-                console.print(f"  {name:<14} {escape(summary)}", soft_wrap=True)
+                console.print(Text(clean(f"  {name:<14} {summary}")), soft_wrap=True)
     return 0
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +15,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from soul.registry import Registry
+from soul.strict import YAML_BYTES, broken_text, number_fault, read_text, yaml_tree
+from soul.visible import hides
 
 T = TypeVar("T")
 
@@ -20,17 +25,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        ValueError: The file is missing, is not YAML, or is not a mapping.
+        ValueError: The file is missing, is not YAML that :func:`soul.strict.yaml_tree` reads, or is not a mapping.
     """
-    if not path.is_file():
+    if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise ValueError(f"no such recipe: {path}." + (f" Did you mean {path.with_name(near[0])}?" if near else ""))
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    tree = yaml_tree(read_text(path, YAML_BYTES), str(path))
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a mapping such as 'model: ...', not {type(tree).__name__}")
+        found = "nothing" if tree is None else type(tree).__name__
+        raise ValueError(f"{path} must hold a mapping such as 'model: ...', not {found}")
     return tree
 
 
@@ -47,7 +50,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
-            raise ValueError(f"cannot read {assignment!r}: write key.sub=value, e.g. optimizer.lr=1e-4")
+            raise ValueError(f"cannot read {assignment!r:.200}: write key.sub=value, e.g. optimizer.lr=1e-4")
         *parents, last = path.split(".")
         node = tree
         for key in parents:
@@ -57,24 +60,26 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             elif child is None:
                 child = {}
             elif not isinstance(child, dict):
-                raise ValueError(f"cannot set {path!r}: {key!r} holds {child!r}, which has no parts")
+                raise ValueError(f"cannot set {path!r:.200}: {key!r:.60} holds {child!r:.60}, which has no parts")
             node[key] = child
             node = child
-        node[last] = _scalar(text) if text else ""  # to a person `data.retain=` is an empty text; null says nothing
+        node[last] = _scalar(text, path) if text else ""  # to a person `data.retain=` is an empty text
     return tree
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: str, where: str) -> Any:
+    """Return what a person means by the text of a setting; what is no YAML is the text itself."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text; a person means a number
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        value = yaml_tree(text, where)
+    except ValueError as error:
+        if isinstance(error.__cause__, yaml.YAMLError):
+            return text
+        raise
+    return float(value) if isinstance(value, str) and _NUMERIC.fullmatch(value) else value
+
+
+_NUMERIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+"""Numbers that YAML 1.1 reads as text, such as 1e-4; a person means a number."""
 
 
 def parse(cls: type[T], tree: Any, where: str) -> T:
@@ -86,7 +91,7 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
     if dataclasses.is_dataclass(tree) and isinstance(tree, cls):
         return tree
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{where} must be a mapping, not {tree!r}")
+        raise ValueError(f"{where} must be a mapping, not {_short(tree)}")
     upgraded = getattr(cls, "upgraded", None)  # settings that have another name by now
     tree = upgraded(tree) if upgraded else tree
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # cls is a dataclass
@@ -95,8 +100,12 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown setting {where}.{key}.{hint} Known: {', '.join(known)}.")
-    values = {k: _scalar(v) if isinstance(v, str) and _looks_numeric(v) else v for k, v in tree.items()}
+            raise ValueError(f"unknown setting {where}.{key!s:.80}.{hint} Known: {', '.join(known)}.")
+    for key, value in tree.items():
+        _check(value, f"{where}.{key}")
+    numeric = {k: float(v) for k, v in tree.items() if isinstance(v, str) and _NUMERIC.fullmatch(v)}
+    texts = _texts(cls) if numeric else frozenset()
+    values = {k: numeric.get(k, v) if k not in texts else v for k, v in tree.items()}
     for field in fields:
         given = values.get(field.name)
         if isinstance(given, Mapping) and field.default_factory is not dataclasses.MISSING:
@@ -112,6 +121,29 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
         raise ValueError(f"{path}: {message}, got {_short(first['input'])}") from error
 
 
+@functools.cache
+def _texts(cls: type) -> frozenset[str]:
+    """Return the settings that may be a text, of which 1e5 is one."""
+    hints = typing.get_type_hints(cls)
+    return frozenset(name for name, hint in hints.items() if hint is str or str in typing.get_args(hint))
+
+
+def _check(value: Any, where: str) -> None:
+    """Refuse, by its place, what no setting can be: half characters, and numbers that nothing can compute with."""
+    fault = number_fault(value)
+    if fault:
+        raise ValueError(f"{where} {fault} ({value!r:.40}); give one that can be computed with")
+    if isinstance(value, str) and broken_text(value):
+        raise ValueError(f"{where} is not Unicode text ({value!r:.60}); rename the file, or save the recipe as UTF-8")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check(key, where)
+            _check(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check(item, f"{where}.{i}")
+
+
 def component(registry: Registry, tree: Any, default: str) -> Any:
     """Return the registered component a tree names: ``npo`` or ``{name: npo, beta: 0.1}``."""
     if tree is None:
@@ -119,7 +151,7 @@ def component(registry: Registry, tree: Any, default: str) -> Any:
     if isinstance(tree, str):
         tree = {"name": tree}
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{registry.kind} must be a name or a mapping with a name, not {tree!r}")
+        raise ValueError(f"{registry.kind} must be a name or a mapping with a name, not {_short(tree)}")
     cls = registry.get(str(tree.get("name", default)))
     return parse(cls, {k: v for k, v in tree.items() if k != "name"}, registry.kind)
 
@@ -151,12 +183,10 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def dump(value: Any) -> str:
-    """Return the YAML text of a tree."""
-    return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True)
-
-
-def _looks_numeric(text: str) -> bool:
-    return bool(text) and text[0] in "+-.0123456789" and ("e" in text.lower() and not text.lower().startswith("0x"))
+    """Return the YAML text of a tree; where it holds what a display would hide or obey, all but ASCII is escaped."""
+    tree = plain(value)
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=False) if hides(text) else text
 
 
 def _short(value: Any) -> str:

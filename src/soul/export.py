@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from soul.benchmarks.base import Benchmark
 from soul.data import hub
 from soul.evaluate import EvaluationSpec, evaluate, spec_for
@@ -25,6 +23,7 @@ from soul.report.card import CardFacts, Checked, model_card
 from soul.report.record import RunRecord, read_run
 from soul.run import default_benchmark
 from soul.stored import check_format, publish, write_json, write_text
+from soul.strict import json_value, read_text, yaml_tree
 from soul.types import Example, Row
 
 MARKER = "soul_export.json"
@@ -146,8 +145,11 @@ def _finished(run: Path) -> tuple[RunRecord, Recipe]:
 
 def _earlier(out: Path, described: Mapping[str, Any]) -> list[Checked]:
     """Return what was found when ``out`` was exported, if it holds the same and nobody touched it."""
-    marker = json.loads((out / MARKER).read_text(encoding="utf-8"))
-    check_format("export", marker, out / MARKER)
+    marker = json_value(read_text(out / MARKER), str(out / MARKER), lenient=True)
+    if isinstance(marker, dict):
+        check_format("export", marker, out / MARKER)
+    if not isinstance(marker, dict) or not isinstance(marker.get("files"), dict):
+        raise ValueError(f"{out / MARKER} is broken: delete that folder, and export again")
     if any(marker.get(key) != value for key, value in described.items()):
         raise ValueError(f"{out} holds another export: choose another --out, or delete that folder")
     changed = [
@@ -295,9 +297,9 @@ def lineage(path: str) -> Lineage:
 
 def _licence(card: Path) -> str:
     """Return the licence that the YAML head of a model card names."""
-    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        text = card.read_text(encoding="utf-8")
-        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    with contextlib.suppress(ValueError):  # no card, or one that says nothing
+        text = read_text(card)
+        head = yaml_tree(text.split("---")[1], str(card)) if text.startswith("---") else None
         if isinstance(head, dict) and isinstance(head.get("license"), str):
             return head["license"]
     return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from soul.overlaps import Overlaps, find_overlaps, without_overlaps
 from soul.recipe import DataSpec, Recipe
 from soul.rundir import check_folder, claim_folder, environment_warnings, score_dict
 from soul.stored import read_lines, write_json
+from soul.strict import json_objects, read_text
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.types import Example
 
@@ -116,7 +116,7 @@ def read_refusals(path: str) -> list[str]:
         return builtin_refusals()
     if not Path(path).is_file():
         raise ValueError(f"no such file of refusals: {path}")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no refusals: write one a line")
     return lines
@@ -292,11 +292,10 @@ def read_reference(path: str) -> Rows | None:
     folder = Path(path) / "rows/after"
     if not folder.is_dir():
         raise ValueError(f"reference_run {path!r} has no rows/after: give the run directory of an evaluated model")
-    return {
-        # split at "\n" alone: JSON strings may hold U+2028, at which splitlines() would cut
-        file.stem: [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        for file in sorted(folder.glob("*.jsonl"))
-    }
+    rows: dict[str, list[Any]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        rows[file.stem] = [row for _, row in json_objects(file, lenient=True)]
+    return rows
 
 
 def write_record(

@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from soul import config
 from soul.benchmarks.base import Benchmark
 from soul.evaluate import EvaluationSpec
 from soul.machine import changes, environment
 from soul.models import ModelSpec
-from soul.recipe import Recipe, recipe_from_tree
+from soul.recipe import Recipe, read_recipe
 from soul.stored import check_format, write_json, write_text
+from soul.strict import json_value, read_text
 from soul.types import Score
 
 log = logging.getLogger(__name__)
@@ -105,9 +104,8 @@ def _make(out: Path) -> None:
 def _difference(file: Path, recipe: Recipe) -> str:
     """Say in what the recipe in ``file`` differs, or return an empty text where it means the same."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        earlier = config.flat(recipe_from_tree(tree))  # settings that it does not name have their defaults
-    except (ValueError, OSError, yaml.YAMLError, AttributeError, TypeError):
+        earlier = config.flat(read_recipe(file))  # settings not named there have their defaults
+    except ValueError:
         return " (which cannot be read)"
     now = config.flat(recipe)
     for key in [*now, *earlier]:
@@ -127,7 +125,7 @@ def claim_evaluation(out: Path, model: ModelSpec, benchmark: Benchmark, evaluati
     # a definition that changed would otherwise join rows measured by the old one
     version = f"{benchmark.name} {benchmark.version}"
     text = config.dump({"model": model, "benchmark": benchmark, "evaluation": evaluation, "version": version})
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
+    if file.is_file() and read_text(file) != text:
         raise ValueError(
             f"{out} holds another evaluation, or one by another version than {version}: choose another --out, or "
             "delete that folder"
@@ -190,7 +188,7 @@ def write_evaluation(
 
 def add_scores(out: Path, name: str, scores: Sequence[Score]) -> None:
     """Add scores of the same examples, measured in another precision, to the record of an evaluation."""
-    record = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    record = json_value(read_text(out / "scores.json"), str(out / "scores.json"), lenient=True)
     write_json(out / "scores.json", {**record, name: [score_dict(s) for s in scores]})
 
 

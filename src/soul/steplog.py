@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
         """Read back the lines of the steps a resumed run has behind it."""
         if self.path is not None and self.path.is_file():
-            self.records = [r for r in read_lines(self.path) if r["step"] <= state.global_step]
+            self.records = [r for r in read_lines(self.path) if r.get("step", math.inf) <= state.global_step]
             write_lines(self.path, self.records)
         self._started = time.perf_counter()
 

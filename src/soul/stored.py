@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from soul.strict import json_value
+
 PART = ".part"
 FORMATS: Mapping[str, tuple[int, ...]] = {
     "record": (1,),
@@ -175,13 +177,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     # split at "\n" alone: JSON strings may hold U+2028, at which splitlines() would cut; the last piece has no end
     found = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        where = f"{file}, line {number}"
         try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:  # of JSON or of UTF-8
-            raise ValueError(f"{file}, line {number}, is not valid JSON: {error}") from error
+            row = json_value(line.decode(), where, lenient=True) if line.strip() else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 text (byte {error.start}); soul alone writes this file") from error
         if row is not None:
             if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}, must hold an object, not {type(row).__name__}")
+                raise ValueError(f"{where}: must hold an object, not {type(row).__name__}")
             found.append(row)
     return found
 

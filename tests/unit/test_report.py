@@ -17,8 +17,8 @@ from rich.console import Console
 
 from soul.report import read_run, render_html, render_terminal, write_report
 from soul.report.plots import loss_plot, tradeoff_plot, win_rate_plot
-from soul.report.text import clean
 from soul.report.view import check_summary, kind_of, models_of, number, sentences, tables_of
+from soul.visible import clean
 
 HOSTILE = (
     "<script>alert('x')</script>\"><img src=http://evil.example/a onerror=1> "

@@ -30,15 +30,15 @@ def test_reads_what_was_written(run_dir: Path):
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("record.json", "{", "record.json is not valid JSON"),
+        ("record.json", "{", "record.json: invalid JSON"),
         ("record.json", "[]", "must hold an object"),
         ("record.json", '{"format": 2}', "format must be 1"),
         ("record.json", '{"format": 1, "steps": "many"}', "steps must be int"),
         ("record.json", '{"format": 1, "checks": [{"name": "x"}]}', "a check needs a name and passed"),
         ("scores.json", '{"before": [{"metric": "x"}]}', "a score needs a metric and a value"),
         ("scores.json", '{"before": [{"metric": "x", "value": 1}, {"metric": "x", "value": 2}]}', "twice"),
-        ("log.jsonl", '{"loss": 1}', "log.jsonl, line 1, has no step"),
-        ("log.jsonl", '{"step": 1}\n{"st', "line 2, is not valid JSON"),
+        ("log.jsonl", '{"loss": 1}', "log.jsonl, line 1 has no step"),
+        ("log.jsonl", '{"step": 1}\n{"st', "line 2: invalid JSON"),
         ("rows/after/forget.jsonl", '{"id": "z", "prompt": "p"}', "needs answer, a string"),
         ("rows/after/forget.jsonl", '{"id": "z", "prompt": "p", "answer": "a"}', "hold different examples"),
     ],

@@ -58,7 +58,7 @@ def test_lines_end_at_newlines_alone(tmp_path):
     stored.write_lines(tmp_path / "rows.jsonl", rows)
     assert stored.read_lines(tmp_path / "rows.jsonl") == rows
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n[2]\n')
-    with pytest.raises(ValueError, match="line 2, must hold an object"):
+    with pytest.raises(ValueError, match="line 2: must hold an object"):
         stored.read_lines(tmp_path / "rows.jsonl")
 
 

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from soul import config
 from soul.contest.book import Book, Line
-from soul.contest.matrix import Matrix, matrix_from_tree
+from soul.contest.matrix import Matrix, read_matrix
 from soul.contest.measure import Sets, Values, load_sets
 from soul.contest.trial import Run, Tick, do, measured, measured_under, never
 from soul.metrics.contest import Cell, choose, point, references_of, runs_of, sides
@@ -283,8 +281,8 @@ class Contest:
 def _refuse_other(file: Path, matrix: Matrix) -> None:
     """More points, cells, requests or settings may join a contest; what its trials have in common may not change."""
     try:
-        earlier = matrix_from_tree(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        earlier = read_matrix(file)
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read ({error}): choose another --out") from error
     trained, before = config.plain(matrix.training), config.plain(earlier.training)
     pairs = [("training", before, trained), ("seed", earlier.seed, matrix.seed)]

@@ -6,7 +6,6 @@ import csv
 import difflib
 import io
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from soul.data import general, hub
 from soul.data.people import People
 from soul.data.rows import to_example
+from soul.strict import json_value, read_text
 from soul.types import Example
 
 Numbered = Iterator[tuple[str, Any]]
@@ -173,6 +173,8 @@ def data_files(path: Path, split: str | None) -> list[Path]:
         if split is not None:
             raise ValueError(f"{path}: a file has no splits; leave out split={split!r}, or give the folder")
         return [path]
+    if not path.is_dir():  # a pipe would be waited for, and a device has no end
+        raise ValueError(f"{path}: is neither a file nor a folder; write the rows into a file first")
     files = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.suffix.lower() in _READERS)
     if split is not None:
         shard = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
@@ -204,31 +206,27 @@ def file_rows(path: Path) -> Numbered:
 
 
 def _json(path: Path) -> Numbered:
-    text = _decoded(path)
+    text = read_text(path)
     if not text.lstrip().startswith("["):
         yield from _lines(path)
         return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: invalid JSON ({error.msg})") from error
-    yield from _numbered(rows)
+    yield from _numbered(json_value(text, str(path)))
 
 
 def _lines(path: Path) -> Numbered:
     # Not splitlines(): it also splits at U+2028 and friends, which JSON allows inside a string.
-    for number, line in enumerate(_decoded(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno})") from error
-            yield f"line {number}", row
+            yield f"line {number}", json_value(line, f"{path}, line {number}")
 
 
 def _csv(path: Path) -> Numbered:
-    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            raise ValueError(f"{path}, line 1: the column {twice!r:.60} is there twice; rename one of the two")
         for row in reader:
             if None in row:
                 raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
@@ -244,8 +242,8 @@ def _cell(column: str, value: str | None) -> Any:
             return None
         if value.startswith("["):
             try:
-                return json.loads(value)
-            except json.JSONDecodeError:
+                return json_value(value, column)
+            except ValueError:
                 return value  # a text that happens to begin with a bracket
     return value
 
@@ -257,10 +255,11 @@ def _parquet(path: Path) -> Numbered:
     except ImportError as error:
         raise ValueError(f"{path}: reading Parquet needs the package pyarrow: pip install pyarrow") from error
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
-    yield from _numbered(table.to_pylist())
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable parquet file ({reason:.300}); write it again") from error
+    yield from _numbered(rows)
 
 
 _READERS: dict[str, Callable[[Path], Numbered]] = {".jsonl": _lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
@@ -268,15 +267,6 @@ _READERS: dict[str, Callable[[Path], Numbered]] = {".jsonl": _lines, ".json": _j
 
 def _numbered(rows: Iterable[Any]) -> Numbered:
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def hub_rows(source: str, split: str | None, config: str | None) -> Numbered:

@@ -164,7 +164,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for line in stored.read_lines(file):
         stored.check_format("trial", line, file)
-        if "key" not in line:
+        if not isinstance(line.get("key"), str):
             raise ValueError(f"{file} holds a line that is not of a contest's record: it has no key")
         found.setdefault(line["key"], line)
     return list(found.values())

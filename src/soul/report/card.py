@@ -12,13 +12,17 @@ from typing import Any
 import yaml
 
 from soul.report.record import RunRecord
+from soul.strict import yaml_tree
 from soul.types import Score
+from soul.visible import clean, hides
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()|~^$:@]|(?<=www)\.)", re.IGNORECASE)
 _PRIVATE = ("data", "benchmark", "label", "reference_run")
 """Sections of a recipe that may name people, files or machines."""
 _VERSIONS = ("soul", "python", "torch", "transformers", "accelerate", "peft", "numpy", "device")
 HIDDEN = "(not shown)"
+_LONGEST = 2000
+"""Characters of one text in a card; what is cut is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +70,13 @@ class CardFacts:
 
 
 def escaped(text: str) -> str:
-    r"""Return ``text`` so that Markdown and HTML show it as it is, on one line.
+    r"""Return ``text`` so that Markdown and HTML show it as it is, on one line, the invisible made visible.
 
     Example:
         >>> print(escaped("<b>*x*</b>\n| y"))
         &lt;b&gt;\*x\*&lt;/b&gt; \| y
     """
-    return _MARKDOWN.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return _MARKDOWN.sub(r"\\\1", html.escape(clean(" ".join(text.split()), _LONGEST), quote=False))
 
 
 def model_card(record: RunRecord, facts: CardFacts) -> str:
@@ -94,7 +98,12 @@ def _head(record: RunRecord, facts: CardFacts) -> str:
         head["base_model"] = facts.base
     if facts.licence:
         head["license"] = facts.licence
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+    return f"---\n{_yaml(head)}---\n"
+
+
+def _yaml(tree: Any) -> str:
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=False) if hides(text) else text
 
 
 def _about(record: RunRecord, facts: CardFacts) -> str:
@@ -175,8 +184,8 @@ def _warnings(record: RunRecord, facts: CardFacts) -> str:
 
 def _recipe(record: RunRecord, facts: CardFacts) -> str:
     try:
-        tree = yaml.safe_load(record.recipe) if record.recipe else None
-    except yaml.YAMLError:
+        tree = yaml_tree(record.recipe, "recipe.yaml")
+    except ValueError:
         tree = None
     if not isinstance(tree, dict):
         return ""
@@ -185,7 +194,7 @@ def _recipe(record: RunRecord, facts: CardFacts) -> str:
         model = tree.get("model")
         if isinstance(model, dict):  # a path may tell of a machine
             tree["model"] = model | {"path": facts.base or HIDDEN}
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = _yaml(tree)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"## Recipe\n\n{fence}yaml\n{text}{fence}\n"
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import yaml
 from markupsafe import Markup, escape
 
 from soul.metrics.contest import Cell, choose, knowledge, points_of, read_lines, references_of, runs_of
 from soul.metrics.frontier import FLOOR, Point, forgetting_at, lost_area, ratio_interval
 from soul.metrics.stats import ks_margin, ks_two_sided
 from soul.report import plots
-from soul.report.text import clean, one_line
 from soul.stored import write_text
+from soul.strict import read_text, yaml_tree
+from soul.visible import clean, one_line
 
 TIE = 0.01
 """Lost areas of a request closer than this are a tie."""
@@ -68,7 +68,7 @@ class ContestRecord:
         if not file.is_file():
             raise ValueError(f"{folder} holds no matrix.yaml, so it is no contest: give the --out of `soul bench`")
         try:
-            self.matrix: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+            self.matrix: dict[str, Any] = yaml_tree(read_text(file), str(file))
             self.label = str(self.matrix["label"])
             self.entries = {
                 str(e["label"] or e.get("name") or e["method"]["name"]): e for e in self.matrix["optimizers"]
@@ -76,7 +76,7 @@ class ContestRecord:
             self.objectives = [str(o.get("label") or o["name"]) for o in self.matrix["objectives"]]
             self.tasks: dict[str, Any] = self.matrix["tasks"]
             self.budget: dict[str, Any] = self.matrix["budget"]
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not a contest's matrix ({error})") from error
         self.lines = read_lines(folder / "trials.jsonl")
 

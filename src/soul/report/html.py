@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from soul.report import examples, plots, view
 from soul.report.record import RunRecord
-from soul.report.text import clean, one_line
+from soul.visible import clean, one_line
 
 
 def _finalize(value: object) -> object:

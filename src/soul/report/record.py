@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from soul.stored import check_format
+from soul.strict import json_objects, json_value, number_fault, read_text
 from soul.types import Row, Score
 
 
@@ -97,7 +98,7 @@ def read_run(path: Path | str) -> RunRecord:
     recipe = root / "recipe.yaml"
     return RunRecord(
         **_read_record(root / "record.json", default_label=root.resolve().name),
-        recipe=_text(recipe) if recipe.is_file() else "",
+        recipe=read_text(recipe) if recipe.is_file() else "",
         environment=_read_environment(root / "environment.json"),
         log=_read_log(root / "log.jsonl"),
         before=before,
@@ -107,29 +108,11 @@ def read_run(path: Path | str) -> RunRecord:
     )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
 def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    value = json_value(text, where, lenient=True)
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold an object, not {type(value).__name__}")
     return value
-
-
-def _parse_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # split on "\n" alone: JSON strings may hold U+2028, at which splitlines would cut
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number},"
-            yield where, _parse(line, where)
 
 
 def _get(data: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: Any, where: str) -> Any:
@@ -141,7 +124,13 @@ def _get(data: Mapping[str, Any], key: str, kind: type | tuple[type, ...], defau
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         expected = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
         raise ValueError(f"{where}: {key} must be {expected}, not {value!r:.80}")
+    _check_size(value, key, where)
     return value
+
+
+def _check_size(value: Any, key: str, where: str) -> None:
+    if isinstance(value, int) and number_fault(value):
+        raise ValueError(f"{where}: {key:.60} {number_fault(value)} ({value!r:.40})")
 
 
 def _number(data: Mapping[str, Any], key: str, where: str, default: float = math.nan) -> float:
@@ -150,7 +139,7 @@ def _number(data: Mapping[str, Any], key: str, where: str, default: float = math
 
 
 def _read_record(path: Path, default_label: str) -> dict[str, Any]:
-    data, where = _parse(_text(path), str(path)), str(path)
+    data, where = _parse(read_text(path), str(path)), str(path)
     check_format("record", data, path)
     fields: dict[str, Any] = {"label": _get(data, "label", str, "", where).strip() or default_label}
     for key in ("asked", "objective", "optimizer", "method", "model"):
@@ -173,7 +162,7 @@ def _check(item: object, where: str) -> Check:
 def _read_environment(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    data = _parse(_text(path), str(path))
+    data = _parse(read_text(path), str(path))
     check_format("environment", data, path)
     return {
         key: value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
@@ -186,10 +175,12 @@ def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
     if not path.is_file():
         return ()
     steps: dict[int, dict[str, float]] = {}
-    for where, line in _parse_lines(path):
+    for where, line in json_objects(path, lenient=True):
         step = _get(line, "step", int, None, where)
         if step is None:
             raise ValueError(f"{where} has no step")
+        for key, value in line.items():
+            _check_size(value, key, where)
         numbers = {
             key: math.nan if value is None else float(value)
             for key, value in line.items()
@@ -202,7 +193,7 @@ def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
 def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...]]:
     if not path.is_file():
         return (), ()
-    data = _parse(_text(path), str(path))
+    data = _parse(read_text(path), str(path))
     check_format("scores", data, path)
     before, after = (
         tuple(_score(item, f"{path}: {stage}") for item in _get(data, stage, list, [], str(path)))
@@ -239,7 +230,7 @@ def _read_rows(folder: Path) -> dict[str, tuple[Row, ...]]:
     if not folder.is_dir():
         return {}
     return {
-        path.stem: tuple(_row(line, where) for where, line in _parse_lines(path))
+        path.stem: tuple(_row(line, where) for where, line in json_objects(path, lenient=True))
         for path in sorted(folder.glob("*.jsonl"))
     }
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from soul.report import examples, view
 from soul.report.record import RunRecord
-from soul.report.text import clean, one_line
+from soul.visible import clean, one_line
 
 _STATES = {"good": "bold green", "bad": "bold red", "none": "dim"}
 _SHOWN = 400
