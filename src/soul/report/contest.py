@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from soul.metrics.contest import Cell, choose, knowledge, points_of, read_lines, references_of, runs_of
 from soul.metrics.frontier import FLOOR, Point, forgetting_at, lost_area, ratio_interval
 from soul.metrics.stats import ks_margin, ks_two_sided
 from soul.report import plots
+from soul.report.page import frame
 from soul.stored import write_text
 from soul.strict import read_text, yaml_tree
 from soul.visible import clean, one_line
@@ -270,11 +272,30 @@ def attacked(record: ContestRecord, task: str, objective: str) -> tuple[list[str
     return ["model", "requests", "no attack", *names], rows
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Say that a record is broken where a line of it lacks what its kind has."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder}: matrix.yaml and trials.jsonl are not those of one whole contest ({reason:.200}); "
+            "only `soul bench` writes them"
+        ) from error
+
+
 def contest_tables(folder: Path) -> str:
-    """Return the tables of a contest as Markdown."""
-    record = ContestRecord(folder)
+    """Return the tables of a contest as Markdown.
+
+    Raises:
+        ValueError: ``folder`` is no contest, or its record is broken.
+    """
+    with _readable(folder):
+        record = ContestRecord(folder)
+        found = tables(record)
     parts = [f"# {one_line(record.label, 200)}", f"{len(record.lines)} jobs on record."]
-    for title, head, rows in tables(record):
+    for title, head, rows in found:
         lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         parts.append("\n".join(lines))
@@ -320,33 +341,33 @@ def write_contest(folder: Path, out: Path) -> Path:
     Raises:
         ValueError: ``folder`` is no contest, or ``out`` cannot be written.
     """
-    record = ContestRecord(folder)
-    parts = [Markup("<h1>{}</h1>").format(clean(record.label))]
+    with _readable(folder):
+        record = ContestRecord(folder)
+        body = _body(record)
+    style = "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#1f2937}"
+    style += "table{border-collapse:collapse;font-size:13px}td,th{padding:.3em .7em;border-bottom:1px solid #e5e7eb;"
+    style += "text-align:left}svg{max-width:100%;height:auto}\n"
+    write_text(out, frame(record.label, style + plots.color_rules("color"), body))
+    return out
+
+
+def _body(record: ContestRecord) -> Markup:
+    parts = [Markup("<h1>{}</h1>").format(one_line(record.label, 200))]
     for k, (task, objective, standings) in enumerate(record.squares()):
         chips = [
-            Markup('<b style="color:{}">{}</b> {}').format(plots.color_of(i), i, clean(name))
+            Markup('<b class="c{}">{}</b> {}').format((i - 1) % len(plots.COLORS), i, one_line(name))
             for i, name in enumerate(record.entries, 1)
         ]
         kind = "report" if all(s.lost for s in standings) else "tuning"
         said = Markup(
             "<p>Utility kept at each share forgotten, mean over the {} requests; second order is drawn solid. {}</p>"
         )
-        parts.append(Markup("<h2>{}, {}</h2>").format(task, objective))
+        parts.append(Markup("<h2>{}, {}</h2>").format(one_line(task), one_line(objective)))
         parts.append(Markup(frontier_plot(record, task, objective, f"frontier{k}")))  # noqa: S704 - numbers only
         parts.append(said.format(kind, Markup(" &middot; ").join(chips)))
     for title, head, rows in tables(record):
         cells = [Markup("").join(Markup("<td>{}</td>").format(clean(c)) for c in row) for row in rows]
         body = Markup("").join(Markup("<tr>{}</tr>").format(row) for row in cells)
-        top = Markup("").join(Markup("<th>{}</th>").format(h) for h in head)
-        parts.append(Markup("<h2>{}</h2><table><tr>{}</tr>{}</table>").format(clean(title), top, body))
-    style = "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#1f2937}"
-    style += "table{border-collapse:collapse;font-size:13px}td,th{padding:.3em .7em;border-bottom:1px solid #e5e7eb;"
-    style += "text-align:left}svg{max-width:100%;height:auto}"
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    page = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(clean(record.label))}</title>'
-        f"<style>{style}</style></head><body>{Markup('').join(parts)}</body></html>\n"
-    )
-    write_text(out, page)
-    return out
+        top = Markup("").join(Markup("<th>{}</th>").format(one_line(h)) for h in head)
+        parts.append(Markup("<h2>{}</h2><table><tr>{}</tr>{}</table>").format(one_line(title, 200), top, body))
+    return Markup("").join(parts)

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from soul.report import examples, plots, view
+from soul.report.page import frame
 from soul.report.record import RunRecord
 from soul.visible import clean, one_line
 
@@ -40,7 +41,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(line=_line, whole=_whole)
     environment.globals.update(
-        color=plots.color_of,
+        colors=len(plots.COLORS),
         number=view.number,
         interval=view.interval,
         duration=view.duration,
@@ -73,7 +74,7 @@ def render_html(runs: Sequence[RunRecord], title: str = "Unlearning report") -> 
         if svg:
             losses.append((index, run.label, _trusted(svg), ", ".join(plots.other_terms(run))))
     page = _environment().get_template("report.html.j2")
-    return page.render(
+    body = page.render(
         title=title,
         runs=runs,
         asked=list(dict.fromkeys(run.asked for run in runs if run.asked)),
@@ -88,6 +89,13 @@ def render_html(runs: Sequence[RunRecord], title: str = "Unlearning report") -> 
         phases=view.phases_of(runs),
         limits=view.limits(runs),
     )
+    return frame(title, _style(), Markup(body))  # noqa: S704 - the template escapes what it prints
+
+
+@functools.cache
+def _style() -> str:
+    sheet = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    return sheet + plots.color_rules("background")
 
 
 def _trusted(svg: str) -> Markup:

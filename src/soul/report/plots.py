@@ -52,6 +52,11 @@ def color_of(run: int) -> str:
     return "#6b7280" if run == 0 else COLORS[(run - 1) % len(COLORS)]
 
 
+def color_rules(what: str) -> str:
+    """Return style rules that give ``what`` the colour of a run: classes ``c0``, ``c1`` and so on, in order."""
+    return "".join(f".c{i} {{ {what}: {color}; }}\n" for i, color in enumerate(COLORS))
+
+
 def _svg(figure: Figure, name: str) -> str:
     """Return the figure as SVG for a page that holds others: no prolog or style sheet, ids start with ``name``."""
     out = io.StringIO()
@@ -61,8 +66,15 @@ def _svg(figure: Figure, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     # a style sheet inside an inline SVG applies to the whole page; the attributes say the same, here only
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, count=1, flags=re.S)
+    svg = re.sub(r' style="([^"]*)"', _attributes, svg)
     svg = svg.replace("<svg ", '<svg stroke-linejoin="round" stroke-linecap="butt" aria-hidden="true" ', 1)
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg).strip() + "\n"
+
+
+def _attributes(style: re.Match[str]) -> str:
+    """Return a style's declarations as presentation attributes (SVG 1.1, 6.3): the page's policy allows no styles."""
+    pairs = (declaration.partition(":") for declaration in style[1].split(";") if declaration.strip())
+    return "".join(f' {name.strip()}="{value.strip()}"' for name, _, value in pairs)
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

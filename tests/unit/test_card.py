@@ -1,0 +1,79 @@
+"""A card shows hostile words as words, by the Markdown reader that the terminal library brings along."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import yaml
+from markdown_it import MarkdownIt
+
+from soul.report.card import CardFacts, Checked, escaped, model_card
+from soul.report.record import Check, RunRecord
+from soul.types import Score
+
+EVIL = (
+    "<script>alert(1)</script> <img src=x onerror=alert(1)> [link](javascript:alert(1)) ![i](http://evil.example/x) "
+    "https://evil.example www.evil.example a@evil.example **b** `c` | d\n\n"
+    "# head\n- item\n---\n\x1b[31m\u202e\x00 ```\n</details>"
+)
+FOR = {"title": EVIL, "base": EVIL, "licence": EVIL, "checked": [Checked(EVIL, 1, 0.1, 0.1, 0.0)]}
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_hostile_words_in_a_card_are_words():
+    score = Score(metric=EVIL, split=EVIL, value=0.5, n=1, low=0.4, high=0.6, method=EVIL, better=EVIL)
+    record = RunRecord(
+        **dict.fromkeys(("label", "asked", "objective", "optimizer", "model"), EVIL),
+        warnings=(EVIL,),
+        checks=(Check(EVIL, False, 0.1),),
+        n_forget=1,
+        n_retain=1,
+        recipe=yaml.safe_dump({"label": EVIL, "data": {"forget": EVIL}}),
+        environment={"soul": EVIL, "device": EVIL},
+        before=(score,),
+        after=(score,),
+    )
+    for show in (False, True):
+        card = model_card(record, CardFacts(**FOR, show_data=show))
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", card)
+        _, head, body = card.split("---\n", 2)
+        assert yaml.safe_load(head)["base_model"] == EVIL
+        page = Tags(MarkdownIt("commonmark", {"html": True}).enable("table").render(body))
+        tags = page.found
+        assert tags <= {
+            "h1",
+            "h2",
+            "p",
+            "ul",
+            "li",
+            "strong",
+            "table",
+            "thead",
+            "tbody",
+            "tr",
+            "th",
+            "td",
+            "pre",
+            "code",
+        }
+        assert "<script>alert(1)</script> <img src=x onerror=alert(1)>" in page.text
+        assert "⟨U+202E⟩␀" in page.text
+
+
+def test_a_long_text_is_cut():
+    assert "more characters" in escaped("word " * 2_000_000)
+    assert len(escaped("*" * 10_000_000)) < 5000
