@@ -205,14 +205,26 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, seed: int = 0) -> Any
 
 @contextlib.contextmanager
 def left_as_it_was(model: Any) -> Iterator[None]:
-    """Leave a model that is trained inside without autocast, in its mode, and with the same parameters free to move."""
+    """Leave a model that is trained inside without autocast, in its mode, and with the same parameters free to move.
+
+    Gradient checkpointing is on where it was on.
+    """
     free, was_training = {p: p.requires_grad for p in model.parameters()}, model.training
+    checkpointed = checkpointing_of(model)
     try:
         yield
     finally:
         without_autocast(model).train(was_training)
+        for module, on in checkpointed.items():
+            module.gradient_checkpointing = on
         for p, wanted in free.items():
             p.requires_grad_(wanted)
+
+
+def checkpointing_of(model: Any) -> dict[Any, bool]:
+    """Return the modules that can run again in a backward pass in place of being kept, and which of them do."""
+    modules: Any = model.modules()
+    return {m: m.gradient_checkpointing for m in modules if hasattr(m, "gradient_checkpointing")}
 
 
 def without_autocast(model: Any) -> Any:

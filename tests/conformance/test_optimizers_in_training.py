@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,39 @@ def test_a_killed_run_ends_where_it_would_have(name: str, tmp_path: Path, make_t
         return [{k: v for k, v in record.items() if "seconds" not in k} for record in records[-4:]]
 
     assert told(tail.records) == told(log.records)
+
+
+def count(sizes: list[int], x: torch.Tensor) -> torch.Tensor:
+    sizes.append(x.nbytes)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "settings"),
+    [
+        ("grad_diff", "adamw", {}),
+        ("npo", "sophia", {}),
+        ("kl", "kfac", {}),
+        ("npo", "ekfac", {"frozen": "embeddings"}),
+        ("rmu", "whiten", {}),
+        ("grad_diff", "kfac", {"combine": "projected"}),
+        ("grad_diff", "adamw", {"combine": "dual"}),
+    ],
+)
+def test_checkpointing_changes_memory_and_nothing_else(
+    objective: str, name: str, settings: Any, tmp_path: Path, make_trainer: Any
+) -> None:
+    """The forward pass that runs again is watched by no factor, and the gradient is the same, in float64."""
+    results, kept = [], []
+    for checkpointing in (False, True):
+        how = {**STEADY, **settings, "batch_size": 4, "max_steps": 3, "gradient_checkpointing": checkpointing}
+        trainer, _ = make_trainer(tmp_path / str(checkpointing), objective, make(name, lr=1e-3), torch.float64, **how)
+        bytes_kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(count, bytes_kept), lambda x: x):
+            trainer.train()
+        results.append(weights(trainer))
+        kept.append(sum(bytes_kept))
+    assert kept[1] < kept[0], "it was not on"
+    plain, again = results
+    for key, value in plain.items():
+        torch.testing.assert_close(again[key], value, rtol=0, atol=1e-10)

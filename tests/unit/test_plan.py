@@ -291,6 +291,20 @@ def test_memory_grows_as_it_should(folder: Path) -> None:
     assert copied.held["reference"] == plain.held["weights"]
 
 
+def test_checkpointing_keeps_one_block_and_what_enters_each(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config(depth=24)))
+    planned = recipe(folder, training={"batch_size": 2})
+    plan = make_plan(planned, GPU, find_work(planned, 64))
+    option = next(o for o in options(plan) if "gradient_checkpointing" in o.settings)
+    hidden = 4 * 64 * 48
+    one = saved(planned, 1, 64, 32, bf16=True)
+    assert option.plan.kept.per_row == pytest.approx(one.per_row + 24 * hidden, rel=0.01)
+    assert option.plan.kept.per_row < plan.kept.per_row / 4
+    assert option.plan.time is not None
+    assert plan.time is not None
+    assert plan.time.parts["backward"] < option.plan.time.parts["backward"]
+
+
 def test_small_batches_add_up_to_the_same(folder: Path) -> None:
     made = recipe(folder, optimizer="sophia", training={"batch_size": 4, "accumulation": 2})
     small, words = smaller_batches(made)

@@ -158,7 +158,7 @@ def make_plan(recipe: Recipe, machine: Machine, work: Work, like: Plan | None = 
     """
     if recipe.method is not None:
         raise ValueError(f"soul plan knows training, and the recipe's method is {recipe.method.name}: set method=null")
-    bf16 = multiplies(recipe, machine.device)
+    bf16, training = multiplies(recipe, machine.device), recipe.training
     same = like is not None and _shape(like.recipe) == _shape(recipe)
     skeleton = like.skeleton if like and same else measure(recipe)
     cost = recipe.optimizer.cost(skeleton.params, skeleton.model, machine.device)
@@ -179,14 +179,22 @@ def make_plan(recipe: Recipe, machine: Machine, work: Work, like: Plan | None = 
         heap=HEAP if machine.device == "cpu" else 1.0,
         gpus=machine.gpus,
     )
-    typical = dataclasses.replace(kept, per_row=int(kept.per_row * work.typical.width / max(1, work.largest.width)))
+    moved = _saved(_uncheckpointed(recipe), skeleton, work.largest, bf16) if training.gradient_checkpointing else kept
+    typical = dataclasses.replace(moved, per_row=int(moved.per_row * work.typical.width / max(1, work.largest.width)))
     seconds = time_of_run(recipe, skeleton, cost, work, (typical, passes), machine) if machine.flops else None
     return Plan(recipe, machine, skeleton, cost, work, memory, seconds, kept, passes)
 
 
+def _uncheckpointed(recipe: Recipe) -> Recipe:
+    """Return the run that keeps what checkpointing makes again: as much goes through memory."""
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, gradient_checkpointing=False))
+
+
 def _shape(recipe: Recipe) -> tuple[object, ...]:
     """Return what the skeleton and the activations of a row depend on."""
-    return recipe.model, recipe.adapter, recipe.objective, recipe.training.frozen, recipe.training.precision
+    training = recipe.training
+    how = (training.frozen, training.precision, training.gradient_checkpointing)
+    return recipe.model, recipe.adapter, recipe.objective, *how
 
 
 def _saved(recipe: Recipe, skeleton: Skeleton, batch: Batch, bf16: bool) -> Saved:

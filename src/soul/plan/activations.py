@@ -38,6 +38,7 @@ def saved(recipe: Recipe, depth: int, width: int, answers: int, *, bf16: bool) -
     """Return what a forward pass over rows of ``width`` tokens keeps.
 
     Blocks are alike and rows are, so models of one and of two blocks on batches of one and of two rows tell of all.
+    With gradient checkpointing, of a block what enters it, and one block whole.
 
     Args:
         recipe: What is planned.
@@ -58,6 +59,10 @@ def saved(recipe: Recipe, depth: int, width: int, answers: int, *, bf16: bool) -
     constant = {n: found[n, 1] - per_row[n] for n in (1, 2)}
     if recipe.model.quantize != "none":  # quantized weights are unpacked again in the backward pass
         constant = {1: constant[1], 2: constant[1]}
+    if recipe.training.gradient_checkpointing:  # one block at a time, and what enters each
+        hidden = build(recipe, 1).config.get_text_config().hidden_size
+        size = 4 if recipe.model.dtype == "float32" else 2
+        return Saved(max(0, constant[1]), per_row[1] + depth * width * hidden * size)
     more = depth - 1
     return Saved(
         max(0, constant[1] + more * (constant[2] - constant[1])), per_row[1] + more * (per_row[2] - per_row[1])
@@ -117,5 +122,7 @@ def _estimated(recipe: Recipe, depth: int, width: int, answers: int, *, bf16: bo
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     config = model.config.get_text_config()
     per_token = sum(sum(m.weight.shape) for m in linear) * size + 4 * config.hidden_size * 4
-    constant = 2 * (depth * sum(m.weight.numel() for m in linear) + head.weight.numel()) if copies else 0
-    return Saved(constant, depth * width * per_token + answers * config.vocab_size * 4, estimated=True)
+    blocks, entering = (1, depth * config.hidden_size * 4) if recipe.training.gradient_checkpointing else (depth, 0)
+    constant = 2 * (blocks * sum(m.weight.numel() for m in linear) + head.weight.numel()) if copies else 0
+    tokens = width * (blocks * per_token + entering)
+    return Saved(constant, tokens + answers * config.vocab_size * 4, estimated=True)

@@ -48,6 +48,10 @@ def _single(plan: Plan) -> Iterator[Option]:
     small, words = smaller_batches(recipe)
     if words:
         yield Option(words, "the same gradients, in small batches", _again(plan, small))
+    if not recipe.training.gradient_checkpointing:
+        training = dataclasses.replace(recipe.training, gradient_checkpointing=True)
+        again = _again(plan, dataclasses.replace(recipe, training=training))
+        yield Option("training.gradient_checkpointing=true", "the same gradients, a third more time", again)
     lightest = _lightest(plan)
     if lightest is not None:
         yield Option(f"optimizer={lightest.recipe.optimizer.name}", "another rule: tune its lr", lightest)

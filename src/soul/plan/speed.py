@@ -155,7 +155,8 @@ def time_of_run(
     training, how = recipe.training, ON_CPU if machine.device == "cpu" else ON_GPU
     micro = _pass_seconds(skeleton, work.typical, saved[0], machine, how)
     again = 2 if training.combine != "sum" else 1
-    parts = {"forward": micro[0] * training.accumulation, "backward": micro[1] * training.accumulation * again}
+    back = micro[1] + (micro[0] if training.gradient_checkpointing else 0.0)  # the blocks run once more
+    parts = {"forward": micro[0] * training.accumulation, "backward": back * training.accumulation * again}
     clip = 4 * skeleton.gradients / machine.gpus / machine.bandwidth if training.max_grad_norm else 0.0
     rules = 2 if training.combine == "dual" else 1
     traffic, products = cost.traffic / machine.gpus / machine.bandwidth, cost.products / machine.flops / how.products
