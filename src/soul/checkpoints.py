@@ -37,7 +37,7 @@ class WholeCheckpoints(Trainer):
         step, folder = self.state.global_step, Path(super()._get_output_dir(trial))
         check_weights(model, step)
         name = f"checkpoint-{step}"
-        aside = folder / f"{name}{PART}"
+        aside = folder / f"saving-{step}{PART}"  # no name that transformers takes for a checkpoint when it removes some
         with writing(folder / name):
             try:
                 if self.args.should_save:

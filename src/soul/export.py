@@ -16,6 +16,7 @@ from typing import Any, Literal
 from soul.benchmarks.base import Benchmark
 from soul.data import hub
 from soul.evaluate import EvaluationSpec, evaluate, spec_for
+from soul.folderlock import alone_at
 from soul.machine import environment
 from soul.models import OFFLINE, ModelSpec, load_model, save_model
 from soul.recipe import Recipe, read_recipe
@@ -87,7 +88,11 @@ def export(run: Path, out: Path, spec: ExportSpec | None = None, *, progress: Pr
     Example:
         >>> export(Path("runs/request"), Path("exported"))  # doctest: +SKIP
     """
-    spec, tick = spec or ExportSpec(), progress or _silent
+    with alone_at(out):
+        return _export(run, out, spec or ExportSpec(), progress or _silent)
+
+
+def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Checked]:
     record, recipe = _finished(run)
     if spec.adapter and not (run / "model" / "adapter_config.json").is_file():
         raise ValueError(f"{run} kept no adapter (its recipe has adapter.merge: true, or none): leave out --adapter")

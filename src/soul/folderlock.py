@@ -57,10 +57,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
         if not ours:
-            raise ValueError(
-                f"another process is at work in {folder}: wait until it has ended (nothing is to be removed by hand, "
-                "its lock goes with it), or choose another --out"
-            )
+            raise ValueError(_busy(folder))
         remove_parts(folder)
         try:
             with writing(folder):
@@ -71,3 +68,35 @@ def alone_in(folder: Path) -> Iterator[None]:
                     (folder / LOCK).unlink()
                     folder.rmdir()
             raise
+
+
+@contextlib.contextmanager
+def alone_at(place: Path) -> Iterator[None]:
+    """Be the only process that makes ``place``, which is not there yet: the lock is beside it, and goes at the end.
+
+    Raises:
+        ValueError: Another process is at work on it, or nothing can be written there.
+        StorageError: The disk refused something inside.
+    """
+    lock = place.absolute().with_name(f".{place.absolute().name}{LOCK}")
+    with contextlib.ExitStack() as held:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            ours = held.enter_context(attempt(lock))
+        except OSError as error:
+            raise ValueError(f"cannot write {place}: {error.strerror or error}; choose another --out") from error
+        if not ours:
+            raise ValueError(_busy(place))
+        try:
+            with writing(place):
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
+def _busy(place: Path) -> str:
+    return (
+        f"another process is at work in {place}: wait until it has ended (nothing is to be removed by hand, its lock "
+        "goes with it), or choose another --out"
+    )
