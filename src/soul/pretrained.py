@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from soul.data import hub
-from soul.models import FAILURES, reason_of, resolve
+from soul.intact import check_adapter_files, check_sizes, check_tokenizer, json_object
+from soul.models import reason_of, resolve
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -37,8 +37,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     try:
         with hub.no_retries():
-            return AutoTokenizer.from_pretrained(resolve(path))
-    except FAILURES as error:
+            folder = resolve(path)
+            check_tokenizer(Path(folder))
+            return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as in soul.models: the libraries raise what they like
         raise ValueError(f"cannot load a tokenizer from {path!r}: {reason_of(path, error)}") from error
 
 
@@ -54,9 +56,11 @@ def load_text_classifier(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     hf_logging.disable_progress_bar()
     try:
         with hub.no_retries():
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                path, output_loading_info=True, use_safetensors=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(path)
-    except FAILURES as error:
+    except Exception as error:  # as in soul.models: the libraries raise what they like
         raise ValueError(f"cannot load a classifier from {path!r}: {reason_of(path, error)}") from error
     model, found = loaded
     if found["missing_keys"]:  # a language model without a trained head would answer at random
@@ -79,9 +83,11 @@ def load_text_encoder(path: str, *, download: bool = True) -> tuple[Any, PreTrai
     hf_logging.disable_progress_bar()
     try:
         with hub.no_retries():
-            loaded: Any = AutoModel.from_pretrained(path, output_loading_info=True, local_files_only=not download)
+            loaded: Any = AutoModel.from_pretrained(
+                path, output_loading_info=True, use_safetensors=True, local_files_only=not download
+            )
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=not download)
-    except FAILURES as error:
+    except Exception as error:  # as in soul.models: the libraries raise what they like
         raise ValueError(f"cannot load a sentence encoder from {path!r}: {reason_of(path, error)}") from error
     model, found = loaded
     if any(not name.startswith("pooler.") for name in found["missing_keys"]):  # means are taken, not pooled states
@@ -104,9 +110,12 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
             folder = resolve(path)
             adapter = Path(folder) / "adapter_config.json"
             if adapter.is_file():
-                folder = resolve(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+                folder = resolve(check_adapter_files(Path(folder)))
+            file = Path(folder) / "config.json"
+            if file.is_file():
+                check_sizes(json_object(file), str(file))
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except FAILURES as error:
+    except Exception as error:  # as in soul.models: the libraries raise what they like
         raise ValueError(f"cannot load a configuration from {path!r}: {reason_of(path, error)}") from error
 
 

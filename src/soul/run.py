@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul.anchors import StandIn, stand_in
@@ -256,7 +258,15 @@ def train(
         callbacks=[log, *callbacks],
     )
     log.trainer = trainer
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
+    checkpoint = last_checkpoint(out / "checkpoints")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (pickle.UnpicklingError, SafetensorError, EOFError) as error:  # what is not tensors alone is not unpickled
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{checkpoint} was altered and cannot be gone on from ({reason:.200}): delete that folder, and training "
+            "goes on from the one before, or begins again"
+        ) from error
 
 
 def default_benchmark(recipe: Recipe) -> Benchmark | None:

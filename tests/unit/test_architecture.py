@@ -20,6 +20,8 @@ ONLY = {
     "checkpoints": {"stored", "types"},
     "registry": set(),
     "strict": set(),
+    "intact": {"strict"},
+    "gguf_file": {"intact"},
     "visible": set(),
     "config": {"registry", "strict", "visible"},
     "arguments": {"strict", "visible"},
@@ -35,7 +37,7 @@ ONLY = {
     "overlaps": {"types", "data", "embedding", "machine", "stored"},
     "anchors": {"types", "data", "generation", "stored", "strict"},
     "quantized": set(),
-    "pretrained": {"data", "models"},
+    "pretrained": {"data", "models", "intact"},
     "toxicity": {"types", "data", "metrics", "pretrained"},
 }
 NOT_TOP = ("data", "metrics", "objectives", "optim", "curvature", "benchmarks", "forward", "reference", "models")
