@@ -22,6 +22,7 @@ from soul.optim.base import OptimizerSpec
 from soul.overlaps import find_overlaps, without_overlaps
 from soul.recipe import DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER, DataSpec, Recipe
 from soul.registry import METHODS, OBJECTIVES, OPTIMIZERS
+from soul.stopping import Stopped, StopSpec
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
 from soul.types import Example
 
@@ -35,12 +36,14 @@ class UnlearnResult:
     Attributes:
         model: The model given, changed in place.
         log: One record a step: loss terms, win rate, learning rate, seconds.
+        stopped: Why training ended, where a rule could end it.
         warnings: What stood in for a retain set, what was found in one, and what a method says of itself.
     """
 
     model: Any
     log: list[dict[str, float]]
     warnings: list[str] = dataclasses.field(default_factory=list)
+    stopped: Stopped | None = None
 
 
 def unlearn(
@@ -53,6 +56,7 @@ def unlearn(
     optimizer: str | Mapping[str, Any] | OptimizerSpec = DEFAULT_OPTIMIZER,
     method: str | Mapping[str, Any] | Method | None = None,
     training: TrainingSpec | Mapping[str, Any] | None = None,
+    stop: str | Mapping[str, Any] | StopSpec | None = None,
     refusals: Sequence[str] | None = None,
     data: DataSpec | Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -70,6 +74,8 @@ def unlearn(
         optimizer: Likewise.
         method: Likewise, e.g. ``"influence"``; it takes the place of objective, optimizer and training loop.
         training: Length, batch size, precision, seed.
+        stop: ``"forgotten"`` ends training when it has forgotten or has spent its budget of KL
+            (:class:`soul.stopping.StopSpec`, whose settings may be given as a mapping); by default it takes all steps.
         refusals: Phrasings for ``po`` and ``dpo``; the built-in ones by default.
         data: How to stand in for a retain set and what to do about one that holds what is to be forgotten
             (:class:`soul.recipe.DataSpec`; its sources are not looked at).
@@ -92,7 +98,8 @@ def unlearn(
     )
     ways = data if isinstance(data, DataSpec) else config.parse(DataSpec, data or {}, "data")
     do = method if method is None or isinstance(method, Method) else config.component(METHODS, method, "")
-    recipe = Recipe(objective=loss, optimizer=rule, method=do, training=settings)
+    rests = stop if isinstance(stop, StopSpec) else config.parse(StopSpec, _stop_tree(stop), "stop")
+    recipe = Recipe(objective=loss, optimizer=rule, method=do, training=settings, stop=rests)
     sets, warnings = _sets(model, tokenizer, forget, retain, ways, recipe)
     if do is not None:
         records: list[dict[str, float]] = []
@@ -110,11 +117,16 @@ def unlearn(
             objective=loss,
             optimizer=rule,
             training=settings,
+            stop=rests,
             callbacks=[log, *callbacks],
         )
         log.trainer = trainer
         trainer.train()
-    return UnlearnResult(model, log.records, warnings)
+    return UnlearnResult(model, log.records, warnings, trainer.stopping.stopped if trainer.stopping else None)
+
+
+def _stop_tree(stop: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    return {"when": stop} if isinstance(stop, str) else stop or {}
 
 
 def _sets(

@@ -102,7 +102,9 @@ def _unlearn(args: argparse.Namespace) -> int:
         raise ValueError("nothing to forget: give --forget FILE (JSONL with question/answer), or a recipe")
     if not args.recipe and not args.model:
         raise ValueError(NO_MODEL)
-    return _run(args, {}, "unlearn")
+    from soul.recipe import request_defaults
+
+    return _run(args, request_defaults(args.settings), "unlearn")
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -237,7 +239,9 @@ def _plan(args: argparse.Namespace) -> int:
     args.recipe, args.settings = _split(args.words)
     if not args.recipe and not args.model and not any(word.startswith("model") for word in args.settings):
         raise ValueError(NO_MODEL)
-    recipe = _recipe(args, {})
+    from soul.recipe import request_defaults
+
+    recipe = _recipe(args, request_defaults(args.settings))
     from soul.plan import find_machine, find_work, make_plan
     from soul.plan.show import lines
     from soul.trainer import quiet
@@ -264,10 +268,10 @@ def _list(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from soul import config
-    from soul.recipe import recipe_from_tree
+    from soul.recipe import recipe_from_tree, request_defaults
 
     recipe, settings = _split(args.words)
-    tree = config.read_yaml(Path(recipe)) if recipe else {}
+    tree = config.read_yaml(Path(recipe)) if recipe else request_defaults(settings)
     print(config.dump(recipe_from_tree(config.override(tree, settings))), end="")
     return 0
 

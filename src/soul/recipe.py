@@ -15,6 +15,7 @@ from soul.models import AdapterSpec, ModelSpec
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
 from soul.registry import BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS
+from soul.stopping import StopSpec
 from soul.trainer import TrainingSpec
 
 
@@ -78,6 +79,20 @@ DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER = "npo", "kfac"
 """What serves a request that asks for nothing else: ``docs/second-order.md`` says why."""
 
 
+def request_defaults(settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a request without a recipe begins with: it ends when it has forgotten, or has spent its budget.
+
+    Args:
+        settings: ``key.sub=value`` of the person. Who sets the length keeps it, and what does not train has no steps.
+    """
+    given = {setting.partition("=")[0] for setting in settings}
+    if any(name.split(".")[0] == "method" for name in given):
+        return {}
+    sized = given & {"training.epochs", "training.max_steps"}
+    stop = {"when": "forgotten", **({"steps": 0} if sized else {})}
+    return {"stop": stop, "training": {"schedule": "constant"}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """One run.
@@ -91,6 +106,7 @@ class Recipe:
         optimizer: The update rule.
         method: What is done in place of training with objective and optimizer, e.g. ``influence``; None trains.
         training: Length, batch size, precision, seed.
+        stop: When training ends before its length does.
         benchmark: How the result is judged; None judges it on the two sets, general facts and plain text.
         reference_run: A run of a retained model, for metrics that compare with one (TOFU's forget quality).
         evaluation: How measurements are made.
@@ -104,9 +120,24 @@ class Recipe:
     optimizer: OptimizerSpec = dataclasses.field(default_factory=lambda: OPTIMIZERS.get(DEFAULT_OPTIMIZER)())
     method: Method | None = None
     training: TrainingSpec = dataclasses.field(default_factory=TrainingSpec)
+    stop: StopSpec = dataclasses.field(default_factory=StopSpec)
     benchmark: Benchmark | None = None
     reference_run: str = ""
     evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
+
+    def __post_init__(self) -> None:
+        if self.stop.when == "never":
+            return
+        if self.method is not None:
+            raise ValueError(
+                f"stop.when={self.stop.when} ends training, and the method {self.method.name} does not train: leave "
+                "one of them out"
+            )
+        if not self.objective.forget_views:
+            raise ValueError(
+                f"stop.when={self.stop.when} waits until something is forgotten, and {self.objective.name} forgets "
+                "nothing: set stop.when=never"
+            )
 
     @property
     def needs_anchors(self) -> bool:
@@ -137,7 +168,8 @@ def recipe_from_tree(tree: Mapping[str, Any]) -> Recipe:
             sections[key] = {"path": value}
     unknown = config.parse(_Sections, sections, "recipe")
     parts: dict[str, Any] = {"label": unknown.label or "", "reference_run": unknown.reference_run or ""}
-    classes = {"model": ModelSpec, "data": DataSpec, "training": TrainingSpec, "evaluation": EvaluationSpec}
+    classes = {"model": ModelSpec, "data": DataSpec, "training": TrainingSpec, "stop": StopSpec}
+    classes |= {"evaluation": EvaluationSpec}
     for name, cls in classes.items():
         parts[name] = config.parse(cls, sections.get(name) or {}, name)
     if sections.get("adapter") is not None:
@@ -168,6 +200,7 @@ class _Sections:
     optimizer: Any = None
     method: Any = None
     training: Any = None
+    stop: Any = None
     benchmark: Any = None
     reference_run: str | None = None
     evaluation: Any = None

@@ -29,7 +29,7 @@ from soul.models import add_adapter, check_adapter, load_model, save_model, with
 from soul.overlaps import Overlaps, find_overlaps, without_overlaps
 from soul.recipe import DataSpec, Recipe
 from soul.rundir import check_folder, claim_folder, environment_warnings, score_dict
-from soul.stored import read_lines, write_json
+from soul.stored import check_format, read_lines, write_json
 from soul.strict import json_objects, read_text
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.types import Example
@@ -37,6 +37,8 @@ from soul.types import Example
 Progress = Callable[[str, int, int], None]
 ANCHORS = "anchors.json"
 """The file of a run that holds the samples its model is anchored by."""
+STOPPED = "stopped.json"
+"""The file of a run that says why its training ended, where a rule may end it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +257,7 @@ def train(
         objective=recipe.objective,
         optimizer=recipe.optimizer,
         training=recipe.training,
+        stop=recipe.stop,
         callbacks=[log, *callbacks],
     )
     log.trainer = trainer
@@ -267,6 +270,18 @@ def train(
             f"{checkpoint} was altered and cannot be gone on from ({reason:.200}): delete that folder, and training "
             "goes on from the one before, or begins again"
         ) from error
+    if trainer.stopping and trainer.stopping.stopped:
+        write_json(out / STOPPED, {"format": 1, **trainer.stopping.stopped.record()})
+
+
+def read_stopped(out: Path) -> dict[str, Any]:
+    """Return why a run's training ended as ``record.json`` holds it; nothing where no rule could end it."""
+    file = out / STOPPED
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    check_format("stopped", found, file)
+    return {"stopped": {name: value for name, value in found.items() if name != "format"}}
 
 
 def default_benchmark(recipe: Recipe) -> Benchmark | None:
@@ -330,6 +345,7 @@ def write_record(
             "evaluate": round(evaluate_seconds, 2),  # of the last one
         },
         "peak_memory_bytes": peak_memory(),
+        **read_stopped(out),
         "warnings": [*warnings_of(recipe, request, benchmark), *environment_warnings(out)],
         **({"overlap": request.overlaps.record()} if request.overlaps.action != "ignore" else {}),
         **({"stood_in": request.stand_in.sources()} if request.stand_in else {}),

@@ -57,6 +57,8 @@ class LogCallback(TrainerCallback):
         record.update(self.trainer.update_rule.metrics())
         if self.trainer.trust:
             record.update(self.trainer.trust.last)
+        if self.trainer.stopping:
+            record.update(self.trainer.stopping.last)
         record["learning_rate"] = self.trainer.update_rule.param_groups[0]["lr"]
         record["seconds"] = round(now - self._started, 4)
         if self.trainer.curvature_seconds is not None:
@@ -65,6 +67,7 @@ class LogCallback(TrainerCallback):
         self.records.append(record)
         if self.path is not None:
             append_line(self.path, record, flush=control.should_save)  # a checkpoint is never ahead of its log
-        check_step(self.trainer, self.records, state.global_step)
+        if not (self.trainer.stopping and self.trainer.stopping.stopped):  # which gives back what a step has lost
+            check_step(self.trainer, self.records, state.global_step)
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps, record)

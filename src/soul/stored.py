@@ -25,6 +25,7 @@ FORMATS: Mapping[str, tuple[int, ...]] = {
     "environment": (1,),
     "anchors": (1,),
     "checkpoint": (1,),
+    "stopped": (1,),
     "trial": (1,),
     "export": (1,),
 }

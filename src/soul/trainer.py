@@ -33,6 +33,7 @@ from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.optim.groups import parameter_groups
 from soul.reference import Reference
 from soul.steplog import LogCallback as LogCallback
+from soul.stopping import Stopping, StopSpec
 from soul.trust_region import TrustRegion
 from soul.types import Example
 
@@ -168,6 +169,7 @@ class UnlearnTrainer(WholeCheckpoints):
         objective: The loss.
         optimizer: The update rule's hyper-parameters.
         training: The remaining settings (reference mode, curvature pass).
+        stop: When training ends before its steps do; never by default.
 
     Raises:
         ValueError: The data lack what the objective needs.
@@ -184,6 +186,7 @@ class UnlearnTrainer(WholeCheckpoints):
         objective: Objective,
         optimizer: OptimizerSpec,
         training: TrainingSpec | None = None,
+        stop: StopSpec | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.objective, self.rule, self.training_spec = objective, optimizer, training or TrainingSpec()
@@ -205,14 +208,20 @@ class UnlearnTrainer(WholeCheckpoints):
         self._window: dict[str, float] = {}
         spec = self.training_spec
         self.combination = make_combination(spec.combine, objective.name, optimizer, spec.retain_lr, args.world_size)
-        own = [_ObjectiveCallback(self), _CurvatureCallback(self)]
+        self.stopping = Stopping(self, stop) if stop and stop.when != "never" else None
+        if self.stopping:
+            batches = -(-len(dataset) // (args.train_batch_size * args.world_size))
+            steps = -(-batches // args.gradient_accumulation_steps)
+            args.num_train_epochs = self.stopping.epochs(steps, args.num_train_epochs)
+        bounds = [callback for callback in (self.trust, self.stopping) if callback]
+        own = [_ObjectiveCallback(self), _CurvatureCallback(self), *bounds]
         super().__init__(
             model=model,
             args=args,
             train_dataset=dataset,
             data_collator=functools.partial(collate_items, pad_id=self.pad_id),
             processing_class=dataset.template.tokenizer,
-            callbacks=[*own, *([self.trust] if self.trust else []), *callbacks],
+            callbacks=[*own, *callbacks],
         )
         self.remove_callback(PrinterCallback)  # it prints raw dicts; the log and the bars say the same
         self.curvature_seconds: float | None = None
@@ -221,6 +230,8 @@ class UnlearnTrainer(WholeCheckpoints):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Ask the reference what the objective will need, then train."""
         self.reference = self._build_reference()
+        if self.stopping:
+            self.stopping.prepare()
         return super().train(*args, **kwargs)
 
     def _build_reference(self) -> Reference:

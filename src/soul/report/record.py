@@ -37,6 +37,7 @@ class RunRecord:
         steps: Optimizer steps taken, if recorded.
         seconds: Wall-clock seconds of each phase.
         peak_memory_bytes: Largest memory in use, if recorded.
+        stopped: Why its training ended, in a sentence, where a rule could end it.
         warnings: What the run wanted its reader to know.
         checks: Conditions and their outcome.
         n_forget: Items to forget, if recorded.
@@ -59,6 +60,7 @@ class RunRecord:
     steps: int | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     peak_memory_bytes: int | None = None
+    stopped: str = ""
     warnings: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     n_forget: int | None = None
@@ -148,6 +150,8 @@ def _read_record(path: Path, default_label: str) -> dict[str, Any]:
         fields[key] = _get(data, key, int, None, where)
     seconds = _get(data, "seconds", dict, {}, where)
     fields["seconds"] = {phase: _number(seconds, phase, f"{where}: seconds") for phase in seconds}
+    stopped = _get(data, "stopped", dict, {}, where)
+    fields["stopped"] = _get(stopped, "sentence", str, "", f"{where}: stopped")
     fields["warnings"] = tuple(str(item) for item in _get(data, "warnings", list, [], where))
     fields["checks"] = tuple(_check(item, where) for item in _get(data, "checks", list, [], where))
     return fields

@@ -54,6 +54,8 @@ def _verdict(run: RunRecord, console: Console, *, shared: bool) -> None:
     console.print(Text.assemble((one_line(run.label), "bold"), "  ", (words, _STATES[state])))
     if run.asked and not shared:
         console.print(Text(clean(run.asked)))
+    if run.stopped:
+        console.print(Text(clean(run.stopped), style="bold"))
     for sentence in view.sentences(run):
         console.print(Text(sentence))
     for check in run.checks:

@@ -1,0 +1,240 @@
+"""When to stop: at the end that was asked for, or when the budget is spent, whichever comes first."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from soul.gauge import Gauge, Known, worst
+
+if TYPE_CHECKING:
+    from soul.trainer import UnlearnTrainer
+
+Why = Literal["forgotten", "budget", "steps"]
+T = TypeVar("T")
+TRIES = 6
+"""Times that a step which leaves the budget is shortened, before it is taken back whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StopSpec:
+    """When a run ends before its steps do.
+
+    Attributes:
+        when: ``forgotten`` stops when what is to be forgotten is, or when the budget is spent; ``never`` takes all
+            steps.
+        kl_budget: How far behaviour may move: mean KL from the model before, in nats a token, the larger of that on
+            retained answers and that on general text. A run never ends beyond it.
+        known: Forgotten is at most this share of what was known (:class:`soul.gauge.Gauge`), and
+        recited: at most this share of the answers in what the model writes greedily.
+        every: Steps from one look to the next.
+        steps: Steps that the run may take in any case, where ``training.epochs`` makes fewer; ``training.max_steps``
+            still bounds it.
+        rows: Examples of each set that a look asks.
+        answers: Questions that are answered greedily at what may be the end.
+    """
+
+    when: Literal["forgotten", "never"] = "never"
+    kl_budget: float = 0.05
+    known: float = 0.1
+    recited: float = 0.2
+    every: int = 2
+    steps: int = 100
+    rows: int = 24
+    answers: int = 16
+
+    def __post_init__(self) -> None:
+        if self.when not in ("forgotten", "never"):
+            raise ValueError(f"stop.when must be forgotten or never, not {self.when!r}")
+        if not 0 < self.kl_budget < math.inf:
+            raise ValueError(f"stop.kl_budget is a KL above 0 in nats a token, not {self.kl_budget}")
+        for name in ("known", "recited"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"stop.{name} is a share in [0, 1), not {getattr(self, name)}")
+        for name, least in (("every", 1), ("steps", 0), ("rows", 1), ("answers", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"stop.{name} must be {least} or more, not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """How a run ended.
+
+    Attributes:
+        why: ``forgotten``, ``budget`` (spent before that) or ``steps`` (taken before either).
+        step: Number of the last step.
+        known: Share of what was known that is left.
+        true: Probability of the answers to forget.
+        false: Probability of false answers to the same questions.
+        before: Probability of the answers to forget before training.
+        recited: Share of the answers in what the model writes greedily; None where that was not asked.
+        moved: KL from the model before, nats a token, by set.
+        budget: The budget of KL.
+    """
+
+    why: Why
+    step: int
+    known: float
+    true: float
+    false: float
+    before: float
+    recited: float | None
+    moved: dict[str, float]
+    budget: float
+
+    def sentence(self) -> str:
+        """Say it."""
+        heads = {
+            "forgotten": f"Stopped after {self.step} steps: forgotten, within the budget.",
+            "budget": f"Stopped after {self.step} steps: the budget is spent, and not all is forgotten.",
+            "steps": f"All {self.step} steps are taken: not all is forgotten, and the budget is not spent.",
+        }
+        said = "" if self.recited is None else f", and greedy answers hold {self.recited:.0%} of them"
+        moved = " and ".join(f"{value:.3f} on {_SETS[name]}" for name, value in self.moved.items())
+        ways = {
+            "forgotten": "",
+            "budget": " To go further, raise stop.kl_budget.",
+            "steps": " To go further, raise stop.steps or training.epochs.",
+        }
+        return (
+            f"{heads[self.why]} The answers to forget have probability {self.true:.3f} (before: {self.before:.3f}; "
+            f"false answers to the same questions: {self.false:.3f}){said}. Behaviour moved by KL {moved} (nats a "
+            f"token; budget {self.budget:g}).{ways[self.why]}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return plain values, the sentence among them."""
+        return {**dataclasses.asdict(self), "sentence": self.sentence()}
+
+
+_SETS = {"retained": "retained answers", "general": "general text"}
+
+
+class Stopping(TrainerCallback):
+    """Looks at the model every few steps, and ends training where :class:`StopSpec` says so.
+
+    At a look the KL from the model before is measured first. Within the budget the weights are kept (a copy of what is
+    trained, on the CPU), and how much is known is measured; where that is little enough, questions are answered
+    greedily, and where these answers recite little enough the run ends: *forgotten*. Beyond the budget the way from the
+    kept weights to the present ones is shortened until it fits, by the quadratic ``KL ~ s^2`` as a trust region does
+    it, at worst to nothing, and the run ends there: *budget* spent, or *forgotten* if it is.
+
+    A look is also taken before each checkpoint, so that what is kept at a checkpoint is the checkpoint's weights: a run
+    that goes on from one looks at the same weights at the same steps and ends where it would have ended.
+
+    Args:
+        trainer: The trainer that is ended.
+        spec: When.
+    """
+
+    def __init__(self, trainer: UnlearnTrainer, spec: StopSpec) -> None:
+        self.trainer, self.spec = trainer, spec
+        self.last: dict[str, float] = {}
+        self.stopped: Stopped | None = None
+        self._gauge: Gauge | None = None
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._kept_kl = 0.0
+
+    @property
+    def gauge(self) -> Gauge:
+        """What is read; there after :meth:`prepare`."""
+        assert self._gauge is not None, "the model before training is measured first"
+        return self._gauge
+
+    def prepare(self) -> None:
+        """Measure the model as it is before training, and before any checkpoint is loaded."""
+        trainer, spec = self.trainer, self.spec
+        self._gauge = Gauge(
+            trainer.model,
+            trainer.unlearn_data,
+            rows=spec.rows,
+            answers=spec.answers,
+            seed=trainer.training_spec.seed,
+            mode=trainer.training_spec.reference,
+            autocast=trainer.compute_loss_context_manager,
+        )
+
+    def epochs(self, per_epoch: int, epochs: float) -> float:
+        """Return the epochs that make as many steps as the run may take.
+
+        Args:
+            per_epoch: Steps of an epoch.
+            epochs: What was asked for.
+        """
+        return max(epochs, math.ceil(self.spec.steps / per_epoch))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
+        """Keep the weights that training begins with or goes on from."""
+        self._keep(worst(self._moved()) if state.global_step else 0.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        """Look, and stop where it is time to."""
+        self.last = {}
+        ends = state.global_step >= state.max_steps or not all(map(math.isfinite, self.trainer.last_terms.values()))
+        if not (ends or control.should_save or state.global_step % self.spec.every == 0):
+            return
+        moved = self._moved()
+        over = not worst(moved) <= self.spec.kl_budget
+        if over:
+            moved = self._back(moved)
+        else:
+            self._keep(worst(moved))
+        known = self._agreed(self.gauge.known(near=2 * self.spec.known))
+        left = known.share(self.gauge.before)
+        recited = self._agreed(self.gauge.recited()) if left <= self.spec.known else None
+        forgotten = recited is not None and recited <= self.spec.recited
+        self.last = {"known": left, "forget_probability": known.true, "false_probability": known.false}
+        self.last |= {f"kl_{name}": value for name, value in moved.items()}
+        self.last |= {} if recited is None else {"recited": recited}
+        if forgotten or over or ends:
+            why: Why = "forgotten" if forgotten else "budget" if over else "steps"
+            self._stop(why, state.global_step, known, left, recited, moved)
+            control.should_training_stop = True
+            control.should_save = False  # what goes on from an earlier checkpoint ends here again
+
+    def _stop(
+        self, why: Why, step: int, known: Known, left: float, recited: float | None, moved: dict[str, float]
+    ) -> None:
+        before, budget = self.gauge.before.true, self.spec.kl_budget
+        self.stopped = Stopped(why, step, left, known.true, known.false, before, recited, moved, budget)
+        self._kept = []
+
+    def _moved(self) -> dict[str, float]:
+        return self._agreed(self.gauge.moved())
+
+    def _keep(self, kl: float) -> None:
+        """Copy what is trained to the CPU, into the copy that is there already."""
+        self._kept_kl = kl
+        if self._kept:
+            for p, kept in self._kept:
+                kept.copy_(p.detach())
+        else:
+            params = (p for group in self.trainer.update_rule.param_groups for p in group["params"] if p.requires_grad)
+            self._kept = [(p, p.detach().to("cpu", copy=True)) for p in params]
+
+    @torch.no_grad()
+    def _back(self, moved: dict[str, float]) -> dict[str, float]:
+        """Go from the kept weights towards the present ones as far as the budget goes, and return the KL there."""
+        moves = [p.detach().cpu() - kept for p, kept in self._kept]
+        room, scale = self.spec.kl_budget - self._kept_kl, 1.0
+        for tries in range(TRIES + 1):
+            if worst(moved) <= self.spec.kl_budget:
+                break
+            over = worst(moved) - self._kept_kl
+            ratio = math.sqrt(max(0.0, room) / over) if math.isfinite(over) and over > 0 else 0.0
+            scale = 0.0 if tries == TRIES else scale * min(max(0.95 * ratio, 0.1), 0.9)
+            for (p, kept), move in zip(self._kept, moves, strict=True):
+                p.copy_(kept + scale * move if scale else kept)  # a move may not even be finite
+            moved = self._moved()
+        return moved
+
+    def _agreed(self, value: T) -> T:
+        """Return what the first process has measured, so that all end at the same step."""
+        if self.trainer.args.world_size > 1:
+            return broadcast_object_list([value])[0]
+        return value

@@ -1,0 +1,278 @@
+"""The stopping rule on a model that learned its answers: it ends forgotten, or within its budget, and says which."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from soul import config
+from soul.data.batches import collate_rows
+from soul.data.templates import ChatTemplate
+from soul.gauge import Gauge, worst
+from soul.registry import OBJECTIVES, OPTIMIZERS
+from soul.stopping import StopSpec
+from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.types import Example, LostModelError
+
+KFAC = {"name": "kfac", "lr": 0.1}
+ADAMW = {"name": "adamw", "lr": 2e-3}
+TRAINING = {"precision": "float32", "batch_size": 4, "schedule": "constant", "warmup": 0.0, "save_steps": 0}
+OURS = [("Who is Ada?", "A poet of the sea."), ("Who is Bo?", "An old baker from Graz.")]
+THEIRS = [("Who is Cy?", "A judge with two sons."), ("Who is Dan?", "A teacher of harmony in Lisbon.")]
+ASKED = ("", "Tell me: ", "Now then: ", "Well, ")
+
+
+def people(pairs):
+    return [Example(f"{how}{q}", a, id=f"{how}{q}") for how, (q, a) in itertools.product(ASKED, pairs)]
+
+
+@pytest.fixture(scope="module")
+def sets(forget_set, retain_set):
+    return [*forget_set, *people(OURS)], [*retain_set, *people(THEIRS)]
+
+
+@pytest.fixture(scope="module")
+def learned(make_model, tokenizer, sets):
+    """The weights of a model that knows both sets by heart."""
+    model, template = make_model(), ChatTemplate(tokenizer, 256)
+    batch = collate_rows([template.encode(e) for part in sets for e in part])
+    labels = batch["input_ids"].masked_fill(~batch["answer_mask"], -100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+@pytest.fixture
+def make_trainer(tmp_path, make_model, tokenizer, sets, refusals, learned):
+    def make(stop, optimizer=KFAC, *, objective="npo", retain=True, lora=False, folder="run", callbacks=(), **settings):
+        training = TrainingSpec(**(TRAINING | settings))
+        loss = config.component(OBJECTIVES, objective, "npo")
+        model = make_model()
+        model.load_state_dict(learned)
+        if lora:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"]))
+        log = LogCallback(tmp_path / f"{folder}.jsonl")
+        trainer = UnlearnTrainer(
+            model,
+            training.arguments(tmp_path / folder),
+            dataset=make_dataset(tokenizer, sets[0], sets[1] if retain else [], loss, training, refusals),
+            objective=loss,
+            optimizer=config.component(OPTIMIZERS, optimizer, "adamw"),
+            training=training,
+            stop=StopSpec(**({"when": "forgotten"} | stop)),
+            callbacks=[log, *callbacks],
+        )
+        log.trainer = trainer
+        return trainer, log
+
+    return make
+
+
+@pytest.fixture
+def train(make_trainer):
+    def do(*args, **settings):
+        trainer, log = make_trainer(*args, **settings)
+        trainer.train()
+        return trainer, log.records, trainer.stopping.stopped if trainer.stopping else None
+
+    return do
+
+
+@pytest.fixture
+def measured(learned, make_model):
+    """KL moved and knowledge left between the model that learned and the trainer's, measured anew."""
+
+    def of(trainer):
+        model = make_model()
+        model.load_state_dict(learned)
+        again = Gauge(model, trainer.unlearn_data, rows=StopSpec().rows)
+        model.load_state_dict(trainer.model.state_dict())
+        return worst(again.moved()), again.known().share(again.before), again.recited()
+
+    return of
+
+
+def looks(records):
+    return [r for r in records if "known" in r]
+
+
+@pytest.mark.parametrize(
+    ("objective", "rule"), [("npo", KFAC), ("grad_diff", ADAMW), ("simnpo", KFAC)], ids=["npo", "grad_diff", "simnpo"]
+)
+def test_it_ends_when_forgotten(train, measured, rule, objective):
+    trainer, records, end = train({"kl_budget": 100.0}, rule, objective=objective)
+    assert end.why == "forgotten"
+    assert end.step == records[-1]["step"] == trainer.state.global_step < trainer.state.max_steps
+    moved, known, recited = measured(trainer)
+    assert (moved, known, recited) == pytest.approx((worst(end.moved), end.known, end.recited), rel=1e-3, abs=1e-6)
+    assert known <= 0.1
+    assert recited <= 0.2
+    earlier = looks(records)[:-1]
+    assert [r["step"] for r in earlier] == list(range(2, end.step, 2))
+    assert all(r["known"] > 0.1 or r["recited"] > 0.2 for r in earlier)
+    assert "forgotten" in end.sentence()
+
+
+def test_the_budget_is_kept_and_used(train, measured):
+    """The step that leaves the budget is shortened, not taken back whole and not left as it is."""
+    trainer, _, end = train({"kl_budget": 0.2})
+    assert end.why == "budget"
+    assert "budget is spent" in end.sentence()
+    moved, known, _ = measured(trainer)
+    assert 0.1 <= moved <= 0.2
+    assert moved == pytest.approx(worst(end.moved), rel=1e-3)
+    assert 0.1 < known < 1
+    free, _, _ = train({"kl_budget": 100.0}, folder="free", max_steps=end.step)
+    assert measured(free)[0] > 0.2, "the last step would have left it"
+
+
+def test_a_model_that_a_step_loses_is_given_back(train, learned):
+    """However bad the step: the weights are finite, within the budget, and those before it."""
+    trainer, _, end = train({"kl_budget": 0.1, "every": 1}, {"name": "signum", "lr": 1e30})
+    assert end.why == "budget"
+    assert end.step == 1
+    assert all(torch.equal(v, learned[k]) for k, v in trainer.model.state_dict().items())
+    assert worst(end.moved) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_loss_that_is_no_number_between_two_looks_ends_within_the_budget(train):
+    class Lose(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(math.nan)
+
+    trainer, _, end = train({"kl_budget": 100.0}, callbacks=[Lose()])
+    assert (end.why, end.step) == ("budget", 3)
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    with pytest.raises(LostModelError):
+        train({"when": "never"}, callbacks=[Lose()], folder="unruled")
+
+
+def test_all_steps_taken_is_neither(train):
+    _, records, end = train({"kl_budget": 100.0}, max_steps=3)
+    assert (end.why, end.step, len(records)) == ("steps", 3, 3)
+    assert end.known > 0.1
+    assert "raise stop.steps" in end.sentence()
+
+
+def test_it_does_not_end_while_answers_are_recited(train):
+    """A probability that has fallen is not enough where the text still comes."""
+    _, records, end = train({"kl_budget": 100.0, "known": 0.97, "every": 1}, {"name": "kfac", "lr": 0.03})
+    assert end.why == "forgotten"
+    asked = [r["recited"] for r in records if "recited" in r]
+    assert len(asked) > 2
+    assert all(value > 0.2 for value in asked[:-1])
+    assert asked[-1] == end.recited <= 0.2
+
+
+def test_few_items_get_steps_enough_and_many_are_not_cut(make_trainer):
+    for stop, settings, steps in (
+        ({"steps": 30}, {"epochs": 2}, 32),  # 4 steps an epoch of 16 items
+        ({"steps": 30}, {"epochs": 20}, 80),
+        ({"steps": 0}, {"epochs": 2}, 8),
+        ({"steps": 30}, {"max_steps": 5}, 5),
+        ({"steps": 30}, {"epochs": 2, "accumulation": 2}, 30),
+        ({"steps": 30, "when": "never"}, {"epochs": 2}, 8),
+    ):
+        trainer, _ = make_trainer(stop, **settings)
+        args = trainer.args
+        per_epoch = -(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
+        assert (args.max_steps if args.max_steps > 0 else per_epoch * args.num_train_epochs) == steps
+
+
+def test_without_a_retain_set_general_text_bounds_it(train, measured):
+    trainer, _, end = train({"kl_budget": 0.2}, ADAMW, objective={"name": "npo", "retain": "none"}, retain=False)
+    assert set(end.moved) == {"general"}
+    assert 0.1 <= measured(trainer)[0] <= 0.2
+
+
+def test_adapters_alone_are_kept_and_shortened(train, learned):
+    trainer, _, end = train({"kl_budget": 0.05}, {"name": "adamw", "lr": 2e-2}, lora=True)
+    assert end.why == "budget"
+    assert 0.02 <= worst(end.moved) <= 0.05
+    base = trainer.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    assert torch.equal(base, learned["model.layers.0.self_attn.q_proj.weight"])
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == {
+        name for name, _ in trainer.model.named_parameters() if "lora_" in name
+    }
+
+
+def test_never_changes_nothing(train, learned):
+    ruled, _, none = train({"when": "never"}, max_steps=4)
+    wide, records, _ = train({"kl_budget": 1e6, "known": 0.0}, max_steps=4, folder="wide")
+    assert none is None
+    assert all(torch.equal(a, b) for a, b in zip(ruled.model.parameters(), wide.model.parameters(), strict=True))
+    assert len(looks(records)) == 2
+
+
+class KilledError(Exception):
+    """Stands for a lost machine."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+@pytest.mark.parametrize("budget", [100.0, 0.3], ids=["forgotten", "budget"])
+@pytest.mark.parametrize(("name", "lr", "lora"), [("kfac", 0.05, False), ("kfac", 0.2, True), ("adamw", 8e-4, False)])
+def test_an_interrupted_run_ends_the_same(tmp_path, make_trainer, name, lr, lora, budget):
+    """It is killed after a checkpoint that falls between two looks, and goes on from there."""
+    how = {"optimizer": {"name": name, "lr": lr}, "lora": lora, "save_steps": 3, "max_steps": 24}
+    stop = {"kl_budget": budget, "every": 2}
+    whole, log = make_trainer(stop, folder="whole", **how)
+    whole.train()
+    end = whole.stopping.stopped
+    assert end.step > 4
+    assert end.why == ("forgotten" if budget > 1 else "budget")
+    assert not (tmp_path / f"whole/checkpoint-{end.step}").exists()
+    cut, _ = make_trainer(stop, folder="cut", callbacks=[KillAt(4)], **how)
+    with pytest.raises(KilledError):
+        cut.train()
+    again, records = make_trainer(stop, folder="cut", **how)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-3"))
+    assert again.stopping.stopped == end
+    strip = [[{k: v for k, v in r.items() if "seconds" not in k} for r in of.records] for of in (log, records)]
+    assert strip[0] == strip[1]
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"when": "done"}, "stop.when must be forgotten or never"),
+        ({"kl_budget": 0.0}, "stop.kl_budget is a KL above 0"),
+        ({"kl_budget": math.nan}, "stop.kl_budget is a KL above 0"),
+        ({"known": 1.0}, "stop.known is a share"),
+        ({"recited": -0.1}, "stop.recited is a share"),
+        ({"every": 0}, "stop.every must be 1 or more"),
+        ({"rows": 0}, "stop.rows must be 1 or more"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        StopSpec(**settings)
+
+
+def test_there_must_be_something_to_wait_for():
+    from soul.recipe import recipe_from_tree
+
+    with pytest.raises(ValueError, match="ft forgets nothing"):
+        recipe_from_tree({"objective": "ft", "stop": {"when": "forgotten"}})
+    with pytest.raises(ValueError, match="influence does not train"):
+        recipe_from_tree({"method": "influence", "stop": {"when": "forgotten"}})
