@@ -6,8 +6,8 @@
 SmolLM2-135M that knows twenty of TOFU's authors (``experiments/first_run.py`` teaches it; it is made here where it is
 missing) gets ten requests, each on its own: forget one author or two, keep all others. The command of each is the one a
 person would type, ``soul unlearn --model M --forget F --retain R``. Then the probability of the answer is measured,
-before and after, on all forgotten questions and on four of each kept author, and the ROUGE-L recall of greedy answers on
-the forgotten ones.
+before and after, on all forgotten questions and on four of each kept author, and on the forgotten ones the ROUGE-L
+recall of greedy answers.
 
 Runs are under ``runs/ten-requests``; a line of record each goes to ``docs/results/ten-requests.jsonl`` as it is done,
 and the table of ``docs/results/ten-requests.md`` is written anew. An interrupted experiment goes on where it stopped.

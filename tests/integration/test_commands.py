@@ -11,7 +11,7 @@ import yaml
 
 from soul.cli import main
 from soul.models import ModelSpec, load_model
-from soul.recipe import read_recipe, recipe_from_tree
+from soul.recipe import read_recipe, recipe_from_tree, request_defaults
 from soul.registry import BENCHMARKS, OBJECTIVES, OPTIMIZERS
 
 QUICK = "evaluation.max_new_tokens=4 "
@@ -188,7 +188,9 @@ def test_show_prints_every_setting_and_reads_it_back(place, capsys):
     assert tree["training"].keys() >= {"batch_size", "seed", "max_grad_norm"}
     assert recipe_from_tree(tree) == read_recipe(place / "r.yaml", ["objective.beta=0.3", "training.epochs=2"])
     run("show")
-    assert recipe_from_tree(yaml.safe_load(capsys.readouterr().out)) == recipe_from_tree({})
+    shown = recipe_from_tree(yaml.safe_load(capsys.readouterr().out))
+    assert shown == recipe_from_tree(request_defaults())  # what a request without a recipe gets
+    assert shown.stop.when == "forgotten"
 
 
 @pytest.mark.parametrize(
