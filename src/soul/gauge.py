@@ -48,8 +48,12 @@ class Known:
 
         0 where true answers are no likelier than false ones; 0, too, where they never were by :data:`LEAST`.
         """
-        was = before.true - before.false
-        return max(0.0, self.true - self.false) / was if was >= LEAST else 0.0
+        return max(0.0, self.true - self.false) / (before.true - before.false) if before.knows else 0.0
+
+    @property
+    def knows(self) -> bool:
+        """Whether true answers are likelier than false ones at all."""
+        return self.true - self.false >= LEAST
 
 
 LEAST = 0.01

@@ -30,7 +30,7 @@ from soul.overlaps import Overlaps, find_overlaps, without_overlaps
 from soul.recipe import DataSpec, Recipe
 from soul.rundir import check_folder, claim_folder, environment_warnings, score_dict
 from soul.stored import check_format, read_lines, write_json
-from soul.strict import json_objects, read_text
+from soul.strict import json_objects, json_value, read_text
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.types import Example
 
@@ -279,7 +279,7 @@ def read_stopped(out: Path) -> dict[str, Any]:
     file = out / STOPPED
     if not file.is_file():
         return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = json_value(read_text(file), str(file))
     check_format("stopped", found, file)
     return {"stopped": {name: value for name, value in found.items() if name != "format"}}
 

@@ -60,6 +60,19 @@ class StopSpec:
             if getattr(self, name) < least:
                 raise ValueError(f"stop.{name} must be {least} or more, not {getattr(self, name)}")
 
+    def epochs(self, per_epoch: int, epochs: float) -> float:
+        """Return the epochs that make as many steps as the run may take.
+
+        Args:
+            per_epoch: Steps of an epoch.
+            epochs: What was asked for.
+
+        Example:
+            >>> StopSpec(when="forgotten", steps=100).epochs(10, 5), StopSpec().epochs(10, 5)
+            (10, 5)
+        """
+        return max(epochs, math.ceil(self.steps / per_epoch)) if self.when != "never" else epochs
+
 
 @dataclasses.dataclass(frozen=True)
 class Stopped:
@@ -72,6 +85,7 @@ class Stopped:
         true: Probability of the answers to forget.
         false: Probability of false answers to the same questions.
         before: Probability of the answers to forget before training.
+        knew: Whether the model knew them at all then.
         recited: Share of the answers in what the model writes greedily; None where that was not asked.
         moved: KL from the model before, nats a token, by set.
         budget: The budget of KL.
@@ -83,6 +97,7 @@ class Stopped:
     true: float
     false: float
     before: float
+    knew: bool
     recited: float | None
     moved: dict[str, float]
     budget: float
@@ -94,6 +109,7 @@ class Stopped:
             "budget": f"Stopped after {self.step} steps: the budget is spent, and not all is forgotten.",
             "steps": f"All {self.step} steps are taken: not all is forgotten, and the budget is not spent.",
         }
+        doubt = "" if self.knew else " The model did not know these answers to begin with."
         said = "" if self.recited is None else f", and greedy answers hold {self.recited:.0%} of them"
         moved = " and ".join(f"{value:.3f} on {_SETS[name]}" for name, value in self.moved.items())
         ways = {
@@ -102,9 +118,9 @@ class Stopped:
             "steps": " To go further, raise stop.steps or training.epochs.",
         }
         return (
-            f"{heads[self.why]} The answers to forget have probability {self.true:.3f} (before: {self.before:.3f}; "
-            f"false answers to the same questions: {self.false:.3f}){said}. Behaviour moved by KL {moved} (nats a "
-            f"token; budget {self.budget:g}).{ways[self.why]}"
+            f"{heads[self.why]}{doubt} The answers to forget have probability {self.true:.3f} (before: "
+            f"{self.before:.3f}; false answers to the same questions: {self.false:.3f}){said}. Behaviour moved by KL "
+            f"{moved} (nats a token; budget {self.budget:g}).{ways[self.why]}"
         )
 
     def record(self) -> dict[str, Any]:
@@ -159,15 +175,6 @@ class Stopping(TrainerCallback):
             autocast=trainer.compute_loss_context_manager,
         )
 
-    def epochs(self, per_epoch: int, epochs: float) -> float:
-        """Return the epochs that make as many steps as the run may take.
-
-        Args:
-            per_epoch: Steps of an epoch.
-            epochs: What was asked for.
-        """
-        return max(epochs, math.ceil(self.spec.steps / per_epoch))
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
         """Keep the weights that training begins with or goes on from."""
         self._keep(worst(self._moved()) if state.global_step else 0.0)
@@ -200,8 +207,10 @@ class Stopping(TrainerCallback):
     def _stop(
         self, why: Why, step: int, known: Known, left: float, recited: float | None, moved: dict[str, float]
     ) -> None:
-        before, budget = self.gauge.before.true, self.spec.kl_budget
-        self.stopped = Stopped(why, step, left, known.true, known.false, before, recited, moved, budget)
+        was = self.gauge.before
+        self.stopped = Stopped(
+            why, step, left, known.true, known.false, was.true, was.knows, recited, moved, self.spec.kl_budget
+        )
         self._kept = []
 
     def _moved(self) -> dict[str, float]:

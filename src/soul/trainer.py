@@ -212,7 +212,7 @@ class UnlearnTrainer(WholeCheckpoints):
         if self.stopping:
             batches = -(-len(dataset) // (args.train_batch_size * args.world_size))
             steps = -(-batches // args.gradient_accumulation_steps)
-            args.num_train_epochs = self.stopping.epochs(steps, args.num_train_epochs)
+            args.num_train_epochs = self.stopping.spec.epochs(steps, args.num_train_epochs)
         bounds = [callback for callback in (self.trust, self.stopping) if callback]
         own = [_ObjectiveCallback(self), _CurvatureCallback(self), *bounds]
         super().__init__(

@@ -39,6 +39,14 @@ def test_one_call_changes_the_model_in_place_and_returns_the_log(tokenizer, make
     )
 
 
+def test_a_rule_may_end_it(tokenizer, make_model, forget_set, retain_set):
+    sets = {"forget": forget_set, "retain": retain_set}
+    result = soul.unlearn(make_model(), tokenizer, **sets, training=SHORT, stop={"when": "forgotten", "every": 1})
+    assert result.stopped is not None
+    assert result.stopped.step == len(result.log) == 1  # noise knows nothing
+    assert soul.unlearn(make_model(), tokenizer, **sets, training=SHORT).stopped is None
+
+
 def test_however_the_data_and_settings_are_given_the_result_is_the_same(
     tokenizer, make_model, forget_set, retain_set, tmp_path
 ):

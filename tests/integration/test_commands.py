@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from soul import config
 from soul.cli import main
 from soul.models import ModelSpec, load_model
 from soul.recipe import read_recipe, recipe_from_tree, request_defaults
@@ -64,6 +65,52 @@ def test_two_files_are_enough(place, capsys):
     assert record["stood_in"]["general:chat"] == 40
     assert record["n_retain"] == sum(record["stood_in"].values())
     assert "no retain set was given" in record["warnings"][0]
+
+
+def test_a_request_without_a_recipe_says_why_it_ended(place, capsys):
+    """In the terminal, in the record and in the report; and that a model never knew the answers is said, too."""
+    run(UNLEARN + "--no-evaluate --out a")
+    printed = " ".join(capsys.readouterr().out.split())
+    stopped = json.loads((place / "a/record.json").read_text())["stopped"]
+    assert (stopped["why"], stopped["knew"]) == ("forgotten", False)  # its weights are noise
+    assert stopped["step"] == json.loads((place / "a/record.json").read_text())["steps"] == 2
+    assert "The model did not know these answers to begin with." in stopped["sentence"]
+    assert stopped["sentence"] in printed
+    assert "did not know these answers" in (place / "a/report.html").read_text()
+
+
+def test_the_length_of_a_request_is_the_persons_where_given(place):
+    for settings, when, steps in (
+        ("", "forgotten", 100),
+        ("training.epochs=2", "forgotten", 0),
+        ("stop.when=never", "never", 100),
+        ("method=influence", "never", 100),
+    ):
+        recipe = recipe_from_tree(config.override(request_defaults(settings.split()), settings.split()))
+        assert (recipe.stop.when, recipe.stop.steps) == (when, steps)
+
+
+def test_a_run_killed_before_its_record_still_says_why_it_ended(place):
+    run(UNLEARN + "--out a")
+    whole = json.loads((place / "a/record.json").read_text())["stopped"]
+    for name in ("record.json", "scores.json"):
+        (place / "a" / name).unlink()
+    run(UNLEARN + "--out a")
+    assert json.loads((place / "a/record.json").read_text())["stopped"] == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("stop.kl_budget=-1", "stop.kl_budget is a KL above 0"),
+        ("stop.when=soon", "stop.when"),
+        ("stop.patience=3", "unknown setting stop.patience"),
+        ("objective=ft", "ft forgets nothing"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(place, capsys, settings, message):
+    assert main([*UNLEARN.split(), settings]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_finetune_lowers_what_it_learns(place):

@@ -178,6 +178,7 @@ def make_plan(recipe: Recipe, machine: Machine, work: Work, like: Plan | None = 
         bf16=bf16,
         heap=HEAP if machine.device == "cpu" else 1.0,
         gpus=machine.gpus,
+        device=machine.device,
     )
     moved = _saved(_uncheckpointed(recipe), skeleton, work.largest, bf16) if training.gradient_checkpointing else kept
     typical = dataclasses.replace(moved, per_row=int(moved.per_row * work.typical.width / max(1, work.largest.width)))

@@ -55,6 +55,7 @@ def memory_of_run(
     bf16: bool,
     heap: float = 1.0,
     gpus: int = 1,
+    device: str = "cpu",
 ) -> Memory:
     """Return what a process of the run needs.
 
@@ -77,6 +78,7 @@ def memory_of_run(
         heap: What activations take of the allocator's memory, as a multiple: :data:`HEAP` on CPUs.
         gpus: Processes that share weights, gradients and states (FSDP2); activations and gathered blocks are each
             process's own.
+        device: Where; a stopping rule's copy of what is trained is on the CPU.
     """
     pieces = 2 if recipe.training.combine != "sum" else 1  # forget and retain gradients apart
     rules = 2 if recipe.training.combine == "dual" else 1  # each with states of its own; they step in turn
@@ -88,6 +90,7 @@ def memory_of_run(
         "optimizer states": cost.state // gpus,
         "Kronecker factors, and what divides by them": cost.whole,
         "reference": reference_bytes(recipe, skeleton, work, gpus),
+        "stopping rule": stopping_bytes(recipe, skeleton, device, gpus),
     }
     embedding = skeleton.embeddings * (4 if recipe.model.dtype == "float32" else 2) // gpus
     act = _activations(saved[0], work.largest, skeleton, LOSS, heap, gpus)
@@ -125,6 +128,13 @@ def _curvature_bytes(
     estimate = 4 * skeleton.trainable // gpus if explicit else 0
     ends = skeleton.gradients // gpus
     return max(act, ends) + estimate + cost.refresh - min(absent, estimate + cost.refresh)
+
+
+def stopping_bytes(recipe: Recipe, skeleton: Skeleton, device: str, gpus: int = 1) -> int:
+    """Return what a stopping rule holds: a frozen head for KL and, on the CPU, the last weights within the budget."""
+    if recipe.stop.when == "never":
+        return 0
+    return skeleton.head * 4 + (skeleton.gradients // gpus if device == "cpu" else 0)
 
 
 def reference_bytes(recipe: Recipe, skeleton: Skeleton, work: Work, gpus: int = 1) -> int:

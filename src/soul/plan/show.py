@@ -73,7 +73,8 @@ def _time(plan: Plan) -> list[str]:
         if found.before:
             out.append(f"            {found.before:.3g} s before the first step")
         if found.steps:
-            out.append(f"            {found.steps} steps: {_duration(found.total)}, measuring apart")
+            most = "" if plan.recipe.stop.when == "never" else "at most "
+            out.append(f"            {most}{found.steps} steps: {_duration(found.total)}, measuring apart")
     if machine.gpus > 1:
         sent = communicated(plan.skeleton, machine.gpus)
         out.append(f"            {size(sent)} sent by each GPU for a micro-batch")

@@ -162,10 +162,8 @@ def time_of_run(
     traffic, products = cost.traffic / machine.gpus / machine.bandwidth, cost.products / machine.flops / how.products
     parts["clipping and step"] = clip + rules * (traffic + products)
     items = work.items or 0
-    steps = (
-        training.max_steps
-        or -(-items // (training.batch_size * training.accumulation * machine.gpus)) * training.epochs
-    )
+    per_epoch = -(-items // (training.batch_size * training.accumulation * machine.gpus))
+    steps = training.max_steps or (per_epoch and int(per_epoch * recipe.stop.epochs(per_epoch, training.epochs)))
     before = _reference_seconds(skeleton, work, machine, how)
     spec = curvature_of(recipe)
     if spec is not None and work.curvature is not None and saved[1] is not None:
