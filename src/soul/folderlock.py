@@ -58,7 +58,8 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
         if not ours:
             raise ValueError(_busy(folder))
-        remove_parts(folder)
+        if (folder / "recipe.yaml").is_file():  # a run, not just any folder that was named
+            remove_parts(folder)
         try:
             with writing(folder):
                 yield

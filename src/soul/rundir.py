@@ -65,7 +65,7 @@ def note_environment(out: Path) -> None:
         write_json(file, {"format": 1, **now})
         return
     later = first.get("later", [])
-    if not changes([first, *later][-1], now):
+    if not all(changes(earlier, now) for earlier in (first, *later)):  # known already
         return
     write_json(file, {**first, "later": [*later, now]})
     log.warning("%s goes on under other conditions (%s): %s", out, changes([first, *later][-1], now), _NOT_SAME)

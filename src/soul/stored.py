@@ -11,7 +11,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ FORMATS: Mapping[str, tuple[int, ...]] = {
     "export": (1,),
 }
 """Kinds of stored records and the versions of their form that are read."""
+_OURS = re.compile(r"(.+\.\d+|.+\.old|saving-\d+|model|before)\.part")  # a browser's film.part is none
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHUT = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -233,11 +236,18 @@ def publish(part: Path, place: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what kills left half-written in ``folder`` and below; nobody else may be at work in it."""
+def remove_parts(folder: Path, *, older: float = 0.0) -> None:
+    """Remove what kills left half-written in ``folder`` and below, by the names that this library gives.
+
+    Args:
+        folder: Nobody else may be at work in it, unless
+        older: only what nobody has written to for so many seconds goes.
+    """
     for path in sorted(folder.rglob(f"*{PART}")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if not _OURS.fullmatch(path.name) or (older and time.time() - path.stat().st_mtime < older):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)

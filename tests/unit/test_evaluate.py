@@ -71,6 +71,10 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
     assert again == whole
     assert {file.name: file.read_bytes() for file in (tmp_path / "rows").iterdir()} == kept
     assert list(again) == list(splits)
+    for hurt in (kept["three.jsonl"][:-30], b"{}\n", b"not json\n", b"\xff\n"):  # cut short, or damaged: measured again
+        (tmp_path / "rows/three.jsonl").write_bytes(hurt)
+        assert evaluate(model, tokenizer, splits, spec=spec, folder=tmp_path / "rows") == whole
+        assert {file.name: file.read_bytes() for file in (tmp_path / "rows").iterdir()} == kept
 
 
 def test_splits_that_ask_for_answers_of_another_length_do_not_share_a_batch() -> None:

@@ -106,6 +106,8 @@ with alone_in(Path({str(folder)!r})):
         assert process.stdout is not None
         assert process.stdout.readline() == "in\n"
         (folder / "rows").mkdir()
+        (folder / "recipe.yaml").write_text("a run")
+        (folder / "film.part").write_text("of somebody's browser")
         part = folder / "rows/forget.jsonl.1.part"
         part.write_text("half")
         started = time.perf_counter()
@@ -118,10 +120,16 @@ with alone_in(Path({str(folder)!r})):
         assert part.is_file()  # it is the other one's
         process.send_signal(signal.SIGKILL)
     with alone_in(folder):
-        assert names(folder) == [LOCK, "rows"]
+        assert names(folder) == [LOCK, "film.part", "recipe.yaml", "rows"]
         assert not part.exists()
         with pytest.raises(ValueError, match="another process"), alone_in(folder):
             raise AssertionError
+
+
+def test_a_folder_that_is_no_run_keeps_what_is_in_it(tmp_path):
+    (tmp_path / "model.part").write_text("whose?")
+    with alone_in(tmp_path):
+        assert names(tmp_path) == [LOCK, "model.part"]
 
 
 def test_a_folder_that_came_to_nothing_goes(tmp_path):

@@ -45,7 +45,7 @@ class Book:
         Raises:
             StorageError: The disk does not take it.
         """
-        with attempt(self._locks / "book.lock", wait=True), writing(self.file):
+        with self.alone(), writing(self.file):
             if self.file.is_file():
                 raw = self.file.read_bytes()
                 whole = raw[: raw.rfind(b"\n") + 1]
@@ -53,6 +53,12 @@ class Book:
                     with self.file.open("r+b") as file:
                         file.truncate(len(whole))
             append_line(self.file, {"format": 1, **line}, flush=True)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other worker writes into the contest's folder, and keep them waiting inside."""
+        with attempt(self._locks / "book.lock", wait=True):
+            yield
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:

@@ -19,8 +19,9 @@ from soul.metrics.contest import Cell, choose, point, references_of, runs_of, si
 from soul.metrics.frontier import FLOOR
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.rundir import note_environment
-from soul.stored import write_text
+from soul.stored import remove_parts, write_text
 
+_STALE = 3600.0  # seconds after which no worker is still writing a file of a contest
 _PATIENCE = 2.0  # seconds between looks at what other workers do
 
 
@@ -72,8 +73,10 @@ class Contest:
         text, file = config.dump(matrix.tree()), folder / "matrix.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != text and self.book.lines():
             _refuse_other(file, matrix)
-        write_text(file, text)
-        note_environment(folder)
+        with self.book.alone():
+            remove_parts(folder, older=_STALE)
+            write_text(file, text)
+            note_environment(folder)
 
     def jobs(self) -> Iterator[Job]:
         """Yield all jobs that can be done now, done or not.

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from soul.machine import cache_dir
-from soul.stored import PART, StorageError, part_of, publish
+from soul.stored import StorageError, part_of, publish, remove_parts
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +104,7 @@ def _prune(newest: Path) -> None:
         taken += file.stat().st_size
         if taken > KEEP_BYTES and file != newest:
             file.unlink(missing_ok=True)
-    for part in newest.parent.glob(f"*{PART}"):  # of processes that were killed, if nobody has written it for a day
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > _DAY:
-                part.unlink()
+    remove_parts(newest.parent, older=_DAY)  # of processes that were killed
 
 
 def _digest(tensor: torch.Tensor) -> str:
