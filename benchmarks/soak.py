@@ -28,7 +28,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +193,9 @@ def parts(out: Path) -> list[str]:
     return found + ([beside.name] if beside.exists() else [])
 
 
-def at_work_on(out: Path) -> str:
-    """Say what a killed sitting was at, from what it left."""
-    writing = parts(out)
+def at_work_on(out: Path, before: Collection[str]) -> str:
+    """Say what a killed sitting was at, from what it left; ``before`` is what was half-written when it began."""
+    writing = [name for name in parts(out) if name not in before]
     if writing:
         what = "a checkpoint" if any(name.startswith("saving-") for name in writing) else "something else"
         return f"writing {'a model' if any(n.startswith(('model.part', out.name)) for n in writing) else what}"
@@ -228,12 +228,13 @@ def soak(scenario: Scenario, place: Path, kills: int, draw: random.Random, tell:
         notes = out.with_suffix(".notes")
         mine = 0
         while True:
+            before = parts(out)
             process = sit(scenario.command(out), notes, place / f"{scenario.name}.cache")
             code = _one_sitting(process, out, took, draw, last=sum(found.kills.values()) >= kills)
             if code is not None:
                 break
             mine += 1
-            found.kills[at_work_on(out)] += 1
+            found.kills[at_work_on(out, before)] += 1
         found.longest = max(found.longest, mine)
         if code != 0:
             said = notes.with_suffix(".out").read_text(encoding="utf-8")[-2000:]
