@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from soul.optim import _fused
 from soul.optim._elementwise import ElementwiseRule, Kernel
-from soul.optim._paths import Moving, Tensors
+from soul.optim._paths import Moving, Tensors, add_together, multi
 
 
 @dataclasses.dataclass
@@ -52,13 +52,13 @@ class Ratio:
             torch.maximum(out, self.floor, out=out)
         return torch.div(m, out, out=out)
 
-    def together(self, ms: Tensors, hs: Tensors) -> Sequence[torch.Tensor]:
+    def together(self, ms: Tensors, hs: Tensors) -> Tensors:
         """Return the ratio of many tensors."""
-        us = torch._foreach_mul(hs, self.slope)
+        us = multi._foreach_mul(hs, self.slope)
         if self.signed:
-            torch._foreach_clamp_min_(us, 0)
-        torch._foreach_add_(us, self.floor)
-        return torch._foreach_div(ms, us)
+            multi._foreach_clamp_min_(us, 0)
+        add_together(us, self.floor)
+        return multi._foreach_div(ms, us)
 
 
 class DiagonalRule(ElementwiseRule, abc.ABC):

@@ -150,15 +150,15 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         fused, rest = self._split(moving)
         _fused.run([self._fused(group, p) for group, p in fused])
         torch.autograd.graph.increment_version([p for _, p in fused])  # kernels write to memory that autograd watches
-        if self.path == "reference":
-            for group, p in rest:
-                self._sweep(p, p.grad, *self._kernels(group, p), negate=group["maximize"])
-            return
         alike: dict[tuple[Any, ...], Moving] = {}
         for group, p in rest:
             alike.setdefault(self._alike(group, p), []).append((group, p))
         for members in alike.values():
             (group, first), params = members[0], [p for _, p in members]
+            if not _paths.together(self.path, params):
+                for p in params:
+                    self._sweep(p, p.grad, *self._kernels(group, p), negate=group["maximize"])
+                continue
             _paths.sweep_together(
                 params,
                 [[self.state[p][name] for p in params] for name in self.slots],

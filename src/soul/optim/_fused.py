@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-# Large enough that calling a kernel costs nothing, small enough that threads end together.
-TILE = 1 << 17
+# Large enough that calling a kernel costs next to nothing, small enough that threads end together.
+TILE = 1 << 19
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+Tile = tuple[Callable[..., float], tuple[Any, ...]]
+"""A kernel and its arguments."""
+
+
+class Call(NamedTuple):
     """A kernel on whole tensors, to be cut into tiles.
 
     Attributes:
@@ -56,36 +58,49 @@ def run(calls: Sequence[Call]) -> list[float]:
 
     Tiles do not depend on the number of threads, and their sums are added in order: neither do results.
     """
-    tiles: list[tuple[int, Any, tuple[Any, ...]]] = []
+    tiles: list[Tile] = []
+    owners: list[int] = []
+    known: dict[Any, tuple[Any, ...]] = {}  # parameters of a group share their coefficients
     for index, call in enumerate(calls):
-        arrays = [_array(t) for t in call.tensors]
-        kernel, scalars = _ready(call.kernel, tuple(a.dtype.str for a in arrays)), _scalars(call)
+        arrays = [array(t) for t in call.tensors]
+        kernel = _ready(call.kernel, tuple(a.dtype for a in arrays))
+        scalars = known.get(call[2:])
+        if scalars is None:
+            scalars = known[call[2:]] = _scalars(call)
         for start in range(0, arrays[0].size, TILE):
             place = () if call.key is None else (np.uint32(start & 0xFFFFFFFF),)
-            tiles.append((index, kernel, (*(a[start : start + TILE] for a in arrays), *scalars, *place)))
-    sums = [0.0] * len(tiles)
-    todo = iter(enumerate(tiles))  # threads take turns with it
-
-    def work() -> None:
-        for at, (_, kernel, args) in todo:
-            sums[at] = kernel(*args)
-
-    threads = min(torch.get_num_threads(), len(tiles))
-    if threads <= 1:
-        work()
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(work) for _ in range(threads)]:
-                done.result()
+            tiles.append((kernel, (*(a[start : start + TILE] for a in arrays), *scalars, *place)))
+            owners.append(index)
     out = [0.0] * len(calls)
-    for (index, _, _), value in zip(tiles, sums, strict=True):
+    for index, value in zip(owners, run_tiles(tiles), strict=True):
         out[index] += value
     return out
 
 
-def _array(t: torch.Tensor) -> np.ndarray:
-    flat = t.detach().view(-1)
-    return flat.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else flat.numpy()
+def run_tiles(tiles: Sequence[Tile]) -> list[float]:
+    """Call kernels, in as many threads as torch has, and return what each returned."""
+    out = [0.0] * len(tiles)
+    todo = iter(enumerate(tiles))  # threads take turns with it
+
+    def work() -> None:
+        for at, (kernel, args) in todo:
+            out[at] = kernel(*args)
+
+    threads = min(torch.get_num_threads(), len(tiles))
+    if threads <= 1:
+        work()
+        return out
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
+    return out
+
+
+def array(t: torch.Tensor) -> np.ndarray:
+    """Return the memory of a tensor that :func:`fits`, as a vector."""
+    t = t.detach() if t.requires_grad else t
+    whole = t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
+    return whole.reshape(-1)
 
 
 def _scalars(call: Call) -> tuple[Any, ...]:
@@ -94,7 +109,7 @@ def _scalars(call: Call) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _ready(name: str, dtypes: tuple[str, ...]) -> Any:
+def _ready(name: str, dtypes: tuple[np.dtype, ...]) -> Any:
     """Return a kernel that is compiled for arrays of these types."""
     from numba import njit
 
@@ -108,6 +123,6 @@ def _ready(name: str, dtypes: tuple[str, ...]) -> Any:
     try:
         kernel(*arguments)
     except OSError:  # it is compiled, but cannot be kept: a full disk
-        kernel = njit(**_kernels.OPTIONS)(kernel.py_func)
+        kernel = njit(**kernel.targetoptions)(kernel.py_func)
         kernel(*arguments)
     return kernel

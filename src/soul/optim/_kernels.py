@@ -19,16 +19,23 @@ from numba.extending import overload
 F, U = np.float32, np.uint32
 ZERO, ONE = F(0), F(1)
 INFINITE = U(0x7F800000)
-# Products and sums may be fused, as torch's kernels do; nothing may be reordered.
-OPTIONS = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+# Products and sums may be fused, as torch's kernels do.
+OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+# Sums over coordinates may be taken in any order, else they are taken one by one.
+SUMMING: dict[str, Any] = OPTIONS | {"fastmath": {"contract", "reassoc"}}
 
 
-def compiled(function: Callable[..., float]) -> Any:
+def compiled(function: Callable[..., float], options: dict[str, Any] = OPTIONS) -> Any:
     """Return ``function`` compiled, kept on disk where there is a folder to write to."""
     try:
-        return njit(cache=True, **OPTIONS)(function)
+        return njit(cache=True, **options)(function)
     except RuntimeError:  # no such folder
-        return njit(**OPTIONS)(function)
+        return njit(**options)(function)
+
+
+def summing(function: Callable[..., float]) -> Any:
+    """Return what :func:`compiled` does, of a function that returns a sum."""
+    return compiled(function, SUMMING)
 
 
 def load(a: Any, i: int) -> Any:
@@ -162,7 +169,7 @@ def sophia_behind(
     return 0.0
 
 
-@compiled
+@summing
 def sophia_square(g: Any, m: Any, h: Any, w: Any, sign: Any, slope: Any, floor: Any) -> float:
     """Take in the gradient and return the sum of the ratio's squares."""
     total = 0.0
@@ -174,7 +181,7 @@ def sophia_square(g: Any, m: Any, h: Any, w: Any, sign: Any, slope: Any, floor: 
     return total
 
 
-@compiled
+@summing
 def sophia_cost(g: Any, m: Any, h: Any, w: Any, sign: Any, slope: Any, floor: Any) -> float:
     """Take in the gradient and return the sum of ``h`` times the ratio's squares."""
     total = 0.0
@@ -238,7 +245,7 @@ def lion(p: Any, g: Any, m: Any, w1: Any, w2: Any, sign: Any, keep: Any, lr: Any
     return 0.0
 
 
-@compiled
+@summing
 def refresh(g: Any, h: Any, b2: Any, w2: Any) -> float:
     """``h <- b2 h + (1 - b2) g^2``; return the sum of the positive parts."""
     total = 0.0
@@ -250,7 +257,7 @@ def refresh(g: Any, h: Any, b2: Any, w2: Any) -> float:
     return total
 
 
-@compiled
+@summing
 def refresh_by_estimate(g: Any, h: Any, w2: Any) -> float:
     """``h <- lerp(h, estimate, 1 - b2)``; return the sum of the positive parts."""
     total = 0.0

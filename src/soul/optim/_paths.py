@@ -15,11 +15,15 @@ StepPath = Literal["auto", "reference", "foreach", "fused"]
 tensors by one call; ``fused`` makes one pass over memory by compiled kernels, on CPUs, where numba is there."""
 
 Moving = list[tuple[dict[str, Any], torch.Tensor]]
-Tensors = Sequence[torch.Tensor]
+Tensors = list[torch.Tensor]
+# The multi-tensor functions that torch.optim is made of, which torch's list of public names leaves out.
+multi: Any = torch
 # An update in place on lists of flat pieces: (ps, gs, *slots); the gs must not be written to.
 ListKernel = Callable[..., None]
 
 VARIABLE = "SOUL_STEP"
+# Mean size below which a CPU takes longer to make a call than to do the work.
+SMALL = 1 << 16
 # Below, compiling or loading a kernel takes longer than it saves.
 FUSED_FROM = 1 << 20
 
@@ -56,15 +60,33 @@ def fuses(path: StepPath, params: Sequence[torch.Tensor]) -> bool:
     return path == "auto" and large and _fused.available()
 
 
+def together(path: StepPath, params: Tensors) -> bool:
+    """Say whether ``params``, which are alike, are stepped by multi-tensor calls.
+
+    These save the time that calls take, and so serve wherever a call starts a kernel on a device; on a CPU small
+    tensors, while large ones are quicker in pieces that stay in the cache.
+    """
+    small = sum(p.numel() for p in params) < len(params) * SMALL
+    return path == "foreach" or (path != "reference" and (params[0].device.type != "cpu" or small))
+
+
 def move_together(ps: Tensors, us: Tensors, group: dict[str, Any], lr: Any) -> None:
     """Do ``p <- p (1 - lr wd) - lr u`` in place; ``us`` are used up."""
     if group["weight_decay"]:
-        torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
+        multi._foreach_mul_(ps, 1 - lr * group["weight_decay"])
     if isinstance(lr, torch.Tensor):
-        torch._foreach_mul_(us, lr)
-        torch._foreach_sub_(ps, us)
+        multi._foreach_mul_(us, lr)
+        multi._foreach_sub_(ps, us)
     else:
-        torch._foreach_add_(ps, us, alpha=-lr)
+        multi._foreach_add_(ps, us, alpha=-lr)
+
+
+def add_together(us: Tensors, value: torch.Tensor) -> None:
+    """Add a 0-dim tensor to each in place, without waiting for the device that it lives on."""
+    if value.device.type == "cpu":
+        torch._foreach_add_(us, float(value))
+    else:  # the call that takes a tensor reads it where shapes keep it from the fast way
+        torch._foreach_add_(us, [value] * len(us))
 
 
 def buckets(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -110,11 +132,11 @@ def sweep_together(
             return [tensors[index][start:stop] for index, start, stop in pieces]
 
         ps, gs = cut(flat), exactly(cut(gradients), dtype)
-        gs = list(torch._foreach_neg(gs)) if negate else gs
+        gs = list(multi._foreach_neg(gs)) if negate else gs
         work = exactly(ps, dtype)
         kernel(work, gs, *(cut(slot) for slot in states))
         if work is not ps:
-            torch._foreach_copy_(ps, work)
+            multi._foreach_copy_(ps, work)
     for p, piece in zip(params, flat, strict=True):
         if not p.is_contiguous():
             p.copy_(piece.view(p.shape))
@@ -125,5 +147,5 @@ def exactly(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tenso
     if tensors[0].dtype == dtype:
         return tensors
     out = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    torch._foreach_copy_(out, tensors)
+    multi._foreach_copy_(out, tensors)
     return out

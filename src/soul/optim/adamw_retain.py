@@ -13,7 +13,7 @@ from soul.optim._checks import check_above, check_between, check_common
 from soul.optim._diagonal import DiagonalRule
 from soul.optim._elementwise import Kernel, exact_dtype, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call
-from soul.optim._paths import ListKernel, Tensors, move_together
+from soul.optim._paths import ListKernel, Tensors, add_together, move_together, multi
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -119,15 +119,15 @@ class AdamWRetain(DiagonalRule):
         signed = self.state[p]["signed"]
 
         def kernel(ps: Tensors, gs: Tensors, ms: Tensors, vs: Tensors) -> None:
-            torch._foreach_lerp_(ms, gs, 1 - b1)
-            us = torch._foreach_mul(vs, v_share)
+            multi._foreach_lerp_(ms, gs, 1 - b1)
+            us = multi._foreach_mul(vs, v_share)
             if signed:
-                torch._foreach_clamp_min_(us, 0)
-            torch._foreach_add_(us, floor)
-            torch._foreach_sqrt_(us)
-            torch._foreach_add_(us, eps)
-            torch._foreach_mul_(us, m_share)
-            move_together(ps, torch._foreach_div(ms, us), group, lr)
+                multi._foreach_clamp_min_(us, 0)
+            add_together(us, floor)
+            multi._foreach_sqrt_(us)
+            multi._foreach_add_(us, eps)
+            multi._foreach_mul_(us, m_share)
+            move_together(ps, multi._foreach_div(ms, us), group, lr)
 
         return kernel
 

@@ -11,7 +11,7 @@ import torch
 from soul.optim._checks import check_common
 from soul.optim._elementwise import ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call
-from soul.optim._paths import ListKernel, Tensors, move_together
+from soul.optim._paths import ListKernel, Tensors, move_together, multi
 from soul.optim.base import OptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -64,10 +64,10 @@ class Lion(ElementwiseRule):
         (b1, b2), lr = group["betas"], host_scalar(group["lr"])
 
         def kernel(ps: Tensors, gs: Tensors, ms: Tensors) -> None:
-            us = torch._foreach_lerp(ms, gs, 1 - b1)
-            torch._foreach_sign_(us)
+            us = multi._foreach_lerp(ms, gs, 1 - b1)
+            multi._foreach_sign_(us)
             move_together(ps, us, group, lr)
-            torch._foreach_lerp_(ms, gs, 1 - b2)
+            multi._foreach_lerp_(ms, gs, 1 - b2)
 
         return kernel
 

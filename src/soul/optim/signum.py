@@ -11,7 +11,7 @@ import torch
 from soul.optim._checks import check_common
 from soul.optim._elementwise import ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call
-from soul.optim._paths import ListKernel, Tensors, move_together
+from soul.optim._paths import ListKernel, Tensors, move_together, multi
 from soul.optim.base import OptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -64,8 +64,8 @@ class Signum(ElementwiseRule):
         beta, lr = group["momentum"], host_scalar(group["lr"])
 
         def kernel(ps: Tensors, gs: Tensors, ms: Tensors) -> None:
-            torch._foreach_lerp_(ms, gs, 1 - beta)
-            move_together(ps, torch._foreach_sign(ms), group, lr)
+            multi._foreach_lerp_(ms, gs, 1 - beta)
+            move_together(ps, multi._foreach_sign(ms), group, lr)
 
         return kernel
 

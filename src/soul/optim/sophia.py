@@ -13,7 +13,7 @@ from soul.optim._diagonal import DiagonalRule, Ratio, average
 from soul.optim._elementwise import Direction, Kernel, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call, run
 from soul.optim._metrics import systematic_views
-from soul.optim._paths import ListKernel, Moving, Tensors, move_together
+from soul.optim._paths import ListKernel, Moving, Tensors, move_together, multi
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -133,7 +133,7 @@ class Sophia(DiagonalRule):
         super().__init__(params, {**defaults, "calibrations": 0})
 
     def _advance(self, moving: Moving) -> None:
-        self._pools = {id(group): self._pool(group) for group, _ in moving}
+        self._pools = {key: self._pool(group) for key, group in {id(group): group for group, _ in moving}.items()}
         self._ratios: dict[tuple[Any, ...], Ratio] = {}
         self._scales: dict[Any, torch.Tensor] = {}  # of a tensor (block_rms), or of all of them ("kl")
         # where the size of the step follows from all of the momentum, that is brought up to date in a sweep before
@@ -174,13 +174,13 @@ class Sophia(DiagonalRule):
 
         def kernel(ps: Tensors, gs: Tensors, ms: Tensors, hs: Tensors) -> None:
             if not behind:
-                torch._foreach_lerp_(ms, gs, 1 - group["betas"][0])
+                multi._foreach_lerp_(ms, gs, 1 - group["betas"][0])
             us = ratio.together(ms, hs)
             if scale is None:
-                torch._foreach_clamp_min_(us, -1)
-                torch._foreach_clamp_max_(us, 1)
+                multi._foreach_clamp_min_(us, -1)
+                multi._foreach_clamp_max_(us, 1)
             else:
-                torch._foreach_mul_(us, scale)
+                multi._foreach_mul_(us, scale)
             move_together(ps, us, group, lr)
 
         return kernel

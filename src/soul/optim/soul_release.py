@@ -11,7 +11,7 @@ import torch
 from soul.optim._checks import check_above, check_common
 from soul.optim._elementwise import Direction, ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call
-from soul.optim._paths import ListKernel, Tensors, move_together
+from soul.optim._paths import ListKernel, Tensors, move_together, multi
 from soul.optim.base import OptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -104,16 +104,16 @@ class SoulRelease(ElementwiseRule):
         slope = group["rho"] * group["curvature_batch"]
 
         def kernel(ps: Tensors, gs: Tensors, ms: Tensors, hs: Tensors) -> None:
-            torch._foreach_mul_(hs, b2)
-            torch._foreach_addcmul_(hs, gs, gs, value=1 - b2)
+            multi._foreach_mul_(hs, b2)
+            multi._foreach_addcmul_(hs, gs, gs, value=1 - b2)
             for _ in range(2):
-                torch._foreach_mul_(ms, b1)
-                torch._foreach_add_(ms, gs, alpha=1 - b1)
-            us = torch._foreach_mul(hs, slope)
-            torch._foreach_add_(us, FLOOR)
-            us = torch._foreach_div(ms, us)
-            torch._foreach_clamp_min_(us, -1)
-            torch._foreach_clamp_max_(us, 1)
+                multi._foreach_mul_(ms, b1)
+                multi._foreach_add_(ms, gs, alpha=1 - b1)
+            us = multi._foreach_mul(hs, slope)
+            multi._foreach_add_(us, FLOOR)
+            us = multi._foreach_div(ms, us)
+            multi._foreach_clamp_min_(us, -1)
+            multi._foreach_clamp_max_(us, 1)
             move_together(ps, us, group, lr)
 
         return kernel
