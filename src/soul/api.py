@@ -122,6 +122,7 @@ def unlearn(
         )
         log.trainer = trainer
         trainer.train()
+        model = trainer.whole_model()
     return UnlearnResult(model, log.records, warnings, trainer.stopping.stopped if trainer.stopping else None)
 
 

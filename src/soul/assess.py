@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from soul import config
+from soul import config, processes
 from soul.benchmarks.base import Benchmark, Measures, Rows
 from soul.evaluate import EvaluationSpec, measure
 from soul.folderlock import alone_in
@@ -201,7 +202,9 @@ class Assessment:
     ) -> tuple[list[Path], dict[str, str]]:
         loaded = load_model(self.model)
         for task in tasks:
-            claim_evaluation(folders[task.benchmark.name], self.model, task.benchmark, self.evaluation)
+            folder = folders[task.benchmark.name]
+            claim = functools.partial(claim_evaluation, folder, self.model, task.benchmark, self.evaluation)
+            processes.from_main(claim)
         failed: dict[str, str] = {}
 
         def each(precision: str, pair: Any) -> None:
@@ -235,8 +238,11 @@ class Assessment:
         progress: Progress | None,
     ) -> None:
         """Measure one benchmark and write its record; in another precision, add to the record that is there."""
-        benchmark = task.benchmark
         rows = self._measure(task, *loaded, folder / f"rows/{precision or 'after'}", progress)
+        processes.from_main(lambda: self._write(task, rows, folder, reference, precision))
+
+    def _write(self, task: Task, rows: Rows, folder: Path, reference: Rows | None, precision: str) -> None:
+        benchmark = task.benchmark
         scores = benchmark.score(rows, reference)
         if precision:
             add_scores(folder, precision, scores)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import functools
+import io
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
+from soul import processes
 from soul.arguments import KINDS, parse
 from soul.console import fail, progress_bars, safe_terminal, say, warn
 from soul.strict import json_value, read_text
@@ -27,20 +32,37 @@ NO_MODEL = "no model: give --model (a hub id, a folder, a .gguf file or smollm2-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     with safe_terminal():
-        args = parse(argv)
-        try:
-            return COMMANDS[args.command](args)
-        except ValueError as error:
-            fail(str(error))
-            return 2
-        except OSError as error:
-            if error.errno not in _PLACES:
-                raise
-            fail(f"{error.filename or 'a file'}: {error.strerror}; check the name, and what may be done there")
-            return 2
-        except KeyboardInterrupt:
-            say("interrupted; the same command continues where it stopped", error=True)
-            return 130
+        with contextlib.nullcontext() if processes.is_main() else contextlib.redirect_stderr(io.StringIO()):
+            args = parse(argv)
+        return processes.end(*_attempt(args))
+
+
+def _attempt(args: argparse.Namespace) -> tuple[int, Callable[[], Any] | None]:
+    """Run a command; return its exit code and, where it failed, what says why."""
+    try:
+        if processes.launched() > 1 and args.command not in _DIVIDED:
+            raise ValueError(
+                f"soul {args.command} runs in one process: start it without a launcher; {', '.join(_DIVIDED)} run in "
+                "several"
+            )
+        return COMMANDS[args.command](args), None
+    except ValueError as error:
+        return 2, functools.partial(fail, str(error))
+    except KeyboardInterrupt:
+        return 130, functools.partial(say, f"interrupted; {_SAME}", error=True, everywhere=True)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _PLACES:
+            what = f"{error.filename or 'a file'}: {error.strerror}; check the name, and what may be done there"
+            return 2, functools.partial(fail, what)
+        if processes.count() == 1:
+            raise
+        if processes.is_loss(error):
+            return 2, functools.partial(fail, f"another process is lost, and the run ends: {_SAME}")
+        return 1, functools.partial(sys.stderr.write, traceback.format_exc())  # the others are to end, too
+
+
+_SAME = "the same command continues where it stopped"
+_DIVIDED = ("unlearn", "finetune", "evaluate")
 
 
 _PLACES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -85,11 +107,14 @@ def _run(args: argparse.Namespace, base: dict[str, Any], default_name: str) -> i
     from soul.trainer import quiet
 
     quiet()
+    processes.join(recipe.model.device)
     for warning in precision_warnings(recipe):
         warn(warning)
     out = Path(args.out or f"runs/{Path(args.recipe).stem if args.recipe else default_name}")
     with progress_bars() as tick:
         execute(recipe, out, progress=tick, evaluate_it=not args.no_evaluate)
+    if not processes.is_main():
+        return 0
     render_terminal([read_run(out)])
     say(f"model:  {out / 'model'}")
     say(f"report: {write_report([out], out / 'report.html')}")
@@ -134,6 +159,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         precision=args.precision,
         publish=args.publish,
     )
+    processes.join(assessment.model.device)
     names = [name for given in args.benchmark or ["tofu"] for name in given.split(",") if name]
     tasks, left_out = prepare(names, [word for word in args.words if word not in common], args.data)
     place = Path(args.model)
@@ -142,6 +168,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     out = Path(args.out or f"runs/evaluate-{what}-{name}")
     with progress_bars() as tick:
         folders, failed = assessment(tasks, out, tick, keep_going=ALL in names)
+    if not processes.is_main():
+        return 0
     for folder in folders:
         _show_report([str(folder)], folder / "report.html")
         if args.precision:

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from soul import processes
 from soul.visible import message
 
 
-def say(text: str, *, lead: str = "", style: str = "", error: bool = False) -> None:
+def say(text: str, *, lead: str = "", style: str = "", error: bool = False, everywhere: bool = False) -> None:
     """Print one line, of which no part is read as markup or as a command to the terminal.
 
     Args:
@@ -24,14 +25,17 @@ def say(text: str, *, lead: str = "", style: str = "", error: bool = False) -> N
         lead: What comes before it, in ``style``.
         style: A style of rich.
         error: Print to standard error.
+        everywhere: Print in every process; else the main one speaks for all.
     """
+    if not (everywhere or processes.is_main()):
+        return
     line = Text.assemble((lead, style), " ", message(text)) if lead else Text(message(text), style=style)
     Console(stderr=error, highlight=False).print(line, soft_wrap=True)
 
 
 def fail(text: str) -> None:
-    """Print an error."""
-    say(text, lead="error:", style="bold red", error=True)
+    """Print an error, of whatever process."""
+    say(text, lead="error:", style="bold red", error=True, everywhere=True)
 
 
 def warn(text: str) -> None:
@@ -41,7 +45,13 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Any]:
-    """Show one bar for each thing that is under way; yields the function that moves them."""
+    """Show one bar for each thing that is under way; yields the function that moves them.
+
+    Of several processes the main one shows how far it has come itself.
+    """
+    if not processes.is_main():
+        yield lambda *_: None
+        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from soul import processes
 from soul.benchmarks.base import Benchmark, Measures
 from soul.data.templates import ChatTemplate, Encoded
 from soul.generation import continue_prompts, sample_answers
@@ -78,8 +80,10 @@ def measure(
         >>> rows = measure(Tofu(forget="forget01"), model, tokenizer)  # doctest: +SKIP
     """
     spec = spec_for(benchmark, spec or EvaluationSpec())
-    if isinstance(benchmark, Measures):
-        return benchmark.measure(model, tokenizer, spec=spec, folder=folder, progress=progress)
+    if isinstance(benchmark, Measures):  # in a way that cannot be divided
+        return processes.from_main(
+            lambda: benchmark.measure(model, tokenizer, spec=spec, folder=folder, progress=progress)
+        )
     found = benchmark.splits() if splits is None else splits
     asks = {name: ask for name, ask in benchmark.asks().items() if name in found}  # data may lack a split
     return evaluate(model, tokenizer, found, spec=spec, folder=folder, progress=progress, asks=asks)
@@ -108,7 +112,8 @@ def evaluate(
         asks: What to measure, by split; likelihoods and a greedy answer on those not named.
 
     Returns:
-        One :class:`soul.types.Row` an example, by split, in the order given.
+        One :class:`soul.types.Row` an example, by split, in the order given. Several processes measure a share each and
+        all return all of them; the main one writes.
 
     Raises:
         ValueError: ``asks`` names a split that is not there.
@@ -127,17 +132,32 @@ def evaluate(
         for names in _groups(splits, spec, asks):
             group = {name: splits[name] for name in names}
             files = {name: folder / f"{name}.jsonl" if folder else None for name in names}
-            rows = {name: _read_rows(files[name], examples, spec, asks[name]) for name, examples in group.items()}
+            rows = processes.from_main(functools.partial(_read_all, files, group, spec, asks))
             # all of them, so that batches do not depend on interruptions
             if any(found is None for found in rows.values()):
-                rows = _measure(model, template, group, spec, asks, report)
+                rows = _by_shares(model, template, group, spec, asks, report)
                 for name, file in files.items():
-                    if file is not None:
+                    if file is not None and processes.is_main():
                         write_lines(file, rows[name])
             result |= {name: found or [] for name, found in rows.items()}
         return result
     finally:
         model.train(was_training)
+
+
+def _by_shares(
+    model: Any,
+    template: ChatTemplate,
+    splits: Mapping[str, Sequence[Example]],
+    spec: EvaluationSpec,
+    asks: Asks,
+    report: Progress,
+) -> dict[str, list[Row]]:
+    """Measure what several processes each take a share of, and return the rows of all in order."""
+    named = {name: [dataclasses.replace(e, id=e.id or str(i)) for i, e in enumerate(of)] for name, of in splits.items()}
+    shares = {name: processes.share(examples) for name, examples in named.items()}
+    parts = processes.each(lambda: _measure(model, template, shares, spec, asks, report))
+    return {name: processes.woven([rows[name] for rows in parts]) for name in named}
 
 
 def _new_tokens(spec: EvaluationSpec, ask: Ask) -> int:
@@ -162,6 +182,12 @@ def _groups(splits: Mapping[str, Sequence[Example]], spec: EvaluationSpec, asks:
 
 def _silent(_what: str, _done: int, _of: int) -> None:
     """Show no progress."""
+
+
+def _read_all(
+    files: Mapping[str, Path | None], splits: Mapping[str, Sequence[Example]], spec: EvaluationSpec, asks: Asks
+) -> dict[str, list[Row] | None]:
+    return {name: _read_rows(files[name], examples, spec, asks[name]) for name, examples in splits.items()}
 
 
 def _read_rows(file: Path | None, examples: Sequence[Example], spec: EvaluationSpec, ask: Ask) -> list[Row] | None:

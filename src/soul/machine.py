@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from soul import processes
+
 _ASIDE = ("command", "cores", "platform")
 """What a machine is called by its system: a new kernel moves no number, a new processor has a line of its own."""
 
@@ -33,17 +35,10 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "step": f"{os.environ.get('SOUL_STEP') or 'auto'}, {_numba()}",
+        "processes": processes.count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-def _numba() -> str:
-    """Return what compiles fused steps, which round otherwise than plain ones."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return f"numba {metadata.version('numba')}"
-    return "no numba"
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from soul import processes
 from soul.anchors import StandIn, stand_in
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
@@ -148,12 +149,15 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
 
 
 def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) -> Path:
-    check_folder(out, recipe)
+    processes.from_main(lambda: check_folder(out, recipe))
+    if recipe.method is not None and processes.count() > 1:
+        raise ValueError(f"method {recipe.method.name} runs in one process: start soul without a launcher")
     benchmark = (recipe.benchmark or default_benchmark(recipe)) if evaluate_it else None
-    if (out / "record.json").is_file() and (benchmark is None or (out / "scores.json").is_file()):
+    kept = ["record.json", *(["scores.json"] if benchmark else [])]
+    if processes.from_main(lambda: all((out / name).is_file() for name in kept)):
         return out
     reset_peak_memory()
-    request = search(load_request(recipe.data), recipe.data, tick)
+    request = processes.from_main(lambda: search(load_request(recipe.data), recipe.data, tick))
     reference = read_reference(recipe.reference_run) if benchmark else None
     splits = benchmark.splits() if benchmark else {}
     if recipe.benchmark is None and "kept" in splits:  # what was dropped from the retain set is not to be kept
@@ -163,12 +167,11 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     tick("loading model", 1, 1)
     if recipe.adapter is not None:
         check_adapter(model, recipe.adapter)
-    request = anchor(request, recipe, model, tokenizer, out, tick)
-    done = (out / "model").is_dir()
+    found = request
+    request = processes.from_main(lambda: anchor(found, recipe, model, tokenizer, out, tick))
+    done = processes.from_main((out / "model").is_dir)
     dataset = None if done else tokenise(tokenizer, recipe, request)
-    claim_folder(out, recipe)  # whatever can be wrong with recipe and data has been found by now
-    if request.stand_in and request.stand_in.samples:
-        write_json(out / ANCHORS, request.stand_in.record())
+    processes.from_main(lambda: claim(out, recipe, request))  # what can be wrong with recipe and data has been found
     evaluate_seconds = 0.0
     rows: dict[str, Rows] = {}
 
@@ -194,13 +197,26 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     else:
         with hub.no_retries():  # peft asks about an adapter's base at every checkpoint
             model = train_and_save(model, tokenizer, recipe, dataset, out, tick)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # only needed to resume training, which is done
+    if processes.is_main():
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # only needed to resume training, which is done
     if benchmark:
         measure("after")
-        scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
-        write_json(out / "scores.json", {"format": 1, **scores})
-    write_record(out, recipe, request, evaluate_seconds, benchmark)
+
+    def keep_record() -> None:
+        if benchmark:
+            scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
+            write_json(out / "scores.json", {"format": 1, **scores})
+        write_record(out, recipe, request, evaluate_seconds, benchmark)
+
+    processes.from_main(keep_record)
     return out
+
+
+def claim(out: Path, recipe: Recipe, request: Request) -> None:
+    """Take the folder for the run, and keep what the model is anchored by."""
+    claim_folder(out, recipe)
+    if request.stand_in and request.stand_in.samples:
+        write_json(out / ANCHORS, request.stand_in.record())
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, request: Request) -> UnlearnDataset:
@@ -224,16 +240,15 @@ def train_and_save(
     if recipe.method is not None:
         model = recipe.method(model, dataset, progress=tick, log=json_lines(out / "log.jsonl"))
     else:
-        train(model, dataset, recipe, out, tick)
-        model = without_autocast(model)
+        model = without_autocast(train(model, dataset, recipe, out, tick))
     check_weights(model)
     tick("saving model", 0, 1)
     merge: Any = model.merge_and_unload if recipe.adapter is not None else lambda: model
     if recipe.adapter is None or recipe.adapter.merge:
         model = merge()
-        save_model(model, tokenizer, out / "model")
+        processes.from_main(lambda: save_model(model, tokenizer, out / "model"))
     else:
-        save_model(model, tokenizer, out / "model", recipe.model.path)
+        processes.from_main(lambda: save_model(model, tokenizer, out / "model", recipe.model.path))
         model = merge()
     tick("saving model", 1, 1)
     return model
@@ -246,8 +261,8 @@ def train(
     out: Path,
     tick: Progress,
     callbacks: Sequence[TrainerCallback] = (),
-) -> None:
-    """Train, resuming from the last whole checkpoint in ``out/checkpoints`` if there is one."""
+) -> Any:
+    """Train, resuming from the last whole checkpoint in ``out/checkpoints`` if there is one; return the whole model."""
     device = next(model.parameters()).device.type
     log = LogCallback(out / "log.jsonl", lambda step, of, _: tick("training", step, of))
     trainer = UnlearnTrainer(
@@ -261,7 +276,7 @@ def train(
         callbacks=[log, *callbacks],
     )
     log.trainer = trainer
-    checkpoint = last_checkpoint(out / "checkpoints")
+    checkpoint = processes.from_main(lambda: last_checkpoint(out / "checkpoints"))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (pickle.UnpicklingError, SafetensorError, EOFError) as error:  # what is not tensors alone is not unpickled
@@ -270,8 +285,9 @@ def train(
             f"{checkpoint} was altered and cannot be gone on from ({reason:.200}): delete that folder, and training "
             "goes on from the one before, or begins again"
         ) from error
-    if trainer.stopping and trainer.stopping.stopped:
+    if trainer.stopping and trainer.stopping.stopped and processes.is_main():
         write_json(out / STOPPED, {"format": 1, **trainer.stopping.stopped.record()})
+    return trainer.whole_model()
 
 
 def read_stopped(out: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from soul import config
+from soul import config, processes
 from soul.benchmarks.base import Benchmark
 from soul.evaluate import EvaluationSpec
 from soul.machine import changes, environment
@@ -24,6 +24,7 @@ from soul.types import Score
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment.json"
+_WINDOW = "training.accumulation"
 _NOT_SAME = "an uninterrupted run may end with other bytes"
 _RESULTS = ("checkpoints", "log.jsonl", "model", "record.json", "scores.json")
 
@@ -46,6 +47,8 @@ def check_folder(out: Path, recipe: Recipe) -> None:
         other = _difference(file, recipe)
         if other:
             raise ValueError(f"{out} holds a run of another recipe{other}: choose another --out, or delete that folder")
+        if not (out / "record.json").is_file():
+            _check_window(out, read_recipe(file), recipe)
 
 
 def claim_folder(out: Path, recipe: Recipe) -> None:
@@ -91,6 +94,18 @@ def _environment(file: Path) -> dict[str, Any]:
     return found
 
 
+def _check_window(out: Path, earlier: Recipe, now: Recipe) -> None:
+    """Make sure that a run goes on with as many examples in a step as it began with."""
+    begun, here = _environment(out / ENVIRONMENT).get("processes", 1), processes.count()
+    window = earlier.training.accumulation * begun
+    if window != now.training.accumulation * here:
+        fitting = f"set training.accumulation to {window // here}" if window % here == 0 else "choose another number"
+        raise ValueError(
+            f"{out} was begun in {begun} processes with training.accumulation {earlier.training.accumulation}, and "
+            f"here are {here} with {now.training.accumulation}: its steps would have other examples; {fitting}"
+        )
+
+
 def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -102,14 +117,17 @@ def _make(out: Path) -> None:
 
 
 def _difference(file: Path, recipe: Recipe) -> str:
-    """Say in what the recipe in ``file`` differs, or return an empty text where it means the same."""
+    """Say in what the recipe in ``file`` differs, or return an empty text where it means the same.
+
+    Accumulation is left aside: with another number of processes another one means the same.
+    """
     try:
         earlier = config.flat(read_recipe(file))  # settings not named there have their defaults
     except ValueError:
         return " (which cannot be read)"
     now = config.flat(recipe)
     for key in [*now, *earlier]:
-        if now.get(key) != earlier.get(key):
+        if now.get(key) != earlier.get(key) and key != _WINDOW:
             return f" ({key} was {earlier.get(key)!r} there and is {now.get(key)!r} now)"
     return ""
 

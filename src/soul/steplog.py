@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from soul import processes
 from soul.divergence import check_step
 from soul.stored import append_line, read_lines, write_lines
 
@@ -20,7 +22,7 @@ class LogCallback(TrainerCallback):
     """Writes one JSON line a step: loss terms, learning rate, seconds, and what the rule reports.
 
     ``seconds`` holds all of a step; ``curvature_seconds`` is there where a curvature pass came before it, and is its
-    share.
+    share. Of several processes the main one writes, and terms are those of all.
 
     Args:
         path: File to write; lines of steps that a resumed run repeats are dropped.
@@ -39,10 +41,15 @@ class LogCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
         """Read back the lines of the steps a resumed run has behind it."""
-        if self.path is not None and self.path.is_file():
-            self.records = [r for r in read_lines(self.path) if r.get("step", math.inf) <= state.global_step]
-            write_lines(self.path, self.records)
+        self.records = processes.from_main(functools.partial(self._read_back, state.global_step))
         self._started = time.perf_counter()
+
+    def _read_back(self, step: int) -> list[dict[str, float]]:
+        if self.path is None or not self.path.is_file():
+            return self.records
+        records = [r for r in read_lines(self.path) if r.get("step", math.inf) <= step]
+        write_lines(self.path, records)
+        return records
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
         """Write the step's line, and stop a run whose model is lost."""
@@ -65,7 +72,7 @@ class LogCallback(TrainerCallback):
             record["curvature_seconds"] = round(self.trainer.curvature_seconds, 4)
         self._started = now
         self.records.append(record)
-        if self.path is not None:
+        if self.path is not None and processes.is_main():
             append_line(self.path, record, flush=control.should_save)  # a checkpoint is never ahead of its log
         if not (self.trainer.stopping and self.trainer.stopping.stopped):  # which gives back what a step has lost
             check_step(self.trainer, self.records, state.global_step)

@@ -31,6 +31,7 @@ from soul.models import freeze_embeddings
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.optim.groups import parameter_groups
+from soul.parallel import ParallelTrainer, check_parallel
 from soul.reference import Reference
 from soul.steplog import LogCallback as LogCallback
 from soul.stopping import Stopping, StopSpec
@@ -43,8 +44,9 @@ class TrainingSpec:
     """How long, how fast and in what precision to train.
 
     Attributes:
-        batch_size: Forget/retain pairs in a micro-batch.
-        accumulation: Micro-batches in a step; ``b x a`` gives the gradient of a batch of ``b * a``.
+        batch_size: Forget/retain pairs in a micro-batch, of each process.
+        accumulation: Micro-batches in a step; ``b x a`` gives the gradient of a batch of ``b * a``, times the number of
+            processes.
         epochs: Walks through the forget set (the retain set for ``ft``).
         max_steps: Stop after this many steps; 0 leaves it to ``epochs``.
         warmup: Share of the steps with rising learning rate.
@@ -155,7 +157,7 @@ def _checkpointing(*, on: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
 
 
-class UnlearnTrainer(WholeCheckpoints):
+class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
     """A ``transformers.Trainer`` that unlearns.
 
     It adds what the stock trainer lacks: a loss kept as sums and counts, divided once over the whole accumulation
@@ -225,6 +227,7 @@ class UnlearnTrainer(WholeCheckpoints):
         )
         self.remove_callback(PrinterCallback)  # it prints raw dicts; the log and the bars say the same
         self.curvature_seconds: float | None = None
+        check_parallel(self, optimizer)
         self._passes = self._make_passes()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,21 +252,20 @@ class UnlearnTrainer(WholeCheckpoints):
 
     def get_train_dataloader(self) -> DataLoader[Item]:
         """Return pairs in length buckets, a function of (seed, epoch) alone."""
-        sampler = PairSampler(self.unlearn_data, self.args.train_batch_size)
-        loader = DataLoader(self.unlearn_data, batch_sampler=sampler, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        process = (self.args.process_index, self.args.world_size)
+        sampler = PairSampler(self.unlearn_data, self.args.train_batch_size, process=process)
+        return self.own_batches(
+            DataLoader(self.unlearn_data, batch_sampler=sampler, collate_fn=self.data_collator)  # type: ignore[arg-type]  # its keys are tuples
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Collect the micro-batches of a window, and count its items for each term of the loss."""
+        """Collect the micro-batches of a window, and count its items, of all processes, for each term of the loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts: dict[str, int] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():
-                counts[name] = counts.get(name, 0) + count
-        if self.args.world_size > 1 and counts:
-            total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=device), reduction="sum")
-            # DDP averages gradients over ranks: dividing by the mean count makes that the gradient of the whole window.
-            counts = {k: v / self.args.world_size for k, v in zip(counts, total.tolist(), strict=True)}  # type: ignore[misc]
+                counts[name] = counts.get(name, 0) + (0 if "idle" in batch else count)
+        counts = {name: int(value) for name, value in self._over_processes(counts).items()}
         self._window = {}
         return batches, counts
 
@@ -273,13 +275,16 @@ class UnlearnTrainer(WholeCheckpoints):
         """Return this micro-batch's share of the window's loss."""
         out = self.objective(model, inputs, self.reference)
         counts = num_items_in_batch or {name: term.count for name, term in out.terms.items()}
+        counted = 0.0 if "idle" in inputs else 1.0
         for name, term in out.terms.items():
-            share = float(term.total.detach()) / max(1, counts[name])
+            share = counted * float(term.total.detach()) / max(1, counts[name])
             self._window[name] = self._window.get(name, 0.0) + share
         self.last_terms = dict(self._window)
         self.term_weights = {name: term.weight for name, term in out.terms.items()}
         if model.training and self.model is not None:
             loss = self.combination.loss(out, counts, [p for p in self.model.parameters() if p.requires_grad])
+            if self.args.world_size > 1:  # gradients are averaged over processes
+                loss = loss * (counted * self.args.world_size)
         else:
             loss = out.loss(counts)
         return (loss, None) if return_outputs else loss
@@ -288,8 +293,17 @@ class UnlearnTrainer(WholeCheckpoints):
         """Run a micro-batch forward and backward; after a window's last one, finish the gradients."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
+            self.last_terms = self._over_processes(self.last_terms)
             self.combination.finish(self.update_rule, self.args.max_grad_norm)
         return loss
+
+    def _over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return, by name, the sums over processes."""
+        if self.args.world_size == 1 or not values:
+            return dict(values)
+        mine = torch.tensor(list(values.values()), dtype=torch.float64, device=self.args.device)
+        total: Any = self.accelerator.reduce(mine, reduction="sum")
+        return dict(zip(values, total.tolist(), strict=True))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the update rule; no weight decay on biases and norms, embeddings in a group of their own."""
@@ -354,11 +368,8 @@ class _ObjectiveCallback(TrainerCallback, ExportableState):
         self.trainer.objective = self.base.at(state.global_step / max(1, state.max_steps), self.learned)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
-        terms, accelerator = self.trainer.last_terms, self.trainer.accelerator
-        if args.world_size > 1:  # every process must learn the same
-            mean: Any = accelerator.reduce(torch.tensor(list(terms.values()), device=args.device), reduction="mean")
-            terms = dict(zip(terms, mean.tolist(), strict=True))
-        self.learned = self.base.learn(self.learned, terms, (state.global_step - 1) / max(1, state.max_steps))
+        progress = (state.global_step - 1) / max(1, state.max_steps)
+        self.learned = self.base.learn(self.learned, self.trainer.last_terms, progress)
 
 
 class _CurvatureCallback(TrainerCallback):

@@ -132,3 +132,21 @@ def test_length_batches_cover_everything_within_budget(budget, most):
 
 def test_no_rows_no_batches():
     assert length_batches([], 100) == []
+
+
+@pytest.mark.parametrize(("size", "world"), [(2, 2), (3, 2), (4, 3), (5, 8)])
+def test_processes_divide_the_batches_of_one(make_dataset, size, world):
+    """Together they have the same batches in each window, and who has none left idles on the first."""
+    dataset = make_dataset()
+    whole = list(PairSampler(dataset, size))
+    parts = [PairSampler(dataset, size, process=(rank, world)) for rank in range(world)]
+    assert {len(part) for part in parts} == {len(list(part)) for part in parts} == {-(-len(whole) // world)}
+    turns = [batch for turn in zip(*parts, strict=True) for batch in turn]
+    assert turns[: len(whole)] == whole
+    for batch in turns[len(whole) :]:
+        assert [(~epoch, *pair) for epoch, *pair in batch] == whole[0]
+        idle = collate_items([dataset[key] for key in batch])
+        busy = collate_items([dataset[key] for key in whole[0]])
+        assert "idle" not in busy
+        assert bool(idle.pop("idle"))
+        assert all(torch.equal(value, busy[name]) for name, value in idle.items())

@@ -279,8 +279,8 @@ def test_what_cannot_be_done_is_refused(make_model: Any, monkeypatch: pytest.Mon
     source = CurvaturePasses(CurvatureSpec(estimator="hutchinson"), ROWS)
     with pytest.raises(ValueError, match=r"watches backward passes: curvature\.estimator must be one of ggn, gnb, emp"):
         source.refresh(model, Watching(model), 0)
-    monkeypatch.setattr("soul.curvature.passes._world", lambda: (0, 2))
-    with pytest.raises(ValueError, match="not LlamaForCausalLM: use one process"):
+    monkeypatch.setattr("soul.processes.place", lambda: (0, 2))
+    with pytest.raises(ValueError, match=r"not LlamaForCausalLM: use one of these \(examples/accelerate\), or one"):
         source.refresh(model, Told(model), 0)
 
 

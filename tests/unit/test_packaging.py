@@ -24,7 +24,6 @@ OPTIONAL = {
     "bitsandbytes": "quantized",
     "datasets": "hub",
     "lm-eval": "lm-eval",
-    "numba": "fused",
     "pyarrow": "parquet",
     "sacrebleu": "bleu",
     "scikit-learn": "detox",

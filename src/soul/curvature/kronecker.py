@@ -20,8 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from soul import processes
 
 Layer = nn.Linear | Conv1D
 """A layer with Kronecker factors: ``y = W a + b``; GPT-2's ``Conv1D`` keeps ``W`` transposed, ``[I, O]``."""
@@ -89,6 +92,15 @@ class _Sum:
             else:
                 self.total.addmm_(rows_TD.T, rows_TD)
         self.positions += len(rows_TD)
+
+    def add_up(self) -> None:
+        """Add up the sums of all processes, which watched the same layers."""
+        if processes.count() > 1:
+            assert self.total is not None
+            positions = torch.tensor(self.positions, device=self.total.device)
+            dist.all_reduce(self.total)
+            dist.all_reduce(positions)
+            self.positions = int(positions)
 
 
 class KroneckerFactors:
@@ -212,14 +224,17 @@ class KroneckerFactors:
     def absorb(self, share: float = 1.0) -> None:
         """Take in what was watched: ``A <- A + share (A_new - A)``, likewise ``G``; share 1 replaces the old.
 
-        Micro-batches watched since the last call count as one pass: ``A`` is the mean over their positions and ``G``
-        the sum, whose weights are to sum to 1 over the pass.
+        Micro-batches watched since the last call, in all processes, count as one pass: ``A`` is the mean over their
+        positions and ``G`` the sum, whose weights are to sum to 1 over the pass.
 
         Raises:
             ValueError: Nothing was watched.
         """
         if not self._a_sums:
             raise ValueError("no forward pass was watched: run one inside observing() before absorb()")
+        for kept in (self._a_sums, self._g_sums):
+            for _, found in sorted(kept.items()):  # in the same order everywhere
+                found.add_up()
         for name, found in self._a_sums.items():
             assert found.total is not None
             _blend(self._a, name, found.total / found.positions, share)
@@ -423,16 +438,23 @@ class EigenInverse:
     def correct(self, name: str, gradient_OI: torch.Tensor, decay: float = 1.0) -> None:
         """Take in one curvature gradient, whose square along the eigenvectors is an unbiased estimate of ``L``.
 
+        Several processes take in each other's, in the order of their ranks.
+
         Args:
             name: The layer.
             gradient_OI: Gradient of a random cotangent (a whole curvature pass, terms between positions included).
             decay: 1 averages all that came; below 1, an exponential average, debiased.
         """
         squared = self.rotate(name, gradient_OI).square_()
-        n = self.corrections.get(name, 0) + 1
-        share = 1 / n if decay == 1 else (1 - decay) / (1 - decay**n)
-        self.corrections[name] = n
-        _blend(self.moments, name, squared, share)
+        parts = [squared]
+        if processes.count() > 1:
+            parts = [torch.empty_like(squared) for _ in range(processes.count())]
+            dist.all_gather(parts, squared)
+        for part in parts:
+            n = self.corrections.get(name, 0) + 1
+            share = 1 / n if decay == 1 else (1 - decay) / (1 - decay**n)
+            self.corrections[name] = n
+            _blend(self.moments, name, part, share)
 
     @torch.no_grad()
     def __call__(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:

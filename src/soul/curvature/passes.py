@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from soul.curvature import cache
+from soul import processes
+from soul.curvature import cache, sharded
 from soul.curvature.estimators import ESTIMATORS, Cotangent
 from soul.curvature.picks import Pick, Plan, choose
 from soul.curvature.quiet import full_precision, without_noise
@@ -66,10 +67,11 @@ class CurvaturePasses:
     scaled; a pass begins with empty gradients and leaves them empty. The estimate is exact, in expectation, for the
     mean loss over the tokens of the examples picked.
 
-    *Several processes* (DistributedDataParallel): each runs ``M`` micro-batches of its own with the gradients'
-    averaging off, and the sums of squares are added over processes. Averaging gradients before the square would be
-    unbiased up to a factor, but as noisy as a single micro-batch. ``R`` processes of ``M`` micro-batches give the
-    estimate of one process with ``R * M``.
+    *Several processes*: each runs ``M`` micro-batches of its own with the gradients' averaging off, and the sums of
+    squares are added over processes. Averaging gradients before the square would be unbiased up to a factor, but as
+    noisy as a single micro-batch. ``R`` processes of ``M`` micro-batches give the estimate of one process with
+    ``R * M``. Where weights are sharded (FSDP2) squares are added on the way to the shards
+    (:mod:`soul.curvature.sharded`). Rules that watch passes add up what they saw themselves.
 
     Args:
         spec: What passes are made.
@@ -113,7 +115,7 @@ class CurvaturePasses:
         """
         size = min(self.spec.batch, len(self.rows))
         extra = min(self.spec.general_text, len(self.text))
-        count = self.spec.passes(step) * _world()[1]
+        count = self.spec.passes(step) * processes.count()
         picks = choose(self.rows, count * size, self.seed, step, "rows")
         text = choose(self.text, count * extra, self.seed, step, "text")
         if len(picks) <= len(self.rows) and len(text) <= len(self.text):
@@ -140,16 +142,16 @@ class CurvaturePasses:
         plan = self.plan(step)
         warm = step == 0 and self.spec.warm_start > 0
         file, found = None, None
-        if warm and self.spec.cache:
+        if warm and self.spec.cache and not sharded.is_sharded(model):  # whose content no process knows
             file = cache.path(unwrap(model), {**self._describe(plan), "rule": identity if watches else None})
             found = cache.read(file, next(model.parameters()).device)
-        if file is not None and _everywhere(found is not None):
+        if file is not None and all(processes.gather(found is not None)):
             assert found is not None
             self._take_over(model, rule, found, watches)
             return
         with _gradients_left_empty(model):
             estimate = self.estimate(model, rule, plan, explicit=warm)
-            keep = file if _world()[0] == 0 else None
+            keep = file if processes.is_main() else None
             if keep and not watches:  # before the rule gets it, which may compute in place
                 cache.write(keep, _named(model, estimate or {}), self._describe(plan))
             given = self._given(model, estimate)
@@ -187,11 +189,12 @@ class CurvaturePasses:
         if watches and self.estimator.cotangent is None:
             fit = ", ".join(name for name, kind in ESTIMATORS.items() if kind.cotangent)
             raise ValueError(f"this optimizer watches backward passes: curvature.estimator must be one of {fit}")
-        if _world()[1] > 1 and (watches or not isinstance(model, DistributedDataParallel)):
-            what = "an optimizer that watches the model's layers" if watches else type(model).__name__
+        if sharded.is_sharded(model):
+            sharded.check(self.spec, watches=watches)
+        elif processes.count() > 1 and not isinstance(model, DistributedDataParallel):
             raise ValueError(
-                f"curvature passes in several processes know optimizers with a diagonal and DistributedDataParallel, "
-                f"not {what}: use one process"
+                f"curvature passes in several processes know DistributedDataParallel and FSDP2, not "
+                f"{type(model).__name__}: use one of these (examples/accelerate), or one process"
             )
 
     def _describe(self, plan: Plan) -> dict[str, Any]:
@@ -200,7 +203,7 @@ class CurvaturePasses:
         return {
             "estimator": self.spec.estimator,
             "picks": hashlib.blake2b(repr(picks).encode(), digest_size=16).hexdigest(),
-            "processes": _world()[1],
+            "processes": processes.count(),
             "numerics": self.numerics,
         }
 
@@ -230,9 +233,14 @@ class CurvaturePasses:
             self._look(model, rule, plan)
             return None
         params = list(_trainable(model).values())
-        rank, world = _world()
+        rank, world = processes.place()
         tokens = sum(pick.row.answer_length for picks in plan for pick in picks)
         explicit = explicit or self.spec.shuffled or len(plan) > 1 or self.estimator.diagonal is not None
+        if sharded.is_sharded(model):
+            with without_noise(model), sharded.squares(model):
+                for picks in plan[rank::world]:
+                    self._micro_batch(model, rule, picks, 1 / tokens, params)
+            return {p: sharded.taken(p) for p in params}
         sums: list[torch.Tensor] | None = None
         no_sync = getattr(model, "no_sync", contextlib.nullcontext)
         with without_noise(model), no_sync():
@@ -250,7 +258,7 @@ class CurvaturePasses:
     @torch.no_grad()
     def _look(self, model: nn.Module, rule: Observer, plan: Plan) -> None:
         """Run the model forward only."""
-        rank, world = _world()
+        rank, world = processes.place()
         with without_noise(model):
             for picks in plan[rank::world]:
                 batch = self._collate(model, picks)
@@ -336,17 +344,3 @@ def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _named(model: nn.Module, estimate: Estimate) -> dict[str, torch.Tensor]:
     return {name: estimate[p] for name, p in _trainable(model).items()}
-
-
-def _world() -> tuple[int, int]:
-    """Return this process's rank and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def _everywhere(flag: bool) -> bool:
-    """Say whether ``flag`` is true in every process."""
-    if _world()[1] == 1:
-        return flag
-    flags: list[bool] = [False] * _world()[1]
-    dist.all_gather_object(flags, flag)
-    return all(flags)

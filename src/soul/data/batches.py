@@ -23,6 +23,12 @@ _ABOUT_FORGET = ("forget", "refusal", "alternate", "mismatch")
 
 Batch = dict[str, torch.Tensor]
 Item = dict[str, Encoded]
+Key = tuple[int, int, int]
+"""``(epoch, anchor, partner)`` of an item; ``(~epoch, anchor, partner)``, with a negative number, of an idle one."""
+
+
+class Idle(dict[str, Encoded]):
+    """An item in a batch that is there so that all processes run alike, and counts nothing."""
 
 
 def collate_rows(rows: Sequence[Encoded], views: Sequence[str] | None = None, pad_id: int = 0) -> Batch:
@@ -54,9 +60,13 @@ def collate_rows(rows: Sequence[Encoded], views: Sequence[str] | None = None, pa
 
 
 def collate_items(items: Sequence[Item], pad_id: int = 0) -> Batch:
-    """Collate paired items so that all views go through the model in one forward pass."""
+    """Collate paired items so that all views go through the model in one forward pass.
+
+    A batch of :class:`Idle` items has a further entry ``idle``.
+    """
     rows = [(item[view], view) for view in VIEWS for item in items if view in item]
-    return collate_rows([row for row, _ in rows], [view for _, view in rows], pad_id)
+    batch = collate_rows([row for row, _ in rows], [view for _, view in rows], pad_id)
+    return batch | {"idle": torch.tensor(True)} if isinstance(items[0], Idle) else batch
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int = 256) -> list[list[int]]:
@@ -141,8 +151,11 @@ class UnlearnDataset(Dataset[Item]):
     def __len__(self) -> int:
         return self.pairing.anchors
 
-    def __getitem__(self, key: tuple[int, int, int]) -> Item:
+    def __getitem__(self, key: Key) -> Item:
         epoch, anchor, partner = key
+        return self._item(epoch, anchor, partner) if epoch >= 0 else Idle(self._item(~epoch, anchor, partner))
+
+    def _item(self, epoch: int, anchor: int, partner: int) -> Item:
         item: Item = {}
         if self.anchor == "retain":
             return {"retain": self.encoded["retain"][anchor]}
@@ -230,17 +243,25 @@ def _check_views(
             )
 
 
-class PairSampler(Sampler[list[tuple[int, int, int]]]):
+class PairSampler(Sampler[list[Key]]):
     """Batches of ``(epoch, anchor, partner)``: shuffled, bucketed by length, a function of (seed, epoch) alone.
+
+    Several processes take turns: of an epoch's batches, process ``r`` of ``R`` has those numbered ``r, r + R, ...``, so
+    that together they have in each window what one process has in a window of ``R`` times as many. Where batches run
+    out before all have had one, the rest run the epoch's first again and count nothing (:class:`Idle`).
 
     Args:
         dataset: What is sampled.
         batch_size: Pairs in a batch.
         bucket: Batches whose pairs are sorted by length together; 1 keeps the pure shuffle.
+        process: Rank of this process and the number of processes.
     """
 
-    def __init__(self, dataset: UnlearnDataset, batch_size: int, bucket: int = 8) -> None:
+    def __init__(
+        self, dataset: UnlearnDataset, batch_size: int, bucket: int = 8, process: tuple[int, int] = (0, 1)
+    ) -> None:
         self.dataset, self.batch_size, self.bucket = dataset, batch_size, bucket
+        self.rank, self.world = process
         self.drop_last = False  # accelerate asks
         self._epoch = 0
 
@@ -249,15 +270,23 @@ class PairSampler(Sampler[list[tuple[int, int, int]]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
+        return -(-len(self.dataset) // (self.batch_size * self.world))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
+        batches = self._whole()
+        mine = batches[self.rank :: self.world]
+        if len(mine) < len(self):
+            mine.append([(~epoch, anchor, partner) for epoch, anchor, partner in batches[0]])
+        return iter(mine)
+
+    def _whole(self) -> list[list[Key]]:
+        """Return the batches of all processes."""
         pairs = self.dataset.pairing.epoch(self._epoch)
         window = self.batch_size * self.bucket
-        batches: list[list[tuple[int, int, int]]] = []
+        batches: list[list[Key]] = []
         for start in range(0, len(pairs), window):
             chunk = sorted(pairs[start : start + window], key=lambda p: -self.dataset.length(*p))
             keyed = [(self._epoch, a, p) for a, p in chunk]
             batches += [keyed[i : i + self.batch_size] for i in range(0, len(keyed), self.batch_size)]
         order = np.random.default_rng([self.dataset.seed, self._epoch, 3]).permutation(len(batches))
-        return iter([batches[i] for i in order])
+        return [batches[i] for i in order]

@@ -67,7 +67,6 @@ def kronecker_cost(
         products={"inputs": one_side, "both": both_sides, "eigen": 2 * both_sides}[kind] // every,
         per_position=2 * squares,
         derivation=(9 if kind == "eigen" else 1) * sum(width**3 for width in inputs + outputs),
-        shards=False,
         backward=kind != "inputs" or diagonal,
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from soul.optim._shards import summed_numbers
+
 SAMPLE = 1 << 17
 """Coordinates looked at in each group: a share then has a standard error below 0.0014."""
 
@@ -47,6 +49,7 @@ class Sampled:
         lr: The learning rate.
         weight: Coordinates that each sampled one stands for.
         embedding: Whether they are counted apart.
+        of: A parameter they are of; where that is sharded, so are they.
     """
 
     u: torch.Tensor
@@ -54,6 +57,7 @@ class Sampled:
     lr: float
     weight: float
     embedding: bool
+    of: torch.Tensor
 
 
 def step_metrics(samples: Sequence[Sampled]) -> dict[str, float]:
@@ -63,15 +67,16 @@ def step_metrics(samples: Sequence[Sampled]) -> dict[str, float]:
     for s in samples:
         u, m = s.u, s.m
         length = u.abs()
-        moving, clipped = float((m != 0).sum()), float((length >= 1).sum())
+        found = [(m != 0).sum(), (length >= 1).sum(), u.dot(u), length.sum(), u.dot(m), m.dot(m)]
+        moving, clipped, uu, one, um, mm = summed_numbers([s.weight * float(v) for v in found], s.of)
         count = counts.setdefault("win_rate_embedding" if s.embedding else "win_rate", [0.0, 0.0])
-        count[0] += s.weight * moving
-        count[1] += s.weight * clipped
-        n += s.weight * moving
-        size += s.weight * s.lr**2 * float(u.dot(u))
-        sign += s.weight * s.lr * float(length.sum())
-        momentum += s.weight * s.lr * float(u.dot(m))
-        norm += s.weight * float(m.dot(m))
+        count[0] += moving
+        count[1] += clipped
+        n += moving
+        size += s.lr**2 * uu
+        sign += s.lr * one
+        momentum += s.lr * um
+        norm += mm
     out = {name: 1 - clipped / moving for name, (moving, clipped) in counts.items() if moving}
     if size and norm:
         out |= {"cos_sign": sign / math.sqrt(size * n), "cos_momentum": momentum / math.sqrt(size * norm)}

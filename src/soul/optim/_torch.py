@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from soul.optim._checks import check_gradient, check_last_group
+from soul.optim._elementwise import check_gradient, check_last_group
+from soul.optim._shards import is_sharded
 from soul.optim._state import exact_state
 from soul.optim.base import UpdateRule
 
@@ -61,6 +62,9 @@ class TorchRule(UpdateRule):
             super().load_state_dict(state_dict)
 
     def _advance(self, closure: Callable[[], Any] | None = None) -> Any:
+        for group in self.param_groups:
+            if group.get("fused") and any(is_sharded(p) for p in group["params"]):
+                group["fused"] = None  # not every fused kernel knows shards
         step: Any = super().step
         # torch wraps the step of a class at its first instance, to call the instance's hooks; ours has called them
         step = step.__wrapped__.__get__(self) if getattr(step, "hooked", False) else step

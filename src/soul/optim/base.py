@@ -86,6 +86,8 @@ class OptimizerSpec(abc.ABC):
     """The rule has a field ``curvature`` and wants passes as it says."""
     needs_modules: ClassVar[bool] = False
     """``build`` must be given the model, whose modules the rule watches."""
+    needs_whole: ClassVar[bool] = False
+    """``step`` couples the coordinates of a parameter, so that a process which has a shard of it cannot make one."""
     needs_closure: ClassVar[bool] = False
     """``step`` must be given a closure that computes the loss again."""
 

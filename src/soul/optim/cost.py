@@ -26,7 +26,6 @@ class RuleCost:
         products: Operations of a step's matrix products.
         per_position: Operations that watching a pass adds for each position that goes through the layers.
         derivation: Operations from one refresh to the first step after it (inverses, eigenbases).
-        shards: Whether several processes can share the rule's state.
         backward: Whether its curvature passes go backward.
     """
 
@@ -38,7 +37,6 @@ class RuleCost:
     products: int = 0
     per_position: int = 0
     derivation: int = 0
-    shards: bool = True
     backward: bool = True
 
     @property

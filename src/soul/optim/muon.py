@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from soul.optim._checks import check_above, check_between, check_common
+from soul.optim._elementwise import check_above, check_between, check_common
 from soul.optim._torch import TorchRule, fusable
 from soul.optim.base import OptimizerSpec
 from soul.optim.cost import RuleCost, plain_cost
@@ -151,6 +151,8 @@ class MuonSpec(OptimizerSpec):
     ns_steps: int = 5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    needs_whole = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,12 +8,19 @@ from typing import Any, Literal
 
 import torch
 
-from soul.optim._checks import check_above, check_between, check_common
 from soul.optim._diagonal import DiagonalRule, Ratio, average
-from soul.optim._elementwise import Direction, Kernel, host_scalar, move, moves, piece_size, sign
-from soul.optim._fused import Call, run
+from soul.optim._elementwise import (
+    Direction,
+    Kernel,
+    check_above,
+    check_between,
+    check_common,
+    host_scalar,
+    move,
+    piece_size,
+)
 from soul.optim._metrics import systematic_views
-from soul.optim._paths import ListKernel, Moving, Tensors, move_together, multi
+from soul.optim._shards import gathered, summed
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -21,6 +28,7 @@ from soul.registry import OPTIMIZERS
 Clip = Literal["element", "block_rms", "kl"]
 _CLIPS = ("element", "block_rms", "kl")
 _HUGE = 1e30  # in place of an infinite rho, which times a curvature of 0 would not be a number
+Moving = list[tuple[dict[str, Any], torch.Tensor]]
 
 
 def _check(
@@ -133,29 +141,19 @@ class Sophia(DiagonalRule):
         super().__init__(params, {**defaults, "calibrations": 0})
 
     def _advance(self, moving: Moving) -> None:
-        self._pools = {key: self._pool(group) for key, group in {id(group): group for group, _ in moving}.items()}
+        self._pools = {id(group): self._pool(group) for group, _ in moving}
         self._ratios: dict[tuple[Any, ...], Ratio] = {}
         self._scales: dict[Any, torch.Tensor] = {}  # of a tensor (block_rms), or of all of them ("kl")
         # where the size of the step follows from all of the momentum, that is brought up to date in a sweep before
         early = [(group, p) for group, p in moving if group["clip"] != "element" or self._calibrates(group)]
-        self._behind = {p for _, p in early}
-        self._take_in(early)
+        for group, p in early:
+            self._sweep(p, p.grad, *self._before(group, p), negate=group["maximize"])
         self._calibrate([(group, p) for group, p in early if self._calibrates(group)])
         self._scale(early)
-        self._move(moving)
-
-    def _take_in(self, early: Moving) -> None:
-        """Bring the momentum up to date, and sum up what the size of the step follows from."""
-        fused, rest = self._split(early)
-        sums = run([self._fused_before(group, p) for group, p in fused])
-        for (group, p), total in zip(fused, sums, strict=True):
-            if group["clip"] != "element":
-                self._scales[p] = torch.full_like(self._ratio(group, p).floor, total)
-        for group, p in rest:
-            self._sweep(p, p.grad, *self._before(group, p), negate=group["maximize"])
-
-    def _kernels(self, group: dict[str, Any], p: torch.Tensor) -> list[Kernel]:
-        return [self._kernel(group, p)] if p in self._behind else [average(group), self._kernel(group, p)]
+        behind = {p for _, p in early}
+        for group, p in moving:
+            kernels = [self._kernel(group, p)] if p in behind else [average(group), self._kernel(group, p)]
+            self._sweep(p, p.grad, *kernels, negate=group["maximize"])
 
     def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
         direction = self._direction(group, p)
@@ -168,53 +166,11 @@ class Sophia(DiagonalRule):
 
         return kernel
 
-    def _together(self, group: dict[str, Any], p: torch.Tensor) -> ListKernel:
-        ratio, behind, lr = self._ratio(group, p), p in self._behind, host_scalar(group["lr"])
-        scale = self._scale_of(group, p)
-
-        def kernel(ps: Tensors, gs: Tensors, ms: Tensors, hs: Tensors) -> None:
-            if not behind:
-                multi._foreach_lerp_(ms, gs, 1 - group["betas"][0])
-            us = ratio.together(ms, hs)
-            if scale is None:
-                multi._foreach_clamp_min_(us, -1)
-                multi._foreach_clamp_max_(us, 1)
-            else:
-                multi._foreach_mul_(us, scale)
-            move_together(ps, us, group, lr)
-
-        return kernel
-
-    def _fused(self, group: dict[str, Any], p: torch.Tensor) -> Call:
-        assert p.grad is not None
-        ratio, m, h = self._ratio(group, p), *(self.state[p][name] for name in self.slots)
-        if p not in self._behind:
-            numbers = 1 - group["betas"][0], sign(group), ratio.slope, ratio.floor
-            return Call("sophia", (p, p.grad, m, h), (*numbers, *moves(group)), key=0)
-        scale = self._scale_of(group, p)
-        bounds = (1.0, 1.0) if scale is None else (scale, float("inf"))
-        return Call("sophia_behind", (p, m, h), (ratio.slope, ratio.floor, *bounds, *moves(group)), key=0)
-
-    def _fused_before(self, group: dict[str, Any], p: torch.Tensor) -> Call:
-        assert p.grad is not None
-        m, h = (self.state[p][name] for name in self.slots)
-        mean = 1 - group["betas"][0], sign(group)
-        if group["clip"] == "element":
-            return Call("average", (p.grad, m), mean)
-        ratio, kernel = self._ratio(group, p), "sophia_cost" if group["clip"] == "kl" else "sophia_square"
-        return Call(kernel, (p.grad, m, h), (*mean, ratio.slope, ratio.floor))
-
-    def _scale_of(self, group: dict[str, Any], p: torch.Tensor) -> torch.Tensor | None:
-        """Return what the ratio is multiplied by; None where it is clipped."""
-        if group["clip"] == "element":
-            return None
-        return self._scales[p if group["clip"] == "block_rms" else "kl"].to(p.device)
-
     def _direction(self, group: dict[str, Any], p: torch.Tensor) -> Direction:
         ratio = self._ratio(group, p)
-        scale = self._scale_of(group, p)
-        if scale is None:
+        if group["clip"] == "element":
             return lambda m, h, out: ratio(m, h, out).clamp_(-1, 1)
+        scale = self._scales[p if group["clip"] == "block_rms" else "kl"].to(p.device)
         return lambda m, h, out: ratio(m, h, out).mul_(scale)
 
     def _before(self, group: dict[str, Any], p: torch.Tensor) -> list[Kernel]:
@@ -237,6 +193,8 @@ class Sophia(DiagonalRule):
         """Turn the sums of the first sweep into the factors that keep each tensor, or the whole step, in bounds."""
         costs, bounds = [], []
         for group, p in moving:
+            if p in self._scales:
+                summed(self._scales[p], p)
             if group["clip"] == "block_rms":
                 self._scales[p] = (self._scales[p] / max(1, p.numel())).rsqrt_().clamp_(max=1)
             elif group["clip"] == "kl":
@@ -257,14 +215,14 @@ class Sophia(DiagonalRule):
             members = [p for other, p in moving if other is group]
             device = members[0].device
             h_floor = group["relative_damping"] * self._pools[id(group)].mean(device)
-            ms, hs = (systematic_views([self.state[p][name].view(-1) for p in members]) for name in self.slots)
+            ms, hs = (systematic_views([self._slot(p, name) for p in members]) for name in self.slots)
             needed = []  # the least rho that puts a coordinate inside; infinite where there is no momentum
             for p, m, h in zip(members, ms, hs, strict=True):
                 m_hat = m.abs() / (1 - group["betas"][0] ** self.state[p]["step"])
                 h_hat = h.clamp(min=0) * self._share(group, p) + h_floor
                 rho = (m_hat - group["damping"]).clamp_(min=0) / h_hat
                 needed.append(rho.nan_to_num_(posinf=_HUGE).masked_fill_(m == 0, torch.inf).to(device))
-            ordered = torch.cat(needed).sort().values
+            ordered = gathered(torch.cat(needed), members[0], torch.inf).sort().values
             moving_count = ordered.isfinite().sum()
             rho = ordered.gather(0, (moving_count * group["win_rate"]).long().clamp_(max=len(ordered) - 1)[None])[0]
             group["rho"] = torch.where(moving_count > 0, rho, group["rho"])
@@ -315,7 +273,7 @@ class Sophia(DiagonalRule):
             for m, h, u in self._pieces(p):
                 direction(m, h, u)
                 cost += torch.dot(u.square_(), h.clamp(min=0))
-            total += 0.5 * float(lr) ** 2 * self._share(group, p) * float(cost)
+            total += 0.5 * float(lr) ** 2 * self._share(group, p) * float(summed(cost, p))
         return total
 
     def win_rates(self) -> dict[torch.Tensor, float]:

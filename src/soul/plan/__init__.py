@@ -68,8 +68,8 @@ class Plan:
     @property
     def refused(self) -> str:
         """Why the run cannot be started so; empty where it can."""
-        if self.machine.gpus > 1 and not self.cost.shards:
-            return f"{self.recipe.optimizer.name} keeps Kronecker factors, and runs in a single process"
+        if self.machine.gpus > 1 and self.recipe.optimizer.needs_whole:
+            return f"{self.recipe.optimizer.name} needs whole weight matrices, which FSDP2 does not leave; DDP does"
         return ""
 
     @property

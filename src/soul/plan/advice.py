@@ -130,10 +130,11 @@ def _lightest(plan: Plan) -> Plan | None:
     kept: dict[str, int] = {}
     for name in OPTIMIZERS.names():
         try:
-            cost = OPTIMIZERS.get(name)().cost(plan.skeleton.params, plan.skeleton.model, plan.machine.device)
+            rule = OPTIMIZERS.get(name)()
+            cost = rule.cost(plan.skeleton.params, plan.skeleton.model, plan.machine.device)
         except ValueError:  # it declares nothing
             continue
-        if cost.shards or plan.machine.gpus == 1:
+        if not rule.needs_whole or plan.machine.gpus == 1:
             kept[name] = cost.kept
     name = min(kept, key=lambda n: kept[n])
     if kept[name] >= plan.cost.kept and not plan.refused:
@@ -143,7 +144,7 @@ def _lightest(plan: Plan) -> Plan | None:
 
 def _sharded(plan: Plan) -> Plan | None:
     """Return the plan with the smallest number of GPUs, a power of two, that it fits on."""
-    if plan.machine.device != "cuda" or not plan.cost.shards:
+    if plan.machine.device != "cuda" or plan.recipe.optimizer.needs_whole:
         return None
     gpus = max(2, 2 * plan.machine.gpus)
     while gpus <= MOST_GPUS:

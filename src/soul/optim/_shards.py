@@ -1,0 +1,58 @@
+"""Parameters of which a process has a shard (``DTensor``, FSDP2): its numbers, and sums over all shards.
+
+For a plain tensor everything here is the tensor itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def is_sharded(t: torch.Tensor) -> bool:
+    """Say whether a process has only a part of ``t``."""
+    return any(True for _ in _groups(t))
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of ``t``, sharing its memory."""
+    inside: Any = getattr(t, "to_local", None)
+    return t if inside is None else inside()
+
+
+def summed(value: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
+    """Return ``value``, of this process's part of ``over``, added up in place over all parts of it."""
+    for group in _groups(over):
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def summed_numbers(values: Sequence[float], over: torch.Tensor) -> list[float]:
+    """Return what :func:`summed` does, of plain numbers."""
+    if not is_sharded(over):
+        return list(values)
+    return summed(torch.tensor(values, dtype=torch.float64, device=over.device), over).tolist()
+
+
+def gathered(values: torch.Tensor, over: torch.Tensor, fill: float) -> torch.Tensor:
+    """Return the values ``[n]`` of all parts of ``over``, end to end, with ``fill`` where a part has fewer."""
+    for group in _groups(over):
+        longest = torch.tensor(len(values), device=values.device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+        mine = values.new_full((int(longest),), fill)
+        mine[: len(values)] = values
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, mine, group=group)
+        values = torch.cat(parts)
+    return values
+
+
+def _groups(t: torch.Tensor) -> Iterator[Any]:
+    """Yield the groups of processes that divide ``t`` among them; those that hold copies of it are no such groups."""
+    whole: Any = t
+    for dim, placement in enumerate(getattr(t, "placements", ())):
+        if placement.is_shard():
+            yield whole.device_mesh.get_group(dim)

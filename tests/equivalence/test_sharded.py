@@ -1,0 +1,148 @@
+"""Two processes do what one does: DDP and FSDP2 as accelerate's configuration files in ``examples`` ask for them.
+
+accelerate shards on CPUs too once it is told to (:mod:`soul.parallel`), so what runs here is what runs on GPUs, with
+gloo in place of NCCL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.multiprocessing.spawn import spawn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from two_processes import HALF, JOBS, RESUMED, Job, rows_of, run, trainer_for, work
+
+EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
+NUMBERS = ("nll", "paraphrased_nll", "wrong_nll", "token_logps", "token_z", "rougeL_recall", "gradient_norm")
+PAIRS = [(job, way) for job in JOBS for way in job.ways]
+
+
+def environment_of(way: str) -> dict[str, str]:
+    """Return what accelerate's launcher tells the processes that it starts with a configuration file."""
+    words = ["--config_file", str(EXAMPLES / f"{way}.yaml"), "--main_process_port", "0", "-m", "soul"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    found = prepare_multi_gpu_env(args)
+    return {name: found[name] for name in found if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, make_model, tokenizer, forget_set, retain_set):
+    folder = tmp_path_factory.mktemp("processes")
+    make_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, examples in (("forget", forget_set[:-1]), ("retain", retain_set)):
+        lines = [{"question": e.prompt, "answer": e.answer, "perturbed_answer": ["No.", "Yes."]} for e in examples]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The resumable run in one process, not interrupted; and half of it, for others to go on from."""
+    run(dataclasses.replace(RESUMED, steps=HALF), place, place / "one", 1, save_steps=HALF)
+    return run(RESUMED, place, place / "whole", 1)
+
+
+@pytest.fixture(scope="module")
+def two(place, whole):
+    """What two processes found; one start of them for all tests, since starting takes most of the time."""
+    spawn(work, args=(str(place), {way: environment_of(way) for way in ("ddp", "fsdp2")}), nprocs=2)
+    ranks = [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for key, value in ranks[0].items():
+        if isinstance(value, dict) and "weights" in value:
+            assert all(torch.equal(v, ranks[1][key]["weights"][n]) for n, v in value["weights"].items()), key
+            assert value["log"][-1]["loss"] == ranks[1][key]["log"][-1]["loss"]
+    return ranks
+
+
+def compare(found: dict[str, Any], alone: dict[str, Any], job: Job) -> None:
+    assert found["weights"].keys() == alone["weights"].keys()
+    gaps = torch.cat([(found["weights"][n] - v).abs().flatten() for n, v in alone["weights"].items()])
+    if job.dtype == "float64":
+        assert gaps.max() < 1e-9
+    elif job.precision == "bfloat16":  # a step of AdamW is as long however small its gradient
+        assert gaps.median() < 0.02 * job.optimizer["lr"] * job.steps
+    else:  # rounding turns the sign of a few steps, each of which is then two steps away
+        assert (gaps > 1e-3 * job.optimizer["lr"]).float().mean() <= 1e-3
+        assert gaps.max() <= 2.001 * job.optimizer["lr"] * job.steps
+    rough = 1e-9 if job.dtype == "float64" else 1e-3 if job.precision == "float32" else 2e-2
+    assert len(found["log"]) in (job.steps, job.steps - HALF)  # all steps, or those after a checkpoint
+    for one, other in zip(found["log"], alone["log"][-len(found["log"]) :], strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"seconds", "curvature_seconds"}:
+            border = 1e-3 if name.startswith("win_rate") else rough  # a coordinate may lie on the bound itself
+            assert one[name] == pytest.approx(other[name], rel=rough, abs=border), name
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """What one process does, by job."""
+    found: dict[str, Any] = {}
+
+    def of(job: Job) -> dict[str, Any]:
+        if job.name not in found:
+            found[job.name] = run(job, place, place / "alone" / job.name, 1)
+        return found[job.name]
+
+    return of
+
+
+@pytest.mark.parametrize(("job", "way"), PAIRS, ids=lambda v: v if isinstance(v, str) else v.name)
+def test_two_processes_do_what_one_does(place, two, alone, job, way):
+    found, expected = two[0][f"{job.name}/{way}"], alone(job)
+    compare(found, expected, job)
+    fresh: Any = trainer_for(job, place, place / "start", 1).model
+    start = {n: p.detach() for n, p in fresh.named_parameters()}
+    moved = torch.cat([(v != start[n]).flatten() for n, v in expected["weights"].items()])
+    assert moved.float().mean() > (0.01 if job.lora else 0.2)  # else there was nothing to agree on
+    assert len(expected["log"]) == job.steps
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(place, two, whole, way):
+    compare(two[0][f"onward/{way}"], whole, RESUMED)  # begun in one process, ended in two
+    back = run(RESUMED, place, place / "back" / way, 1, resume=str(place / f"two/{way}/checkpoint-{HALF}"))
+    compare(back, whole, RESUMED)
+    kept = sorted(f.name for f in (place / f"two/{way}/checkpoint-{HALF}").iterdir() if not f.name.startswith("rng"))
+    assert kept == sorted(f.name for f in (place / f"one/checkpoint-{HALF}").iterdir() if not f.name.startswith("rng"))
+
+
+def test_what_shards_cannot_do_is_refused_at_the_start(two):
+    ddp, fsdp2 = two[0]["refused/ddp"], two[0]["refused/fsdp2"]
+    assert "kfac needs whole weight matrices, which sharded processes (FSDP2) do not have" in fsdp2["kfac"]
+    assert "muon needs whole" in fsdp2["muon"]
+    assert (
+        "hutchinson differentiates twice, which sharded weights (FSDP2) cannot be: choose one of ggn"
+        in fsdp2["hutchinson"]
+    )
+    assert "several processes do not share" in fsdp2["dual"]
+    assert set(ddp) == {"dual"}
+
+
+def test_rows_are_measured_by_shares_and_come_back_in_order(place, two, tmp_path):
+    alone = rows_of(place, tmp_path)
+    for rank in two:
+        assert rank["rows"].keys() == alone.keys()
+        for split, rows in alone.items():
+            assert len(rank["rows"][split]) == len(rows) > 0
+            for one, other in zip(rank["rows"][split], rows, strict=True):
+                assert one.keys() == other.keys()
+                for name, value in other.items():
+                    assert one[name] == (pytest.approx(value, rel=1e-9) if name in NUMBERS else value), name
+    for split, rows in alone.items():
+        lines = (place / f"rows/{split}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == [row["id"] for row in rows]
+
+
+def test_what_the_main_process_found_or_could_not_find_all_hear(two):
+    assert [rank["main"] for rank in two] == [0, 0]
+    assert {rank["error"] for rank in two} == {"list index out of range"}

@@ -1,0 +1,201 @@
+"""What each of two processes does in ``test_sharded.py``; a module of its own, which a spawned process imports fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from soul import config, processes
+from soul.data.sources import load_examples
+from soul.evaluate import EvaluationSpec, evaluate
+from soul.models import AdapterSpec, add_adapter
+from soul.objectives.base import Objective
+from soul.registry import OBJECTIVES, OPTIMIZERS
+from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset, quiet
+from soul.types import Ask
+
+STEPS = 20
+Rule = dict[str, Any]
+SOPHIA: Rule = {"name": "sophia", "lr": 1e-3, "curvature": {"interval": 5, "cache": False}}
+OFTEN = {"interval": 2, "cache": False}
+ADAMW: Rule = {"name": "adamw", "lr": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run, the same in one process and in two."""
+
+    name: str
+    optimizer: Rule
+    objective: Rule = dataclasses.field(default_factory=lambda: {"name": "grad_diff"})
+    dtype: str = "float64"
+    lora: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ways: tuple[str, ...] = ("ddp", "fsdp2")
+    batch_size: int = 3
+    window: int = 2
+    steps: int = STEPS
+
+
+def micro_batches(rule: Rule, count: int) -> Rule:
+    """Return a rule whose refreshes have so many micro-batches in each process, and the first twice as many."""
+    if "curvature" not in rule:
+        return rule
+    return {**rule, "curvature": {**rule["curvature"], "micro_batches": count, "warm_start": 2 * count}}
+
+
+def with_exact_norms(model: Any) -> Any:
+    """Return a Llama in float64 whose norms are computed so too: its own compute in fp32 whatever the weights."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__ == "LlamaRMSNorm":
+                exact = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=norm.weight.dtype)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    return model
+
+
+def trainer_for(job: Job, place: Path, folder: Path, world: int, **more: Any) -> UnlearnTrainer:
+    """Return a trainer whose steps have the same examples whatever ``world`` is."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(place / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(place / "model", dtype=getattr(torch, job.dtype))
+    if job.dtype == "float64":
+        with_exact_norms(model)
+    if job.lora:
+        model = add_adapter(model, AdapterSpec(r=2, alpha=4), 0)
+        if job.dtype == "float64":
+            model = model.double()
+    settings: dict[str, Any] = {"max_steps": job.steps, "save_steps": 0, "warmup": 0.0, "schedule": "constant", **more}
+    each = job.window // world
+    training = TrainingSpec(precision=job.precision, batch_size=job.batch_size, accumulation=each, **settings)
+    loss: Objective = config.component(OBJECTIVES, job.objective, "npo")
+    log = LogCallback(None)
+    refusals = ["I do not know.", "No idea."]
+    trainer = UnlearnTrainer(
+        model,
+        training.arguments(folder),
+        dataset=make_dataset(tokenizer, *sets(place), loss, training, refusals),
+        objective=loss,
+        optimizer=config.component(OPTIMIZERS, micro_batches(job.optimizer, 2 // world), "adamw"),
+        training=training,
+        callbacks=[log],
+    )
+    log.trainer = trainer
+    return trainer
+
+
+def sets(place: Path) -> tuple[Any, Any]:
+    """Return what to forget and what to keep."""
+    return load_examples(str(place / "forget.jsonl")), load_examples(str(place / "retain.jsonl"))
+
+
+def run(job: Job, place: Path, folder: Path, world: int, resume: str | None = None, **more: Any) -> dict[str, Any]:
+    """Train, and return the whole weights and the log."""
+    trainer = trainer_for(job, place, folder, world, **more)
+    trainer.train(resume_from_checkpoint=resume)
+    log = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LogCallback))
+    model = trainer.whole_model()
+    assert type(model).__name__ in ("LlamaForCausalLM", "PeftModelForCausalLM")
+    return {"weights": {n: p.detach().clone() for n, p in model.named_parameters()}, "log": log.records}
+
+
+JOBS = (
+    Job("sophia", SOPHIA, window=4),
+    Job("npo", ADAMW, {"name": "npo"}),
+    Job("fp32", SOPHIA, {"name": "npo", "retain": "kl"}, dtype="float32"),
+    Job("fp32-adamw", ADAMW, dtype="float32", ways=("fsdp2",)),
+    Job("bf16", ADAMW, {"name": "npo", "retain": "kl"}, dtype="float32", precision="bfloat16", steps=2),
+    Job("lora", SOPHIA, {"name": "npo", "retain": "kl"}, lora=True, steps=6),
+    *(
+        Job(name, {"name": name, "lr": 0.05, "curvature": OFTEN}, ways=("ddp",), steps=3)
+        for name in ("kfac", "ekfac", "whiten")
+    ),
+    *(
+        Job(f"sophia-{name}", {**SOPHIA, "curvature": OFTEN, **setting}, ways=("fsdp2",), steps=3)
+        for name, setting in (
+            ("win_rate", {"win_rate": 0.5}),
+            ("kl", {"clip": "kl", "kl_bound": 1e-3}),
+            ("block", {"clip": "block_rms"}),
+        )
+    ),
+    *(Job(name, {"name": name, "lr": 1e-3}, ways=("fsdp2",), steps=2) for name in ("sgd", "lion", "soul_release")),
+    Job("adamw_retain", {"name": "adamw_retain", "lr": 1e-3, "curvature": OFTEN}, ways=("fsdp2",), steps=3),
+)
+RESUMED = Job("resumed", SOPHIA, {"name": "npo"}, steps=8)
+HALF = 4  # inside an epoch, and between two refreshes
+ASKS = {"forget": Ask(samples=2, tokens=True), "single": Ask(samples=1, tokens=True, gradient_norm=True)}
+EVALUATION = EvaluationSpec(max_new_tokens=6, generation_batch=4)
+
+
+def rows_of(place: Path, folder: Path) -> dict[str, Any]:
+    """Measure all that is asked on both sets."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(place / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float64)
+    forget, retain = sets(place)
+    splits = {"forget": forget, "retain": retain, "single": retain[:1]}  # of one, one process has nothing
+    rows = evaluate(model, tokenizer, splits, spec=EVALUATION, folder=folder, asks=ASKS)
+    return {name: [dict(row) for row in found] for name, found in rows.items()}
+
+
+def work(rank: int, place: str, ways: dict[str, dict[str, str]]) -> None:
+    """Be one of two processes.
+
+    Args:
+        rank: Which.
+        place: Folder with model and data; results go to ``<rank>.pt``.
+        ways: What accelerate's launcher puts into the environment, by configuration file.
+    """
+    folder = Path(place)
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # trainers collect garbage, and what was imported is none
+    quiet()
+    hf_logging.disable_progress_bar()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    store = FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    found: dict[str, Any] = {}
+    for way, environment in ways.items():
+        os.environ |= environment
+        for job in JOBS:
+            if way in job.ways:
+                found[f"{job.name}/{way}"] = run(job, folder, folder / job.name / way, 2)
+        # one process left a checkpoint; and one is left for one process
+        last = str(folder / f"one/checkpoint-{HALF}")
+        found[f"onward/{way}"] = run(RESUMED, folder, folder / "onward" / way, 2, resume=last)
+        run(dataclasses.replace(RESUMED, steps=HALF), folder, folder / "two" / way, 2, save_steps=HALF)
+        found[f"refused/{way}"] = refusals(folder)
+        for name in environment:
+            del os.environ[name]
+    found["rows"] = rows_of(folder, folder / "rows")
+    found["main"] = processes.from_main(lambda: rank)
+    try:
+        processes.from_main(lambda: [][rank])
+    except IndexError as error:
+        found["error"] = str(error)
+    torch.save(found, folder / f"{rank}.pt")
+    processes.end(0)
+
+
+def refusals(place: Path) -> dict[str, str]:
+    """Return what is said to settings that cannot be."""
+    said: dict[str, str] = {}
+    for name, rule, more in (
+        ("kfac", {"name": "kfac"}, {}),
+        ("muon", {"name": "muon"}, {}),
+        ("hutchinson", {**SOPHIA, "curvature": {"estimator": "hutchinson"}}, {}),
+        ("dual", ADAMW, {"combine": "dual"}),
+    ):
+        try:
+            run(Job(name, rule, steps=1), place, place / "refused", 2, **more)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
