@@ -1,79 +1,220 @@
-"""Seconds of one step of each elementwise rule, beside torch's fused AdamW, on tensors shaped like a 135M model's.
+"""What a step of each elementwise rule takes, beside torch's AdamW, the released code and the least there can be.
 
-    python benchmarks/optimizer_step.py --threads 2
+    python benchmarks/optimizer_step.py --json docs/results/optimizer-step.json
 
-Steps are interleaved, round by round, so that a change of the machine's load meets all rules; medians and minima over
-the rounds. ``metrics``, ``refresh`` (``update_curvature``) and ``kl`` (``predicted_kl``) are no part of a step and are
-timed apart. The shapes are those of SmolLM2-135M: an embedding of 49,152 x 576 and thirty layers.
+On tensors shaped like SmolLM2-135M's (an embedding of 49,152 x 576 and thirty layers), or fewer of its layers
+(``--parameters``). All take turns, round by round, so that a change of the machine's load meets all of them; a ratio is
+the median over rounds of one time over another of the same round. Everyone works on the same weights, gradients and
+states, which keeps 135M parameters within 2.4 GB; ``--rules`` picks fewer.
+
+The floor of a rule is the same reads and writes in place with next to no arithmetic, by a kernel compiled like the
+rule's ; the bandwidth of a copy says less, since a copy writes to
+memory that it has not read. ``refresh`` (``update_curvature`` of squared gradients) comes every k-th step and is apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
+import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from soul.optim import SGD, AdamWRetain, Lion, Signum, Sophia, SoulRelease
+from _machine import Now, cpu_name, table
+from _paths import ReleasedSophiaG
+from soul.optim import AdamWRetain, Lion, Signum, Sophia, SoulRelease, _fused
+from soul.stored import write_json
 
+FLOORS = {"one": "floor: p g m h read, p m written", "two": "floor: p g m h read, p m h written"}
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]
-RULES: dict[str, Callable[..., Any]] = {
-    "torch AdamW, fused": functools.partial(torch.optim.AdamW, fused=True),
-    "sophia": Sophia,
-    "sophia, weight decay": functools.partial(Sophia, weight_decay=0.1),
-    "sophia, block_rms": functools.partial(Sophia, clip="block_rms", rho=1.0),
-    "sophia, kl": functools.partial(Sophia, clip="kl", rho=1.0),
-    "adamw_retain": AdamWRetain,
-    "soul_release": functools.partial(SoulRelease, weight_decay=0.0),
-    "lion": Lion,
-    "signum": Signum,
-    "sgd": SGD,
-}
+FULL, BASE = 134.5, "torch AdamW, fused"
+Timed = dict[str, Callable[[], Any]]
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Return the seconds of ``action``."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+def shapes(millions: float) -> list[tuple[int, ...]]:
+    """Return the shapes of at least so many parameters: the embedding (a share of its rows) and whole layers."""
+    share = min(1.0, millions / FULL)
+    return [(round(49152 * share), 576), *LAYER * max(1, round(30 * share)), (576,)]
+
+
+def floors() -> dict[str, Callable[..., float]]:
+    """Return kernels with the reads and writes of a rule: ``(p, g, m, h, scalar)``."""
+    from numba import njit
+
+    @njit(nogil=True, fastmath={"contract"}, error_model="numpy")
+    def one_written(p: Any, g: Any, m: Any, h: Any, w: Any) -> float:
+        for i in range(p.size):
+            m[i] += w * (g[i] - m[i])
+            p[i] -= w * (m[i] + h[i])
+        return 0.0
+
+    @njit(nogil=True, fastmath={"contract"}, error_model="numpy")
+    def two_written(p: Any, g: Any, m: Any, h: Any, w: Any) -> float:
+        for i in range(p.size):
+            m[i] += w * (g[i] - m[i])
+            h[i] += w * (g[i] - h[i])
+            p[i] -= w * (m[i] + h[i])
+        return 0.0
+
+    return {FLOORS["one"]: one_written, FLOORS["two"]: two_written}
+
+
+def prepared(rule: Any, states: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """Return a rule that works on the tensors that all work on, as after a step and a refresh."""
+    names = getattr(rule, "slots", None) or ("exp_avg", "hessian" if "bs" in rule.defaults else "exp_avg_sq")
+    for p, pair in zip(rule.param_groups[0]["params"], states, strict=True):
+        state = rule.state[p]
+        state.update(zip(names, pair, strict=False))
+        if "exp_avg_sq" in names:
+            state["step"] = torch.tensor(1.0)
+        elif "curvature" in names:
+            state |= {"step": 1, "refreshes": 1, "signed": False, "curvature_sum": pair[1].sum()}
+        else:
+            state["step"] = 1
+    return rule
+
+
+def tiles_of(kernel: Callable[..., float], tensors: list[tuple[torch.Tensor, ...]]) -> list[_fused.Tile]:
+    """Return a kernel on pieces of the size that rules work on."""
+    found: list[_fused.Tile] = []
+    for members in tensors:
+        arrays = [_fused.array(t) for t in members]
+        for start in range(0, arrays[0].size, _fused.TILE):
+            found.append((kernel, (*(a[start : start + _fused.TILE] for a in arrays), np.float32(1e-6))))
+    return found
+
+
+def by_path(rule: Any, path: str, verb: str) -> None:
+    """Make a step, or take in curvature, in one of the ways there are."""
+    rule.path = path
+    getattr(rule, verb)()
+
+
+def contenders(params: list[torch.nn.Parameter], wanted: list[str]) -> Timed:
+    """Return what is timed, by name."""
+    states = [(torch.zeros_like(p).detach(), torch.full_like(p, 1e-8).detach()) for p in params]
+    out: Timed = {}
+
+    def add(name: str, make: Callable[[], Any], *paths: str) -> None:
+        if wanted and name != BASE and not any(name.startswith(start) for start in wanted):
+            return
+        rule = prepared(make(), states)
+        if not paths:
+            out[name] = rule.step
+        for path in paths:
+            if path != "fused" or _fused.available():
+                out[f"{name}, {path}"] = functools.partial(by_path, rule, path, "step")
+                if name == "sophia" and path != "foreach":
+                    out[f"{name}, {path}, refresh"] = functools.partial(by_path, rule, path, "update_curvature")
+
+    def build(cls: Any, **settings: Any) -> Callable[[], Any]:
+        return functools.partial(cls, params, lr=1e-6, **settings)
+
+    add(BASE, build(torch.optim.AdamW, fused=True))
+    add("torch AdamW, foreach", build(torch.optim.AdamW, foreach=True))
+    add("released SophiaG", functools.partial(ReleasedSophiaG, params))
+    add("sophia", build(Sophia), "fused", "foreach", "reference")
+    add("sophia weight decay", build(Sophia, weight_decay=0.1), "fused")
+    add("sophia block_rms", build(Sophia, clip="block_rms", rho=1.0), "fused", "reference")
+    add("sophia kl", build(Sophia, clip="kl", rho=1.0), "fused", "reference")
+    for name, cls in {"adamw_retain": AdamWRetain, "soul_release": SoulRelease, "lion": Lion, "signum": Signum}.items():
+        add(name, build(cls), "fused", "reference")
+    if _fused.available():
+        tensors = [(p.detach(), p.grad, *pair) for p, pair in zip(params, states, strict=True) if p.grad is not None]
+        for name, kernel in floors().items():
+            out[name] = functools.partial(_fused.run_tiles, tiles_of(kernel, tensors))
+    return out
+
+
+def measured(actions: Timed, rounds: int, now: Now) -> dict[str, list[float]]:
+    """Return the seconds of each action in each round; one round more makes everything ready.
+
+    The order changes from round to round, so that nobody always finds in the cache what the same other one left.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    order, names = random.Random(0), list(actions)
+    for i in range(rounds + 1):
+        for name in names:
+            started = now()
+            actions[name]()
+            if i:
+                seconds[name].append(now() - started)
+        order.shuffle(names)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, other: str) -> dict[str, float]:
+    """Return the quartiles over rounds of how many times as long ``name`` takes."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds[name], seconds[other], strict=True)], n=4)
+    return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+def lines_of(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Return a line for each action."""
+    lines: list[dict[str, Any]] = []
+    for name, found in seconds.items():
+        line: dict[str, Any] = {"name": name, "milliseconds": round(statistics.median(found) * 1e3, 1)}
+        line["to_adamw_fused"] = ratio(seconds, name, BASE)
+        floor = FLOORS["two" if name.startswith(("torch", "released", "soul_release")) else "one"]
+        if floor in seconds and not name.startswith(("lion", "signum")) and not name.endswith("refresh"):
+            line["to_floor"] = ratio(seconds, name, floor)
+        lines.append(line)
+    return lines
+
+
+def shown(value: dict[str, float] | None) -> str:
+    """Return a ratio and its quartiles."""
+    return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})" if value else ""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--rules", nargs="*", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--parameters", type=float, default=FULL, metavar="MILLIONS")
+    parser.add_argument("--rules", nargs="*", default=[], help="beginnings of names; all by default")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="one thread, and its processor seconds in place of the clock's: for machines that others keep busy",
+    )
+    parser.add_argument("--json", type=Path, help="where to record what was found")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    threads = 1 if args.processor_time else args.threads
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in [(49152, 576), *LAYER * 30, (576,)]]
+    params = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes(args.parameters)]
     for p in params:
         p.grad = torch.randn(p.shape) * 1e-4
-    print(
-        f"{sum(p.numel() for p in params) / 1e6:.1f}M parameters, {args.threads} threads, milliseconds: median (least)"
-    )
-    rules = {name: RULES[name](params, lr=1e-6) for name in args.rules}
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in rules}
-    for i in range(args.rounds + 1):
-        for name, rule in rules.items():
-            actions = {"refresh": "update_curvature", "step": "step", "metrics": "metrics", "kl": "predicted_kl"}
-            for label, verb in actions.items():
-                if hasattr(rule, verb) and (label == "step" or i % 3 == 0):
-                    seconds = timed(getattr(rule, verb))
-                    if i:  # the first round makes the state
-                        times[name].setdefault(label, []).append(seconds)
-    base = times[args.rules[0]]["step"]
-    for name, found in times.items():
-        shown = [f"{label} {statistics.median(t) * 1e3:.0f} ({min(t) * 1e3:.0f})" for label, t in found.items()]
-        ratio = statistics.median(found["step"]) / statistics.median(base)
-        print(
-            f"{name:22} {ratio:.2f} ({min(found['step']) / min(base):.2f}) of the first; {', '.join(shown)}", flush=True
-        )
+    now = time.process_time if args.processor_time else time.perf_counter
+    seconds = measured(contenders(params, args.rules), args.rounds, now)
+    record = {
+        "parameters": sum(p.numel() for p in params),
+        "threads": threads,
+        "clock": "processor time" if args.processor_time else "wall clock",
+        "rounds": args.rounds,
+        "processor": cpu_name(),
+        "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 1),
+        "lines": lines_of(seconds),
+    }
+    head = ["", "ms", "of torch's fused AdamW", "of the floor"]
+    rows = [
+        [line["name"], f"{line['milliseconds']:.0f}", shown(line["to_adamw_fused"]), shown(line.get("to_floor"))]
+        for line in record["lines"]
+    ]
+    about = f"{record['parameters'] / 1e6:.1f}M parameters, {threads} threads, {record['clock']}, {record['processor']}"
+    print(f"{about}, torch {torch.__version__}, load at the end {record['load']}.\n\n{table(head, rows)}")
+    if args.json:
+        write_json(args.json, record)
 
 
 if __name__ == "__main__":

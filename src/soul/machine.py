@@ -36,9 +36,17 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": processes.count(),
+        "step": f"{os.environ.get('SOUL_STEP') or 'auto'}, {_numba()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _numba() -> str:
+    """Return what compiles fused steps, which round otherwise than plain ones."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return f"numba {metadata.version('numba')}"
+    return "no numba"
 
 
 def _processor() -> str:

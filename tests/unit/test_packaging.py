@@ -24,6 +24,7 @@ OPTIONAL = {
     "bitsandbytes": "quantized",
     "datasets": "hub",
     "lm-eval": "lm-eval",
+    "numba": "fused",
     "pyarrow": "parquet",
     "sacrebleu": "bleu",
     "scikit-learn": "detox",

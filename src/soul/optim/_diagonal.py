@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from soul.optim import _fused
 from soul.optim._elementwise import ElementwiseRule, Kernel
+from soul.optim._paths import Moving, Tensors, add_together, multi
 from soul.optim._shards import summed
 
 
@@ -51,6 +53,14 @@ class Ratio:
             torch.maximum(out, self.floor, out=out)
         return torch.div(m, out, out=out)
 
+    def together(self, ms: Tensors, hs: Tensors) -> Tensors:
+        """Return the ratio of many tensors."""
+        us = multi._foreach_mul(hs, self.slope)
+        if self.signed:
+            multi._foreach_clamp_min_(us, 0)
+        add_together(us, self.floor)
+        return multi._foreach_div(ms, us)
+
 
 class DiagonalRule(ElementwiseRule, abc.ABC):
     """An elementwise rule with a debiased average ``h`` of estimates of a diagonal curvature.
@@ -75,6 +85,8 @@ class DiagonalRule(ElementwiseRule, abc.ABC):
         Raises:
             ValueError: An estimate that is sparse or has another shape than its parameter.
         """
+        told: Moving = []
+        sources: dict[torch.Tensor, torch.Tensor] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 source = p.grad if estimate is None else estimate.get(p)
@@ -85,12 +97,28 @@ class DiagonalRule(ElementwiseRule, abc.ABC):
                         f"{type(self).__name__} needs a dense curvature estimate of its parameter's shape "
                         f"{list(p.shape)}, not {source.layout} {list(source.shape)}"
                     )
-                self._refresh(p, source, group["betas"][1], signed=estimate is not None)
+                told.append((group, p))
+                sources[p] = source
+        signed = estimate is not None
+        for _, p in told:
+            state = self._state_of(p)
+            state["refreshes"] += 1
+            state["signed"] = state["signed"] or signed
+        fused, rest = self._split(told, sources)
+        for group, p in rest:
+            self._refresh(p, sources[p], group["betas"][1], signed=signed)
+        sums = _fused.run([self._fused_refresh(p, sources[p], group["betas"][1], signed) for group, p in fused])
+        for (_, p), total in zip(fused, sums, strict=True):
+            self.state[p]["curvature_sum"] = torch.full_like(self.state[p]["curvature_sum"], total)
+
+    def _fused_refresh(self, p: torch.Tensor, source: torch.Tensor, b2: float, signed: bool) -> _fused.Call:
+        h = self.state[p]["curvature"]
+        if signed:
+            return _fused.Call("refresh_by_estimate", (source, h), (1 - b2,))
+        return _fused.Call("refresh", (source, h), (b2, 1 - b2))
 
     def _refresh(self, p: torch.Tensor, source: torch.Tensor, b2: float, *, signed: bool) -> None:
-        state = self._state_of(p)
-        state["refreshes"] += 1
-        state["signed"] = state["signed"] or signed
+        state = self.state[p]
         any_sign = state["signed"]
         total = torch.zeros_like(state["curvature_sum"])
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 
+from soul.optim import _fused, _paths
+from soul.optim._checks import check_gradient, check_last_group
 from soul.optim._metrics import Sampled, step_metrics, systematic_views
+from soul.optim._paths import ListKernel, Moving, StepPath
 from soul.optim._shards import local, summed_numbers
 from soul.optim._state import exact_state
 from soul.optim.base import UpdateRule
@@ -22,46 +25,6 @@ Direction = Callable[..., torch.Tensor]
 CPU_CHUNK_PER_THREAD = 131_072
 # Elsewhere whole tensors are fastest; the bound keeps the scratch space of a large embedding small.
 DEVICE_CHUNK = 1 << 26
-
-
-def check_between(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless ``low <= value < high``."""
-    if not low <= value < high:
-        raise ValueError(f"{name} must be at least {low} and below {high}, not {value}")
-
-
-def check_above(name: str, value: float, bound: float) -> None:
-    """Raise ValueError unless ``value > bound``."""
-    if not value > bound:
-        raise ValueError(f"{name} must be above {bound}, not {value}")
-
-
-def check_common(lr: float, weight_decay: float, **betas: float) -> None:
-    """Raise ValueError where a learning rate, a weight decay or a decay rate of an average makes no sense."""
-    check_above("lr", lr, 0.0)
-    check_between("weight_decay", weight_decay, 0.0, float("inf"))
-    for name, beta in betas.items():
-        check_between(name, beta, 0.0, 1.0)
-
-
-def check_last_group(rule: torch.optim.Optimizer, *refused: str) -> None:
-    """Take the parameter group added last out again and raise ValueError where it asks for what no rule here can do."""
-    group, name = rule.param_groups.pop(), type(rule).__name__
-    for setting in refused:
-        if group.get(setting):
-            raise ValueError(f"{name} does not support {setting}=True: leave it out")
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise ValueError(f"{name} needs real floating-point parameters, not {p.dtype}")
-    rule.param_groups.append(group)
-
-
-def check_gradient(rule: torch.optim.Optimizer, gradient: torch.Tensor | None) -> None:
-    """Raise ValueError where a gradient is sparse."""
-    if gradient is not None and gradient.layout != torch.strided:
-        raise ValueError(
-            f"{type(rule).__name__} needs dense gradients, not {gradient.layout}: build embeddings with sparse=False"
-        )
 
 
 def move(p: torch.Tensor, u: torch.Tensor, group: dict[str, Any]) -> None:
@@ -80,6 +43,17 @@ def host_scalar(value: Any) -> Any:
     return float(value) if not isinstance(value, torch.Tensor) or value.device.type == "cpu" else value
 
 
+def sign(group: dict[str, Any]) -> float:
+    """Return what a gradient is multiplied by."""
+    return -1.0 if group["maximize"] else 1.0
+
+
+def moves(group: dict[str, Any]) -> tuple[float, float]:
+    """Return ``1 - lr wd`` and ``lr``, which the compiled kernels end with."""
+    lr = float(group["lr"])
+    return 1 - lr * group["weight_decay"], lr
+
+
 class ElementwiseRule(UpdateRule, abc.ABC):
     """An update rule without coupling between coordinates; subclasses give the arithmetic as a kernel.
 
@@ -87,6 +61,9 @@ class ElementwiseRule(UpdateRule, abc.ABC):
     through ``load_state_dict``. The result is rounded to the parameter's dtype: bf16 weights without an fp32 master
     lose most updates far below 0.4 % of the weight, whatever the rule. Of a sharded parameter each process steps its
     shard; numbers about steps are then of all shards, and every process has to ask for them.
+
+    A step is computed in one of three ways that agree to float tolerance (:data:`soul.optim._paths.StepPath`), chosen
+    by device, size and what is installed; :attr:`path`, or the environment variable ``SOUL_STEP``, forces one.
 
     Beside a rule's own settings, parameter groups take ``maximize`` (ascend; default false) and ``embedding`` (its
     coordinates are counted apart in :meth:`metrics`; default false). A learning rate may be a 0-dim tensor.
@@ -97,6 +74,15 @@ class ElementwiseRule(UpdateRule, abc.ABC):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**defaults, "maximize": False, "embedding": False})
+
+    @property
+    def path(self) -> StepPath:
+        """How steps are computed; ``auto`` unless it was set here or by ``SOUL_STEP``."""
+        return getattr(self, "_path", None) or _paths.wanted_path()
+
+    @path.setter
+    def path(self, path: str) -> None:
+        self._path = _paths.checked(path)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, with the rule's settings where it has none of its own.
@@ -110,6 +96,18 @@ class ElementwiseRule(UpdateRule, abc.ABC):
     @abc.abstractmethod
     def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
         """Return the update of one parameter, with its coefficients for the step that begins."""
+
+    @abc.abstractmethod
+    def _together(self, group: dict[str, Any], p: torch.Tensor) -> ListKernel:
+        """Return the update of all parameters that are alike ``p``."""
+
+    @abc.abstractmethod
+    def _fused(self, group: dict[str, Any], p: torch.Tensor) -> _fused.Call:
+        """Return the call of a compiled kernel that updates one parameter."""
+
+    def _kernels(self, group: dict[str, Any], p: torch.Tensor) -> list[Kernel]:
+        """Return what a step of ``p`` runs, one after the other on each piece."""
+        return [self._kernel(group, p)]
 
     def _direction(self, group: dict[str, Any], p: torch.Tensor) -> Direction | None:
         """Return how the last step of ``p`` follows from its slots, where the rule can tell (for :meth:`metrics`)."""
@@ -146,9 +144,45 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         self._advance(moving)
         return loss
 
-    def _advance(self, moving: list[tuple[dict[str, Any], torch.Tensor]]) -> None:
+    def _advance(self, moving: Moving) -> None:
+        self._move(moving)
+
+    def _move(self, moving: Moving) -> None:
+        """Update each parameter, in the way that serves it."""
+        fused, rest = self._split(moving)
+        _fused.run([self._fused(group, p) for group, p in fused])
+        torch.autograd.graph.increment_version([p for _, p in fused])  # kernels write to memory that autograd watches
+        alike: dict[tuple[Any, ...], Moving] = {}
+        for group, p in rest:
+            alike.setdefault(self._alike(group, p), []).append((group, p))
+        for members in alike.values():
+            (group, first), params = members[0], [p for _, p in members]
+            if not _paths.together(self.path, params):
+                for p in params:
+                    self._sweep(p, p.grad, *self._kernels(group, p), negate=group["maximize"])
+                continue
+            _paths.sweep_together(
+                params,
+                [[self.state[p][name] for p in params] for name in self.slots],
+                self._together(group, first),
+                limit=piece_size(first.device.type),
+                dtype=exact_dtype(first),
+                negate=group["maximize"],
+            )
+
+    def _split(
+        self, moving: Moving, sources: Mapping[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[Moving, Moving]:
+        """Return the members that compiled kernels take care of, and the others; gradients are the default sources."""
+        if not moving or not _paths.fuses(self.path, [p for group in self.param_groups for p in group["params"]]):
+            return [], moving
+        out: tuple[Moving, Moving] = [], []
         for group, p in moving:
-            self._sweep(p, p.grad, self._kernel(group, p), negate=group["maximize"])
+            source = p.grad if sources is None else sources[p]
+            assert source is not None
+            fits = _fused.fits(p, source, *(self.state[p][name] for name in self.slots))
+            out[0 if fits else 1].append((group, p))
+        return out
 
     def metrics(self) -> dict[str, float]:
         """Return numbers about the last step, from a sample of each group's coordinates (at most 131,072).
@@ -205,14 +239,14 @@ class ElementwiseRule(UpdateRule, abc.ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over ``state_dict``, as copies and in the precision of the state."""
-        with exact_state(self, _state_dtype):
+        with exact_state(self, exact_dtype):
             super().load_state_dict(state_dict)
 
     def _pieces(self, p: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield the slots of ``p`` and space of their size, piece by piece, to look at."""
         size = _piece_size(p)
         slots = [self._slot(p, name) for name in self.slots]
-        space = torch.empty(size, dtype=_state_dtype(p), device=p.device)
+        space = torch.empty(size, dtype=exact_dtype(p), device=p.device)
         for pieces in zip(*(slot.split(size) for slot in slots), strict=True):
             yield *pieces, space[: pieces[0].numel()]
 
@@ -229,7 +263,7 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         if not state:
             state["step"] = 0
             for name in self.slots:
-                state[name] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.contiguous_format)
+                state[name] = torch.zeros_like(p, dtype=exact_dtype(p), memory_format=torch.contiguous_format)
         return state
 
     def _slot(self, p: torch.Tensor, name: str) -> torch.Tensor:
@@ -240,7 +274,7 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         """Run ``kernels`` once over all coordinates of ``p`` and ``source`` (its gradient), piece by piece."""
         assert source is not None
         size = _piece_size(p)
-        ours, dtype = local(p.detach()), _state_dtype(p)
+        ours, dtype = local(p.detach()), exact_dtype(p)
         flat = ours.reshape(-1)  # a view where p is contiguous, a copy to write back where it is not
         pieces = [flat, local(source.detach()).reshape(-1), *(self._slot(p, name) for name in self.slots)]
         scratch = torch.empty(4, size, dtype=dtype, device=p.device)
@@ -271,5 +305,6 @@ def _piece_size(p: torch.Tensor) -> int:
     return min(piece_size(p.device.type), max(1, local(p).numel()))
 
 
-def _state_dtype(p: torch.Tensor) -> torch.dtype:
+def exact_dtype(p: torch.Tensor) -> torch.dtype:
+    """Return what a step of ``p`` is computed in: fp32 at least."""
     return torch.promote_types(p.dtype, torch.float32)

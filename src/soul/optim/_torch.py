@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from soul.optim._elementwise import check_gradient, check_last_group
+from soul.optim._checks import check_gradient, check_last_group
 from soul.optim._shards import is_sharded
 from soul.optim._state import exact_state
 from soul.optim.base import UpdateRule

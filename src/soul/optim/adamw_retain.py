@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from soul.curvature.spec import CurvatureSpec
+from soul.optim._checks import check_above, check_between, check_common
 from soul.optim._diagonal import DiagonalRule
-from soul.optim._elementwise import Kernel, check_above, check_between, check_common, move, piece_size
+from soul.optim._elementwise import Kernel, exact_dtype, host_scalar, move, moves, piece_size, sign
+from soul.optim._fused import Call
+from soul.optim._paths import ListKernel, Tensors, add_together, move_together, multi
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -108,6 +111,32 @@ class AdamWRetain(DiagonalRule):
             move(p, torch.div(m, u, out=u), group)
 
         return kernel
+
+    def _together(self, group: dict[str, Any], p: torch.Tensor) -> ListKernel:
+        (b1, _), eps, lr = group["betas"], group["eps"], host_scalar(group["lr"])
+        m_share, v_share = 1 - b1 ** self.state[p]["step"], self._share(group, p)
+        floor = self._floors[id(group)].to(p.device, exact_dtype(p))
+        signed = self.state[p]["signed"]
+
+        def kernel(ps: Tensors, gs: Tensors, ms: Tensors, vs: Tensors) -> None:
+            multi._foreach_lerp_(ms, gs, 1 - b1)
+            us = multi._foreach_mul(vs, v_share)
+            if signed:
+                multi._foreach_clamp_min_(us, 0)
+            add_together(us, floor)
+            multi._foreach_sqrt_(us)
+            multi._foreach_add_(us, eps)
+            multi._foreach_mul_(us, m_share)
+            move_together(ps, multi._foreach_div(ms, us), group, lr)
+
+        return kernel
+
+    def _fused(self, group: dict[str, Any], p: torch.Tensor) -> Call:
+        assert p.grad is not None
+        state, b1 = self.state[p], group["betas"][0]
+        denominator = self._share(group, p), self._floors[id(group)], group["eps"], 1 - b1 ** state["step"]
+        numbers = 1 - b1, sign(group), *denominator, *moves(group)
+        return Call("adamw_retain", (p, p.grad, state["exp_avg"], state["curvature"]), numbers, key=0)
 
 
 @OPTIMIZERS.register("adamw_retain")

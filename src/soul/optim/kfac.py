@@ -11,7 +11,7 @@ from torch import nn
 
 from soul.curvature.kronecker import KroneckerInverse
 from soul.machine import has_bf16
-from soul.optim._elementwise import check_between
+from soul.optim._checks import check_between
 from soul.optim._kronecker_cost import kronecker_cost
 from soul.optim.cost import RuleCost
 from soul.optim.kronecker import KroneckerRule, KroneckerSpec

@@ -15,7 +15,7 @@ from torch import nn
 from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, Layer, pack, unpack
 from soul.curvature.spec import CurvatureSpec
 from soul.machine import memory_of
-from soul.optim._elementwise import check_above, check_between, check_common, check_last_group
+from soul.optim._checks import check_above, check_between, check_common, check_last_group
 from soul.optim.base import CurvatureOptimizerSpec, UpdateRule
 
 Others = Literal["frozen", "diagonal"]

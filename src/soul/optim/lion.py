@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from soul.optim._elementwise import ElementwiseRule, Kernel, check_common, move, piece_size
+from soul.optim._checks import check_common
+from soul.optim._elementwise import ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
+from soul.optim._fused import Call
+from soul.optim._paths import ListKernel, Tensors, move_together, multi
 from soul.optim.base import OptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -55,6 +58,23 @@ class Lion(ElementwiseRule):
             m.lerp_(g, 1 - b2)
 
         return kernel
+
+    def _together(self, group: dict[str, Any], p: torch.Tensor) -> ListKernel:
+        del p
+        (b1, b2), lr = group["betas"], host_scalar(group["lr"])
+
+        def kernel(ps: Tensors, gs: Tensors, ms: Tensors) -> None:
+            us = multi._foreach_lerp(ms, gs, 1 - b1)
+            multi._foreach_sign_(us)
+            move_together(ps, us, group, lr)
+            multi._foreach_lerp_(ms, gs, 1 - b2)
+
+        return kernel
+
+    def _fused(self, group: dict[str, Any], p: torch.Tensor) -> Call:
+        assert p.grad is not None
+        tensors, (b1, b2) = (p, p.grad, self.state[p]["exp_avg"]), group["betas"]
+        return Call("lion", tensors, (1 - b1, 1 - b2, sign(group), *moves(group)), key=0)
 
 
 @OPTIMIZERS.register("lion")

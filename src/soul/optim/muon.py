@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from soul.optim._elementwise import check_above, check_between, check_common
+from soul.optim._checks import check_above, check_between, check_common
 from soul.optim._torch import TorchRule, fusable
 from soul.optim.base import OptimizerSpec
 from soul.optim.cost import RuleCost, plain_cost

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from soul.optim._elementwise import ElementwiseRule, Kernel, check_common, move, piece_size
+from soul.optim._checks import check_common
+from soul.optim._elementwise import ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
+from soul.optim._fused import Call
+from soul.optim._paths import ListKernel, Tensors, move_together, multi
 from soul.optim.base import OptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -55,6 +58,21 @@ class Signum(ElementwiseRule):
             move(p, torch.sign(m, out=u), group)
 
         return kernel
+
+    def _together(self, group: dict[str, Any], p: torch.Tensor) -> ListKernel:
+        del p
+        beta, lr = group["momentum"], host_scalar(group["lr"])
+
+        def kernel(ps: Tensors, gs: Tensors, ms: Tensors) -> None:
+            multi._foreach_lerp_(ms, gs, 1 - beta)
+            move_together(ps, multi._foreach_sign(ms), group, lr)
+
+        return kernel
+
+    def _fused(self, group: dict[str, Any], p: torch.Tensor) -> Call:
+        assert p.grad is not None
+        tensors = p, p.grad, self.state[p]["exp_avg"]
+        return Call("signum", tensors, (1 - group["momentum"], sign(group), *moves(group)), key=0)
 
 
 @OPTIMIZERS.register("signum")

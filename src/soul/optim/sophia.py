@@ -8,18 +8,12 @@ from typing import Any, Literal
 
 import torch
 
+from soul.optim._checks import check_above, check_between, check_common
 from soul.optim._diagonal import DiagonalRule, Ratio, average
-from soul.optim._elementwise import (
-    Direction,
-    Kernel,
-    check_above,
-    check_between,
-    check_common,
-    host_scalar,
-    move,
-    piece_size,
-)
+from soul.optim._elementwise import Direction, Kernel, host_scalar, move, moves, piece_size, sign
+from soul.optim._fused import Call, run
 from soul.optim._metrics import systematic_views
+from soul.optim._paths import ListKernel, Moving, Tensors, move_together, multi
 from soul.optim._shards import gathered, summed
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
@@ -28,7 +22,6 @@ from soul.registry import OPTIMIZERS
 Clip = Literal["element", "block_rms", "kl"]
 _CLIPS = ("element", "block_rms", "kl")
 _HUGE = 1e30  # in place of an infinite rho, which times a curvature of 0 would not be a number
-Moving = list[tuple[dict[str, Any], torch.Tensor]]
 
 
 def _check(
@@ -141,19 +134,29 @@ class Sophia(DiagonalRule):
         super().__init__(params, {**defaults, "calibrations": 0})
 
     def _advance(self, moving: Moving) -> None:
-        self._pools = {id(group): self._pool(group) for group, _ in moving}
+        self._pools = {key: self._pool(group) for key, group in {id(group): group for group, _ in moving}.items()}
         self._ratios: dict[tuple[Any, ...], Ratio] = {}
         self._scales: dict[Any, torch.Tensor] = {}  # of a tensor (block_rms), or of all of them ("kl")
         # where the size of the step follows from all of the momentum, that is brought up to date in a sweep before
         early = [(group, p) for group, p in moving if group["clip"] != "element" or self._calibrates(group)]
-        for group, p in early:
-            self._sweep(p, p.grad, *self._before(group, p), negate=group["maximize"])
+        self._behind = {p for _, p in early}
+        self._take_in(early)
         self._calibrate([(group, p) for group, p in early if self._calibrates(group)])
         self._scale(early)
-        behind = {p for _, p in early}
-        for group, p in moving:
-            kernels = [self._kernel(group, p)] if p in behind else [average(group), self._kernel(group, p)]
-            self._sweep(p, p.grad, *kernels, negate=group["maximize"])
+        self._move(moving)
+
+    def _take_in(self, early: Moving) -> None:
+        """Bring the momentum up to date, and sum up what the size of the step follows from."""
+        fused, rest = self._split(early)
+        sums = run([self._fused_before(group, p) for group, p in fused])
+        for (group, p), total in zip(fused, sums, strict=True):
+            if group["clip"] != "element":
+                self._scales[p] = torch.full_like(self._ratio(group, p).floor, total)
+        for group, p in rest:
+            self._sweep(p, p.grad, *self._before(group, p), negate=group["maximize"])
+
+    def _kernels(self, group: dict[str, Any], p: torch.Tensor) -> list[Kernel]:
+        return [self._kernel(group, p)] if p in self._behind else [average(group), self._kernel(group, p)]
 
     def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
         direction = self._direction(group, p)
@@ -166,11 +169,53 @@ class Sophia(DiagonalRule):
 
         return kernel
 
+    def _together(self, group: dict[str, Any], p: torch.Tensor) -> ListKernel:
+        ratio, behind, lr = self._ratio(group, p), p in self._behind, host_scalar(group["lr"])
+        scale = self._scale_of(group, p)
+
+        def kernel(ps: Tensors, gs: Tensors, ms: Tensors, hs: Tensors) -> None:
+            if not behind:
+                multi._foreach_lerp_(ms, gs, 1 - group["betas"][0])
+            us = ratio.together(ms, hs)
+            if scale is None:
+                multi._foreach_clamp_min_(us, -1)
+                multi._foreach_clamp_max_(us, 1)
+            else:
+                multi._foreach_mul_(us, scale)
+            move_together(ps, us, group, lr)
+
+        return kernel
+
+    def _fused(self, group: dict[str, Any], p: torch.Tensor) -> Call:
+        assert p.grad is not None
+        ratio, m, h = self._ratio(group, p), *(self.state[p][name] for name in self.slots)
+        if p not in self._behind:
+            numbers = 1 - group["betas"][0], sign(group), ratio.slope, ratio.floor
+            return Call("sophia", (p, p.grad, m, h), (*numbers, *moves(group)), key=0)
+        scale = self._scale_of(group, p)
+        bounds = (1.0, 1.0) if scale is None else (scale, float("inf"))
+        return Call("sophia_behind", (p, m, h), (ratio.slope, ratio.floor, *bounds, *moves(group)), key=0)
+
+    def _fused_before(self, group: dict[str, Any], p: torch.Tensor) -> Call:
+        assert p.grad is not None
+        m, h = (self.state[p][name] for name in self.slots)
+        mean = 1 - group["betas"][0], sign(group)
+        if group["clip"] == "element":
+            return Call("average", (p.grad, m), mean)
+        ratio, kernel = self._ratio(group, p), "sophia_cost" if group["clip"] == "kl" else "sophia_square"
+        return Call(kernel, (p.grad, m, h), (*mean, ratio.slope, ratio.floor))
+
+    def _scale_of(self, group: dict[str, Any], p: torch.Tensor) -> torch.Tensor | None:
+        """Return what the ratio is multiplied by; None where it is clipped."""
+        if group["clip"] == "element":
+            return None
+        return self._scales[p if group["clip"] == "block_rms" else "kl"].to(p.device)
+
     def _direction(self, group: dict[str, Any], p: torch.Tensor) -> Direction:
         ratio = self._ratio(group, p)
-        if group["clip"] == "element":
+        scale = self._scale_of(group, p)
+        if scale is None:
             return lambda m, h, out: ratio(m, h, out).clamp_(-1, 1)
-        scale = self._scales[p if group["clip"] == "block_rms" else "kl"].to(p.device)
         return lambda m, h, out: ratio(m, h, out).mul_(scale)
 
     def _before(self, group: dict[str, Any], p: torch.Tensor) -> list[Kernel]:

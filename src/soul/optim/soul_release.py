@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 
-from soul.optim._elementwise import Direction, ElementwiseRule, Kernel, check_above, check_common, move, piece_size
+from soul.optim._checks import check_above, check_common
+from soul.optim._elementwise import Direction, ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
+from soul.optim._fused import Call
+from soul.optim._paths import ListKernel, Tensors, move_together, multi
 from soul.optim.base import OptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
+
+FLOOR = 1e-15  # of the denominator
 
 
 def _check(*, lr: float, weight_decay: float, betas: tuple[float, float], rho: float, curvature_batch: float) -> None:
@@ -93,9 +98,35 @@ class SoulRelease(ElementwiseRule):
 
         return kernel
 
+    def _together(self, group: dict[str, Any], p: torch.Tensor) -> ListKernel:
+        del p
+        (b1, b2), lr = group["betas"], host_scalar(group["lr"])
+        slope = group["rho"] * group["curvature_batch"]
+
+        def kernel(ps: Tensors, gs: Tensors, ms: Tensors, hs: Tensors) -> None:
+            multi._foreach_mul_(hs, b2)
+            multi._foreach_addcmul_(hs, gs, gs, value=1 - b2)
+            for _ in range(2):
+                multi._foreach_mul_(ms, b1)
+                multi._foreach_add_(ms, gs, alpha=1 - b1)
+            us = multi._foreach_mul(hs, slope)
+            multi._foreach_add_(us, FLOOR)
+            us = multi._foreach_div(ms, us)
+            multi._foreach_clamp_min_(us, -1)
+            multi._foreach_clamp_max_(us, 1)
+            move_together(ps, us, group, lr)
+
+        return kernel
+
+    def _fused(self, group: dict[str, Any], p: torch.Tensor) -> Call:
+        assert p.grad is not None
+        state, (b1, b2) = self.state[p], group["betas"]
+        numbers = b1, 1 - b1, b2, 1 - b2, sign(group), group["rho"] * group["curvature_batch"], FLOOR
+        return Call("soul_release", (p, p.grad, state["exp_avg"], state["grad_sq"]), (*numbers, *moves(group)), key=0)
+
     def _direction(self, group: dict[str, Any], p: torch.Tensor) -> Direction:
         slope = group["rho"] * group["curvature_batch"]
-        floor = torch.full((), 1e-15, dtype=self.state[p]["grad_sq"].dtype, device=p.device)
+        floor = torch.full((), FLOOR, dtype=self.state[p]["grad_sq"].dtype, device=p.device)
 
         def direction(m: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
             torch.add(floor, h, alpha=slope, out=out)
