@@ -40,7 +40,6 @@ from soul.types import Ask, Row
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/ten-requests")
-RESULTS = ROOT / "docs/results"
 TAUGHT = first_run.RUNS / "taught/model"
 QUESTIONS = 20
 REQUESTS = ((0,), (2,), (5,), (8,), (11,), (14,), (17,), (3, 7), (9, 16), (18, 19))
@@ -153,9 +152,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(out) + "\n"
 
 
-def write_page(lines: Sequence[dict[str, Any]]) -> None:
+def write_page(lines: Sequence[dict[str, Any]], results: Path) -> None:
     """Write the table into the page, below its mark."""
-    page = RESULTS / "ten-requests.md"
+    page = results / "ten-requests.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else f"# Ten requests\n\n{MARK}"
     page.write_text(text.partition(MARK)[0] + MARK + "\n" + table(lines), encoding="utf-8")
 
@@ -164,13 +163,14 @@ def main() -> int:
     """Serve the requests that are not served yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu", type=Path, default=Path("../shared/data/tofu"), help="folder with TOFU's files")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/results", help="where record and page are kept")
     parser.add_argument("--table", action="store_true", help="only write the page's table anew")
     args = parser.parse_args()
     quiet()
-    file = RESULTS / "ten-requests.jsonl"
+    file = args.results / "ten-requests.jsonl"
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     if args.table:
-        write_page(lines)
+        write_page(lines, args.results)
         return 0
     if not TAUGHT.is_dir():
         first_run.prepare(args.tofu, first_run.RUNS / "data")
@@ -183,7 +183,7 @@ def main() -> int:
         lines.append(serve(authors))
         with file.open("a", encoding="utf-8") as record:
             record.write(json.dumps(lines[-1]) + "\n")
-        write_page(lines)
+        write_page(lines, args.results)
     print(table(lines))
     return 0
 

@@ -221,15 +221,15 @@ class Stopping(TrainerCallback):
         self._kept_kl = kl
         if self._kept:
             for p, kept in self._kept:
-                kept.copy_(p.detach())
+                kept.copy_(p)
         else:
             params = (p for group in self.trainer.update_rule.param_groups for p in group["params"] if p.requires_grad)
-            self._kept = [(p, p.detach().to("cpu", copy=True)) for p in params]
+            self._kept = [(own, own.to("cpu", copy=True)) for own in map(_own, params)]
 
     @torch.no_grad()
     def _back(self, moved: dict[str, float]) -> dict[str, float]:
         """Go from the kept weights towards the present ones as far as the budget goes, and return the KL there."""
-        moves = [p.detach().cpu() - kept for p, kept in self._kept]
+        moves = [p.cpu() - kept for p, kept in self._kept]
         room, scale = self.spec.kl_budget - self._kept_kl, 1.0
         for tries in range(TRIES + 1):
             if worst(moved) <= self.spec.kl_budget:
@@ -247,3 +247,9 @@ class Stopping(TrainerCallback):
         if self.trainer.args.world_size > 1:
             return broadcast_object_list([value])[0]
         return value
+
+
+def _own(p: torch.Tensor) -> torch.Tensor:
+    """Return the part of a parameter that is this process's, which shares its memory."""
+    local = getattr(p.detach(), "to_local", None)
+    return local() if local else p.detach()

@@ -118,6 +118,7 @@ def _about(record: RunRecord, facts: CardFacts) -> str:
         "",
         f"- **Asked:** {escaped(record.asked if facts.show_data and record.asked else asked)}",
         f"- **Done:** {escaped(done)}" + (f", {record.steps} steps" if record.steps is not None else ""),
+        f"- **Ended:** {escaped(record.stopped)}" if record.stopped else "",
         f"- **Kept beside it:** {record.n_retain} items" if record.n_forget and record.n_retain else "",
         f"- **Weights:** {facts.dtype}, safetensors",
         f"- **Licence of the base:** {escaped(facts.licence) if facts.licence else 'not found; ask its owner'}",
