@@ -2,6 +2,7 @@
 
     python experiments/ten_requests.py --tofu ../shared/data/tofu
     python experiments/ten_requests.py --table
+    python experiments/ten_requests.py --calibrate
 
 SmolLM2-135M that knows twenty of TOFU's authors (``experiments/first_run.py`` teaches it; it is made here where it is
 missing) gets ten requests, each on its own: forget one author or two, keep all others. The command of each is the one a
@@ -11,6 +12,9 @@ recall of greedy answers.
 
 Runs are under ``runs/ten-requests``; a line of record each goes to ``docs/results/ten-requests.jsonl`` as it is done,
 and the table of ``docs/results/ten-requests.md`` is written anew. An interrupted experiment goes on where it stopped.
+
+``--calibrate`` asks what the rule would say of models that need not forget: the one that was taught all but the last
+two authors, and the one that was taught none. Both should read as forgotten, and the taught one should not.
 """
 
 from __future__ import annotations
@@ -30,12 +34,14 @@ from soul.cli import main as soul
 from soul.cli import progress_bars
 from soul.data.sources import load_examples
 from soul.evaluate import EvaluationSpec, evaluate
+from soul.gauge import Gauge
 from soul.machine import environment
 from soul.metrics.stats import bootstrap_mean
 from soul.models import ModelSpec, load_model
+from soul.objectives.npo import NPO
 from soul.recipe import read_recipe
 from soul.run import execute
-from soul.trainer import quiet
+from soul.trainer import TrainingSpec, make_dataset, quiet
 from soul.types import Ask, Row
 
 ROOT = Path(__file__).parents[1]
@@ -159,18 +165,39 @@ def write_page(lines: Sequence[dict[str, Any]], results: Path) -> None:
     page.write_text(text.partition(MARK)[0] + MARK + "\n" + table(lines), encoding="utf-8")
 
 
+def calibrate() -> dict[str, dict[str, float]]:
+    """Return what the gauge of the taught model reads on it and on models that never learned the last two authors."""
+    data = first_run.RUNS / "data"
+    model, tokenizer = load_model(ModelSpec(str(TAUGHT)))
+    sets = load_examples(str(data / "forget01.jsonl")), load_examples(str(data / "retained.jsonl"))
+    gauge = Gauge(model, make_dataset(tokenizer, *sets, NPO(), TrainingSpec()))
+    found: dict[str, dict[str, float]] = {}
+    for name in ("taught", "retained", "untaught"):
+        path = "smollm2-135m" if name == "untaught" else str(first_run.RUNS / name / "model")
+        model.load_state_dict(load_model(ModelSpec(path))[0].state_dict())
+        now = gauge.known()
+        found[name] = {"true": now.true, "false": now.false, "known": now.share(gauge.before)}
+        found[name]["recited"] = gauge.recited()
+        print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
 def main() -> int:
     """Serve the requests that are not served yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu", type=Path, default=Path("../shared/data/tofu"), help="folder with TOFU's files")
     parser.add_argument("--results", type=Path, default=ROOT / "docs/results", help="where record and page are kept")
     parser.add_argument("--table", action="store_true", help="only write the page's table anew")
+    parser.add_argument("--calibrate", action="store_true", help="only read the gauge on models that need not forget")
     args = parser.parse_args()
     quiet()
     file = args.results / "ten-requests.jsonl"
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     if args.table:
         write_page(lines, args.results)
+        return 0
+    if args.calibrate:
+        calibrate()
         return 0
     if not TAUGHT.is_dir():
         first_run.prepare(args.tofu, first_run.RUNS / "data")
