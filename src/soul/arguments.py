@@ -17,12 +17,13 @@ MODEL = "hub id, folder, GGUF file, run directory or smollm2-135m"
 SETTINGS = "settings to change, e.g. optimizer.lr=1e-5 (`soul show RECIPE` prints all of them)"
 UNLEARN = """examples:
   soul unlearn --model M --forget forget.jsonl --retain retain.jsonl --out runs/request
-  soul unlearn --model M --forget forget.jsonl training.epochs=10
+  soul unlearn --model M --forget forget.jsonl stop.kl_budget=0.02
   soul unlearn recipe.yaml optimizer.lr=1e-5
 
 A line of forget.jsonl is {"question": "...", "answer": "..."}, or prompt and response, prompt and completion, messages,
 or text; CSV, Parquet and JSON work too. Without --retain, samples of the model itself and everyday requests hold it in
-place: give examples of your own to keep what matters to you. The same command continues an interrupted run."""
+place: give examples of your own to keep what matters to you. Without a recipe the run ends when it has forgotten, or
+when behaviour elsewhere has moved by stop.kl_budget, and says which. The same command continues an interrupted run."""
 FINETUNE = """examples:
   soul finetune --model M --retain facts.jsonl --out runs/taught
   soul finetune --model M --retain facts.jsonl optimizer.lr=2e-4 training.epochs=8"""
