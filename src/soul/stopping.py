@@ -224,7 +224,7 @@ class Stopping(TrainerCallback):
                 kept.copy_(p)
         else:
             params = (p for group in self.trainer.update_rule.param_groups for p in group["params"] if p.requires_grad)
-            self._kept = [(own, own.to("cpu", copy=True)) for own in map(_own, params)]
+            self._kept = [(p.detach(), p.detach().to("cpu", copy=True)) for p in params]
 
     @torch.no_grad()
     def _back(self, moved: dict[str, float]) -> dict[str, float]:
@@ -247,9 +247,3 @@ class Stopping(TrainerCallback):
         if self.trainer.args.world_size > 1:
             return broadcast_object_list([value])[0]
         return value
-
-
-def _own(p: torch.Tensor) -> torch.Tensor:
-    """Return the part of a parameter that is this process's, which shares its memory."""
-    local = getattr(p.detach(), "to_local", None)
-    return local() if local else p.detach()

@@ -54,6 +54,19 @@ def environment(place: Path, **more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "SOUL_CACHE": str(place / "cache")} | more
 
 
+def test_two_processes_end_together_within_a_budget(place, tmp_path):
+    """The step that leaves the budget is shortened alike in both, and one of them says why the run ended."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "ddp.yaml")]
+    words += ["--num_processes", "2", "--main_process_port", "0", "-m", "soul", "unlearn", str(place / "recipe.yaml")]
+    words += ["--out", str(tmp_path / "out"), "--no-evaluate", "stop.when=forgotten", "stop.kl_budget=1e-6"]
+    done = subprocess.run(words, env=environment(place), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stopped = json.loads((tmp_path / "out/record.json").read_text())["stopped"]
+    assert 1e-7 < max(stopped["moved"].values()) <= 1e-6
+    assert stopped["step"] == json.loads((tmp_path / "out/record.json").read_text())["steps"] == 2
+    assert done.stdout.count(f"Stopped after {stopped['step']} steps") == 1
+
+
 def test_accelerate_launches_a_sharded_run_that_leaves_one_record(place, monkeypatch, capsys):
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "fsdp2.yaml")]
     words += ["--num_processes", "2", "--main_process_port", "0", "-m", "soul", "unlearn", str(place / "recipe.yaml")]
