@@ -113,12 +113,17 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
             if dataclasses.is_dataclass(default):  # what is not given stays as this class has it by default
                 values[field.name] = parse(type(default), {**plain(default), **given}, f"{where}.{field.name}")
     try:
-        return TypeAdapter(cls).validate_python(values)
+        return _adapter(cls).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join([where, *(str(part) for part in first["loc"])])
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{path}: {message}, got {_short(first['input'])}") from error
+
+
+@functools.cache
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls)
 
 
 @functools.cache

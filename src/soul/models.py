@@ -133,6 +133,9 @@ def _load(path: str, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, Pre
     if missing:  # transformers would leave them at random values, and only say so in its log
         raise ValueError(f"{len(missing)} weights are missing there, the first is {missing[0]}.")
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    longest: Any = tokenizer.model_max_length
+    if not isinstance(longest, int) or longest < 1:
+        raise ValueError(f"its tokenizer_config.json says model_max_length {longest!r:.40}, no whole number above 0.")
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} tokens, and the model embeds {rows:,} of them.")

@@ -129,8 +129,8 @@ def test_other_precisions(rule: str, path: str, dtype: torch.dtype) -> None:
     found = numbers(trained(RULES[rule], path, dtype=dtype)[0])
     for name, value in expected.items():
         spacing = torch.finfo(dtype).eps if name.endswith(".p") else 0.0
-        exact = {"rtol": 1e-11, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5 + spacing, "atol": 1e-5}
-        torch.testing.assert_close(found[name], value, **exact)
+        rtol, atol = (1e-11, 1e-12) if dtype == torch.float64 else (2e-5 + spacing, 1e-5)
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol)
         if name.endswith(".p") and dtype != torch.float64 and value.numel() > 100:
             assert float((found[name] != value).double().mean()) < 0.01
 

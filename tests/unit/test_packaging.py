@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 PINNED = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
 )
-WITHOUT_AN_IMPORT = {"gguf": "transformers reads GGUF files with it"}
+WITHOUT_AN_IMPORT: dict[str, str] = {}
 OPTIONAL_WITHOUT_AN_IMPORT = {
     "bitsandbytes": "transformers quantizes with it",
     "lm-eval": "imported by name, which takes seconds, where it is asked for",

@@ -104,7 +104,10 @@ class Entry:
         if self.knob is not None and "knob" in settings:
             name, _, part = self.knob.setting.partition(".")
             if part:
-                whole = list(tree.get(name) or getattr(OPTIMIZERS.get(str(tree["name"])), name))
+                found = tree.get(name) or getattr(OPTIMIZERS.get(str(tree["name"])), name, None)
+                whole = list(found) if isinstance(found, (list, tuple)) else []
+                if not part.isdecimal() or int(part) >= len(whole):
+                    raise ValueError(f"knob {self.knob.setting!r:.60}: {tree['name']} has no such setting; try betas.1")
                 whole[int(part)] = settings["knob"]
                 tree[name] = whole
             else:
@@ -320,18 +323,19 @@ def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
     for key in ("tasks", "objectives", "optimizers", "training"):
         if not tree.get(key):
             raise ValueError(f"the matrix lacks {key}: see recipes/contests/tofu20.yaml for one that is complete")
-    for key, kind in (("tasks", Mapping), ("objectives", list), ("optimizers", list)):
-        if not isinstance(tree[key], kind):
+    for key, kind in (("tasks", Mapping), ("objectives", list), ("optimizers", list), ("attacks", list)):
+        if tree.get(key) and not isinstance(tree[key], kind):
             raise ValueError(f"{key} of the matrix must be a {'mapping' if kind is Mapping else 'list'}")
     tasks = {str(name): config.parse(Task, task, f"tasks.{name}") for name, task in tree["tasks"].items()}
     objectives = [_named(tree, "objectives") for tree in tree["objectives"]]
     optimizers = [_entry(item, i) for i, item in enumerate(tree["optimizers"])]
+    seed = tree.get("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed of the matrix must be a whole number from 0, not {seed!r:.60}")
     parts: dict[str, Any] = {"attacks": [_named(item, "attacks") for item in tree.get("attacks") or []]}
     for name, cls in (("training", TrainingSpec), ("budget", Budget), ("evaluation", EvaluationSpec)):
         parts[name] = config.parse(cls, tree.get(name) or {}, name)
-    matrix = Matrix(
-        tasks, objectives, optimizers, label=str(tree.get("label", "contest")), seed=int(tree.get("seed", 0)), **parts
-    )
+    matrix = Matrix(tasks, objectives, optimizers, label=str(tree.get("label", "contest")), seed=seed, **parts)
     for name in matrix.objective_names:  # whatever is wrong with a component is found before the first trial
         matrix.objective(name, {"retain_weight": 1.0})
     if len(matrix.attackers) < len(matrix.attacks):

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from soul.data.guard import TEMPLATE, carried_prompt, system_turn
+from soul.strict import broken_text
 from soul.types import Example
 
 _PROMPT = "\x02soul-prompt\x03"
@@ -148,7 +149,7 @@ class ChatTemplate:
         """
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _ANSWER}]
-            after = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).partition(_ANSWER)[2]
+            after = self._apply(turns).partition(_ANSWER)[2]
             ids = self._ids(after)
             if ids:  # Llama 2 writes a space first, which is no end
                 special = set(self.tokenizer.all_special_ids)
@@ -196,11 +197,25 @@ class ChatTemplate:
         return [{"role": "system", "content": text}, *turns]
 
     def _render(self, turns: list[dict[str, str]]) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False, date_string=DATE
-            )  # a template without these switches does not look at them
-        )
+        # a template without these switches does not look at them
+        return self._apply(turns, add_generation_prompt=True, enable_thinking=False, date_string=DATE)
+
+    def _apply(self, turns: list[dict[str, str]], **switches: Any) -> str:
+        """Let the template write a conversation; it is a program of whoever made the model, and is run in a sandbox.
+
+        Raises:
+            ValueError: It is broken, or refuses such turns.
+        """
+        try:
+            said = str(self.tokenizer.apply_chat_template(turns, tokenize=False, **switches))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"the model's chat template cannot be applied: {reason:.200}; see chat_template"
+            ) from error
+        if broken_text(said):
+            raise ValueError("the model's chat template writes half of a surrogate pair; see chat_template")
+        return said
 
     @functools.cached_property
     def _lead(self) -> list[int]:

@@ -87,9 +87,9 @@ def move_together(ps: Tensors, us: Tensors, group: dict[str, Any], lr: Any) -> N
 def add_together(us: Tensors, value: torch.Tensor) -> None:
     """Add a 0-dim tensor to each in place, without waiting for the device that it lives on."""
     if value.device.type == "cpu":
-        torch._foreach_add_(us, float(value))
+        multi._foreach_add_(us, float(value))
     else:  # the call that takes a tensor reads it where shapes keep it from the fast way
-        torch._foreach_add_(us, [value] * len(us))
+        multi._foreach_add_(us, [value] * len(us))
 
 
 def buckets(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -277,7 +277,9 @@ def _readable(folder: Path) -> Iterator[None]:
     """Say that a record is broken where a line of it lacks what its kind has."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        if str(folder) in str(error):  # says what is wrong by itself
+            raise
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{folder}: matrix.yaml and trials.jsonl are not those of one whole contest ({reason:.200}); "

@@ -89,7 +89,7 @@ def interval(score: Score) -> str:
 
 def duration(seconds: float | None) -> str:
     """Return seconds in the unit a person would choose."""
-    if seconds is None or math.isnan(seconds):
+    if seconds is None or not math.isfinite(seconds):
         return "—"
     if seconds < 60:
         return f"{seconds:.1f} s"
