@@ -105,11 +105,13 @@ class DiagonalRule(ElementwiseRule, abc.ABC):
             state["refreshes"] += 1
             state["signed"] = state["signed"] or signed
         fused, rest = self._split(told, sources)
-        for group, p in rest:
-            self._refresh(p, sources[p], group["betas"][1], signed=signed)
         sums = _fused.run([self._fused_refresh(p, sources[p], group["betas"][1], signed) for group, p in fused])
         for (_, p), total in zip(fused, sums, strict=True):
             self.state[p]["curvature_sum"] = torch.full_like(self.state[p]["curvature_sum"], total)
+        for group, p in rest:
+            self._refresh(p, sources[p], group["betas"][1], signed=signed)
+        for _, p in told:  # in the same order in all processes, whatever way each of them took
+            summed(self.state[p]["curvature_sum"], p)
 
     def _fused_refresh(self, p: torch.Tensor, source: torch.Tensor, b2: float, signed: bool) -> _fused.Call:
         h = self.state[p]["curvature"]
@@ -134,7 +136,7 @@ class DiagonalRule(ElementwiseRule, abc.ABC):
             total.add_((torch.clamp(h, min=0, out=u) if any_sign else h).sum())
 
         self._sweep(p, source, kernel)
-        state["curvature_sum"] = summed(total, p)
+        state["curvature_sum"] = total
 
     def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
         state = super()._state_of(p)

@@ -157,13 +157,14 @@ class ElementwiseRule(UpdateRule, abc.ABC):
             alike.setdefault(self._alike(group, p), []).append((group, p))
         for members in alike.values():
             (group, first), params = members[0], [p for _, p in members]
-            if not _paths.together(self.path, params):
+            if not _paths.together(self.path, [local(p) for p in params]):
                 for p in params:
                     self._sweep(p, p.grad, *self._kernels(group, p), negate=group["maximize"])
                 continue
             _paths.sweep_together(
-                params,
-                [[self.state[p][name] for p in params] for name in self.slots],
+                [local(p.detach()) for p in params],
+                [local(p.grad.detach()) for p in params if p.grad is not None],
+                [[self._slot(p, name) for p in params] for name in self.slots],
                 self._together(group, first),
                 limit=piece_size(first.device.type),
                 dtype=exact_dtype(first),
@@ -174,7 +175,9 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         self, moving: Moving, sources: Mapping[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[Moving, Moving]:
         """Return the members that compiled kernels take care of, and the others; gradients are the default sources."""
-        if not moving or not _paths.fuses(self.path, [p for group in self.param_groups for p in group["params"]]):
+        if not moving or not _paths.fuses(
+            self.path, [local(p) for group in self.param_groups for p in group["params"]]
+        ):
             return [], moving
         out: tuple[Moving, Moving] = [], []
         for group, p in moving:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from soul.optim._shards import is_sharded
+from soul.optim._shards import local
 
 # Large enough that calling a kernel costs next to nothing, small enough that threads end together.
 TILE = 1 << 19
@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
     Attributes:
         kernel: Its name in :mod:`soul.optim._kernels`.
-        tensors: fp32 or bf16, contiguous, on the CPU, of one size.
+        tensors: fp32 or bf16, contiguous, on the CPU, of one size; or sharded, and this process's parts are that.
         scalars: Its coefficients.
         key: What the noise is drawn from that a weight is rounded with; 0 rounds to nearest; None where the kernel
             writes no weight.
@@ -52,8 +52,8 @@ def available() -> bool:
 def fits(*tensors: torch.Tensor) -> bool:
     """Say whether kernels can work on these tensors."""
     kinds = (torch.float32, torch.bfloat16)
-    plain = not any(is_sharded(t) for t in tensors)
-    return plain and all(t.device.type == "cpu" and t.dtype in kinds and t.is_contiguous() for t in tensors)
+    parts = map(local, tensors)
+    return all(t.device.type == "cpu" and t.dtype in kinds and t.is_contiguous() for t in parts)
 
 
 def run(calls: Sequence[Call]) -> list[float]:
@@ -101,7 +101,7 @@ def run_tiles(tiles: Sequence[Tile]) -> list[float]:
 
 def array(t: torch.Tensor) -> np.ndarray:
     """Return the memory of a tensor that :func:`fits`, as a vector."""
-    t = t.detach() if t.requires_grad else t
+    t = local(t.detach() if t.requires_grad else t)
     whole = t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
     return whole.reshape(-1)
 

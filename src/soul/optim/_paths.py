@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from soul.optim import _fused
-from soul.optim._shards import is_sharded
 
 StepPath = Literal["auto", "reference", "foreach", "fused"]
 """``reference`` steps tensor by tensor in plain torch, and the others are tested against it; ``foreach`` steps many
@@ -65,10 +64,8 @@ def together(path: StepPath, params: Tensors) -> bool:
     """Say whether ``params``, which are alike, are stepped by multi-tensor calls.
 
     These save the time that calls take, and so serve wherever a call starts a kernel on a device; on a CPU small
-    tensors, while large ones are quicker in pieces that stay in the cache. Shards are stepped tensor by tensor.
+    tensors, while large ones are quicker in pieces that stay in the cache.
     """
-    if is_sharded(params[0]):
-        return False
     small = sum(p.numel() for p in params) < len(params) * SMALL
     return path == "foreach" or (path != "reference" and (params[0].device.type != "cpu" or small))
 
@@ -114,21 +111,28 @@ def buckets(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, i
 
 
 def sweep_together(
-    params: Tensors, slots: Sequence[Tensors], kernel: ListKernel, *, limit: int, dtype: torch.dtype, negate: bool
+    params: Tensors,
+    gradients: Tensors,
+    slots: Sequence[Tensors],
+    kernel: ListKernel,
+    *,
+    limit: int,
+    dtype: torch.dtype,
+    negate: bool,
 ) -> None:
     """Run ``kernel`` over all coordinates of ``params``, at most ``limit`` of them at a time.
 
     Args:
-        params: Parameters of one dtype and device, with gradients.
-        slots: For each slot of the state, that of each parameter.
+        params: Parameters of one dtype and device.
+        gradients: Theirs.
+        slots: For each slot of the state, that of each parameter, as a vector.
         kernel: The update.
         limit: Most coordinates at a time, which is what it takes of memory.
         dtype: What is computed in.
         negate: Take gradients with the opposite sign.
     """
-    flat = [p.detach().reshape(-1) for p in params]  # views where p is contiguous, copies to write back where not
-    gradients = [p.grad.detach().reshape(-1) for p in params if p.grad is not None]
-    states = [[t.view(-1) for t in slot] for slot in slots]
+    flat = [p.reshape(-1) for p in params]  # views where p is contiguous, copies to write back where not
+    gradients = [g.reshape(-1) for g in gradients]
     for pieces in buckets([p.numel() for p in params], limit):
 
         def cut(tensors: Tensors, pieces: list[tuple[int, int, int]] = pieces) -> list[torch.Tensor]:
@@ -137,7 +141,7 @@ def sweep_together(
         ps, gs = cut(flat), exactly(cut(gradients), dtype)
         gs = list(multi._foreach_neg(gs)) if negate else gs
         work = exactly(ps, dtype)
-        kernel(work, gs, *(cut(slot) for slot in states))
+        kernel(work, gs, *(cut(slot) for slot in slots))
         if work is not ps:
             multi._foreach_copy_(ps, work)
     for p, piece in zip(params, flat, strict=True):
