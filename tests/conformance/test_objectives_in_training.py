@@ -145,7 +145,11 @@ def test_any_rule_whole_or_lora(name, optimizer, lora, tmp_path, make_trainer):
 
 def test_a_multiplier_survives_a_kill(tmp_path, make_trainer):
     """The weight of the retain term that a checkpoint's run goes on with is the one it had learned."""
-    settings = {"epochs": 2, "save_steps": 1}
+    settings = {
+        "epochs": 2,
+        "save_steps": 1,
+        "max_retain_loss": 1e3,
+    }  # so fast that much is lost, which is not the point
     objective, rule = OBJECTIVES.get("pdu")(retain_weight=2.0), OPTIMIZERS.get("adamw")(lr=3e-2)
     whole, log = make_trainer(tmp_path / "whole", objective, rule, **settings)
     whole.train()

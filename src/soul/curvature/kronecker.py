@@ -143,7 +143,6 @@ class KroneckerFactors:
         self._a_sums: dict[str, _Sum] = {}
         self._g_sums: dict[str, _Sum] = {}
         self._last: tuple[str, torch.Tensor] | None = None
-        self._model, self._ahead = model, False
 
     def inputs(self, name: str) -> torch.Tensor:
         """Return ``A`` of a layer, ``[I, I]``, in fp32 at least."""
@@ -175,34 +174,25 @@ class KroneckerFactors:
     def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:
         """Watch forward (and backward) passes; padding, where the mask is false, does not count.
 
-        What gradient checkpointing runs again in the backward pass does not count twice: only what runs within the
-        model's own forward pass is watched.
+        The inputs that gradient checkpointing computes again, within the backward pass, do not count twice.
         """
         mask = None if mask_BT is None else mask_BT.reshape(-1)
-        handles = [
-            self._model.register_forward_pre_hook(lambda *_: self._move(ahead=True)),
-            self._model.register_forward_hook(lambda *_: self._move(ahead=False), always_call=True),
-        ]
-        handles += [layer.register_forward_hook(self._watch(name, mask)) for name, layer in self.layers.items()]
+        handles = [layer.register_forward_hook(self._watch(name, mask)) for name, layer in self.layers.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self._last, self._ahead = None, False
-
-    def _move(self, *, ahead: bool) -> None:
-        self._ahead = ahead
+            self._last = None
 
     def _watch(self, name: str, mask: torch.Tensor | None) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if not self._ahead:
-                return
             assert isinstance(layer, (nn.Linear, Conv1D))
             x = args[0]
+            again = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
             if self._last is not None and self._last[1] is x and self._like(name, self._last[0]):
                 self._same_input[name] = self._last[0]
-            else:
+            elif not again:
                 self._a_sums.setdefault(name, _Sum()).add(self._input_rows(layer, x, mask))
                 self._last = (name, x)
             if self.watches_outputs and output.requires_grad:
