@@ -311,10 +311,12 @@ def default_benchmark(recipe: Recipe) -> Benchmark | None:
 def precision_warnings(recipe: Recipe) -> list[str]:
     """Say what a person should know about the precision asked for."""
     lr = getattr(recipe.method, "lr", None) if recipe.method else recipe.optimizer.lr
-    if recipe.model.dtype == "bfloat16" and recipe.adapter is None and lr is not None:
+    kept = recipe.method is None and getattr(recipe.optimizer, "rounding", "nearest") == "stochastic"
+    if recipe.model.dtype == "bfloat16" and recipe.adapter is None and lr is not None and not kept:
         return [
             f"the weights are bf16: steps of size {lr:g} are smaller than most weights' rounding and "
-            "are dropped, so little will be forgotten; use model.dtype=float32 or an adapter"
+            "are dropped, so little will be forgotten; use model.dtype=float32 or an adapter, or with "
+            "rules that go coordinate by coordinate optimizer.rounding=stochastic"
         ]
     return []
 

@@ -61,6 +61,19 @@ def test_declared_state_is_the_real_one(name: str, dtype: torch.dtype, make_mode
     assert declared.kept == pytest.approx(found, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [n for n in names() if "state_dtype" in {f.name for f in dataclasses.fields(make(n))}])
+def test_narrow_states_take_half(name: str, dtype: torch.dtype, make_model: Any) -> None:
+    model = make_model(dtype=dtype)
+    ids = torch.arange(24).view(2, 12)
+    params = list(model.parameters())
+    spec = make(name, state_dtype="bfloat16", rounding="stochastic")
+    declared = spec.cost(params, model)
+    found = kept(spec, model, lambda: model(input_ids=ids).logits.float().logsumexp(-1).square().mean())
+    assert declared.kept == pytest.approx(found, rel=0.02)
+    assert declared.kept == pytest.approx(make(name).cost(params, model).kept / 2, rel=0.01)
+
+
 @pytest.mark.parametrize("others", ["frozen", "diagonal"])
 @pytest.mark.parametrize(
     "name", [name for name in names() if "others" in {f.name for f in dataclasses.fields(make(name))}]

@@ -14,6 +14,7 @@ from soul.optim import _fused
 from soul.optim._elementwise import ElementwiseRule, Kernel
 from soul.optim._paths import Moving, Tensors, add_together, multi
 from soul.optim._shards import summed
+from soul.optim._storage import exact_dtype
 
 
 @dataclasses.dataclass
@@ -100,8 +101,9 @@ class DiagonalRule(ElementwiseRule, abc.ABC):
                 told.append((group, p))
                 sources[p] = source
         signed = estimate is not None
-        for _, p in told:
-            state = self._state_of(p)
+        self._keys = {}  # no weight is written
+        for group, p in told:
+            state = self._state_of(group, p)
             state["refreshes"] += 1
             state["signed"] = state["signed"] or signed
         fused, rest = self._split(told, sources)
@@ -138,11 +140,11 @@ class DiagonalRule(ElementwiseRule, abc.ABC):
         self._sweep(p, source, kernel)
         state["curvature_sum"] = total
 
-    def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
-        state = super()._state_of(p)
+    def _state_of(self, group: dict[str, Any], p: torch.Tensor) -> dict[str, Any]:
+        state = super()._state_of(group, p)
         if "refreshes" not in state:
             state["refreshes"], state["signed"] = 0, False
-            state["curvature_sum"] = torch.zeros((), dtype=state["curvature"].dtype, device=p.device)
+            state["curvature_sum"] = torch.zeros((), dtype=exact_dtype(p), device=p.device)
         return state
 
     def _pool(self, group: dict[str, Any]) -> Pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +15,17 @@ from soul.optim._metrics import Sampled, step_metrics, systematic_views
 from soul.optim._paths import ListKernel, Moving, StepPath
 from soul.optim._shards import local, summed_numbers
 from soul.optim._state import exact_state
+from soul.optim._storage import (
+    NOTICEABLE,
+    check_rounding,
+    check_storage,
+    drops_updates,
+    exact_dtype,
+    lost_updates,
+    moved_share,
+    noise_key,
+    round_by_noise,
+)
 from soul.optim.base import UpdateRule
 
 # An update in place on flat pieces: (p, g, *slots, u, t), with u and t scratch space; g must not be written to.
@@ -57,10 +69,11 @@ def moves(group: dict[str, Any]) -> tuple[float, float]:
 class ElementwiseRule(UpdateRule, abc.ABC):
     """An update rule without coupling between coordinates; subclasses give the arithmetic as a kernel.
 
-    State is kept, and all arithmetic done, in fp32 for parameters of lower precision (float64 for float64), also
-    through ``load_state_dict``. The result is rounded to the parameter's dtype: bf16 weights without an fp32 master
-    lose most updates far below 0.4 % of the weight, whatever the rule. Of a sharded parameter each process steps its
-    shard; numbers about steps are then of all shards, and every process has to ask for them.
+    All arithmetic is done in fp32 for parameters of lower precision (float64 for float64), and state is kept so, also
+    through ``load_state_dict``; or in bf16 with ``state_dtype="bfloat16"``. The result is rounded to the parameter's
+    dtype: bf16 weights lose most updates far below 0.4 % of the weight, whatever the rule, unless they are rounded with
+    ``rounding="stochastic"``; the first step at the full learning rate warns of it. Of a sharded parameter each process
+    steps its shard; numbers about steps are then of all shards, and every process has to ask for them.
 
     A step is computed in one of three ways that agree to float tolerance (:data:`soul.optim._paths.StepPath`), chosen
     by device, size and what is installed; :attr:`path`, or the environment variable ``SOUL_STEP``, forces one.
@@ -72,8 +85,12 @@ class ElementwiseRule(UpdateRule, abc.ABC):
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
     _last: list[tuple[dict[str, Any], torch.Tensor, Any]]
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        super().__init__(params, {**defaults, "maximize": False, "embedding": False})
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], state_dtype: str = "float32", rounding: str = "nearest"
+    ) -> None:
+        check_storage(state_dtype, rounding)
+        storage = {"state_dtype": state_dtype, "rounding": rounding}
+        super().__init__(params, {**defaults, **storage, "maximize": False, "embedding": False})
 
     @property
     def path(self) -> StepPath:
@@ -92,6 +109,7 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         """
         super().add_param_group(param_group)
         check_last_group(self, "differentiable", "capturable")
+        check_rounding(self.param_groups[-1])
 
     @abc.abstractmethod
     def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
@@ -137,12 +155,45 @@ class ElementwiseRule(UpdateRule, abc.ABC):
             with torch.enable_grad():
                 loss = closure()
         moving = list(self._with_gradient())
-        for _, p in moving:
-            self._state_of(p)["step"] += 1
+        for group, p in moving:
+            self._state_of(group, p)["step"] += 1
+        self._keys = self._noise_keys(moving)
         rates = {id(group): _copy(group["lr"]) for group, _ in moving}  # a scheduler changes a tensor in place
         self._last = [(group, p, rates[id(group)]) for group, p in moving]
+        watched = self._watched(moving)
         self._advance(moving)
+        self._judge(watched)
         return loss
+
+    def _noise_keys(self, moving: Moving) -> dict[torch.Tensor, int]:
+        """Return what the noise of each tensor is drawn from that is not rounded to nearest at this step."""
+        if all(group["rounding"] != "stochastic" for group in self.param_groups):
+            return {}
+        order = [p for group in self.param_groups for p in group["params"]]
+        index = dict(zip(order, range(len(order)), strict=True))
+        noisy = [p for group, p in moving if group["rounding"] == "stochastic" and p.dtype == torch.bfloat16]
+        return {p: noise_key(self.state[p]["step"], index[p]) for p in noisy}
+
+    def _watched(self, moving: Moving) -> tuple[Moving, list[torch.Tensor]]:
+        """Return parameters that may lose updates, and a sample of them before a step; nothing after the first time."""
+        low = [] if getattr(self, "_watching_is_over", False) else [x for x in moving if drops_updates(*x)]
+        return low, [x.clone() for x in self._weights(low)]
+
+    def _judge(self, watched: tuple[Moving, list[torch.Tensor]]) -> None:
+        """Warn where few of the watched moved; a sharded parameter's process looks at its own part."""
+        low, before = watched
+        self._moved = None
+        if not low:
+            return
+        self._watching_is_over = True
+        momentum = systematic_views([self._slot(p, self.slots[0]) for _, p in low])
+        self._moved = moved_share(before, self._weights(low), momentum)
+        if self._moved is not None and self._moved < NOTICEABLE:
+            group, p = low[0]
+            warnings.warn(lost_updates(self._moved, float(group["lr"]), p.dtype), stacklevel=5)
+
+    def _weights(self, members: Moving) -> list[torch.Tensor]:
+        return systematic_views([local(p.detach()).reshape(-1) for _, p in members])
 
     def _advance(self, moving: Moving) -> None:
         self._move(moving)
@@ -169,6 +220,7 @@ class ElementwiseRule(UpdateRule, abc.ABC):
                 limit=piece_size(first.device.type),
                 dtype=exact_dtype(first),
                 negate=group["maximize"],
+                keys=[self._key(p) for p in params],
             )
 
     def _split(
@@ -194,17 +246,21 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         ``win_rate_embedding``: the same of groups marked ``embedding``, which do not count in the first;
         ``cos_sign`` and ``cos_momentum``: the cosine between the step and the momentum's sign, and the momentum. They
         come from the state as it is: ask before the next step or refresh. Nothing where the rule has no bound.
+        ``moved``, once, at the first step with the full learning rate: the share of 16-bit weights with momentum that
+        changed, where they are rounded to nearest.
         """
         samples: list[Sampled] = []
         for alike in self._last_alike().values():
             (group, first, lr), params = alike[0], [p for _, p, _ in alike]
             direction = self._direction(group, first)
             if direction is not None:
-                slots = [torch.cat(systematic_views([self._slot(p, name) for p in params])) for name in self.slots]
+                views = [systematic_views([self._slot(p, name) for p in params]) for name in self.slots]
+                slots = [torch.cat(view).to(exact_dtype(first)) for view in views]
                 u = direction(*slots, torch.empty_like(slots[0]))
                 weight = sum(local(p).numel() for p in params) / max(1, u.numel())
                 samples.append(Sampled(u, slots[0], float(lr), weight, bool(group["embedding"]), first))
-        return step_metrics(samples)
+        moved = getattr(self, "_moved", None)
+        return step_metrics(samples) | ({} if moved is None else {"moved": moved})
 
     @torch.no_grad()
     def win_rates(self) -> dict[torch.Tensor, float]:
@@ -242,8 +298,20 @@ class ElementwiseRule(UpdateRule, abc.ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over ``state_dict``, as copies and in the precision of the state."""
-        with exact_state(self, exact_dtype):
+        with exact_state(self, self._dtypes):
             super().load_state_dict(state_dict)
+        for group in self.param_groups:  # of a state that was saved before they came into being
+            for name in ("state_dtype", "rounding"):
+                group.setdefault(name, self.defaults[name])
+
+    def _dtypes(self) -> Callable[[torch.Tensor, str], torch.dtype]:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+
+        def dtype_of(p: torch.Tensor, name: str) -> torch.dtype:
+            kept = groups[p].get("state_dtype", self.defaults["state_dtype"])
+            return torch.bfloat16 if name in self.slots and kept == "bfloat16" else exact_dtype(p)
+
+        return dtype_of
 
     def _pieces(self, p: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield the slots of ``p`` and space of their size, piece by piece, to look at."""
@@ -251,7 +319,7 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         slots = [self._slot(p, name) for name in self.slots]
         space = torch.empty(size, dtype=exact_dtype(p), device=p.device)
         for pieces in zip(*(slot.split(size) for slot in slots), strict=True):
-            yield *pieces, space[: pieces[0].numel()]
+            yield *(piece.to(space.dtype) for piece in pieces), space[: pieces[0].numel()]
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         for group in self.param_groups:
@@ -260,18 +328,23 @@ class ElementwiseRule(UpdateRule, abc.ABC):
                     check_gradient(self, p.grad)
                     yield group, p
 
-    def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
+    def _state_of(self, group: dict[str, Any], p: torch.Tensor) -> dict[str, Any]:
         """Return the state of ``p``, made on first use so that it follows parameters moved or sharded before."""
         state = self.state[p]
         if not state:
             state["step"] = 0
+            dtype = torch.bfloat16 if group["state_dtype"] == "bfloat16" else exact_dtype(p)
             for name in self.slots:
-                state[name] = torch.zeros_like(p, dtype=exact_dtype(p), memory_format=torch.contiguous_format)
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         return state
 
     def _slot(self, p: torch.Tensor, name: str) -> torch.Tensor:
         """Return a slot of what this process has of ``p``, as a flat view."""
         return local(self.state[p][name]).view(-1)
+
+    def _key(self, p: torch.Tensor) -> int:
+        """Return what the noise is drawn from that ``p`` is rounded with; 0 where it is rounded to nearest."""
+        return getattr(self, "_keys", {}).get(p, 0)
 
     def _sweep(self, p: torch.Tensor, source: torch.Tensor | None, *kernels: Kernel, negate: bool = False) -> None:
         """Run ``kernels`` once over all coordinates of ``p`` and ``source`` (its gradient), piece by piece."""
@@ -281,16 +354,25 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         flat = ours.reshape(-1)  # a view where p is contiguous, a copy to write back where it is not
         pieces = [flat, local(source.detach()).reshape(-1), *(self._slot(p, name) for name in self.slots)]
         scratch = torch.empty(4, size, dtype=dtype, device=p.device)
-        for p_piece, g_piece, *slots in zip(*(piece.split(size) for piece in pieces), strict=True):
+        key, start = self._key(p), 0
+        for p_piece, g_piece, *kept in zip(*(piece.split(size) for piece in pieces), strict=True):
             u, t, p_work, g_work = scratch[:, : p_piece.numel()].unbind()
             p_exact = p_piece if p_piece.dtype == dtype else p_work.copy_(p_piece)
             g_exact = g_piece if g_piece.dtype == dtype else g_work.copy_(g_piece)
             if negate:
                 g_exact = torch.neg(g_exact, out=g_work)
+            slots = [piece.to(dtype) for piece in kept]
             for kernel in kernels:
                 kernel(p_exact, g_exact, *slots, u, t)
             if p_exact is not p_piece:
-                p_piece.copy_(p_exact)
+                if key:
+                    round_by_noise(p_exact, p_piece, key, start)
+                else:
+                    p_piece.copy_(p_exact)
+            for piece, slot in zip(kept, slots, strict=True):
+                if slot is not piece:
+                    piece.copy_(slot)
+            start += p_piece.numel()
         if not ours.is_contiguous():
             ours.copy_(flat.view(ours.shape))
 
@@ -306,8 +388,3 @@ def piece_size(device: str) -> int:
 
 def _piece_size(p: torch.Tensor) -> int:
     return min(piece_size(p.device.type), max(1, local(p).numel()))
-
-
-def exact_dtype(p: torch.Tensor) -> torch.dtype:
-    """Return what a step of ``p`` is computed in: fp32 at least."""
-    return torch.promote_types(p.dtype, torch.float32)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from soul.optim import _fused
+from soul.optim._storage import round_by_noise
 
 StepPath = Literal["auto", "reference", "foreach", "fused"]
 """``reference`` steps tensor by tensor in plain torch, and the others are tested against it; ``foreach`` steps many
@@ -119,6 +120,7 @@ def sweep_together(
     limit: int,
     dtype: torch.dtype,
     negate: bool,
+    keys: Sequence[int],
 ) -> None:
     """Run ``kernel`` over all coordinates of ``params``, at most ``limit`` of them at a time.
 
@@ -130,6 +132,7 @@ def sweep_together(
         limit: Most coordinates at a time, which is what it takes of memory.
         dtype: What is computed in.
         negate: Take gradients with the opposite sign.
+        keys: What the noise is drawn from that each parameter is rounded with; 0 rounds to nearest.
     """
     flat = [p.reshape(-1) for p in params]  # views where p is contiguous, copies to write back where not
     gradients = [g.reshape(-1) for g in gradients]
@@ -141,9 +144,15 @@ def sweep_together(
         ps, gs = cut(flat), exactly(cut(gradients), dtype)
         gs = list(multi._foreach_neg(gs)) if negate else gs
         work = exactly(ps, dtype)
-        kernel(work, gs, *(cut(slot) for slot in slots))
-        if work is not ps:
-            multi._foreach_copy_(ps, work)
+        kept = [cut(slot) for slot in slots]
+        states = [exactly(slot, dtype) for slot in kept]
+        kernel(work, gs, *states)
+        for old, new in [(ps, work), *zip(kept, states, strict=True)]:
+            if old is ps and any(keys):
+                for (index, start, _), piece, value in zip(pieces, ps, work, strict=True):
+                    round_by_noise(value, piece, keys[index], start)
+            elif new is not old:
+                multi._foreach_copy_(old, new)
     for p, piece in zip(params, flat, strict=True):
         if not p.is_contiguous():
             p.copy_(piece.view(p.shape))

@@ -11,9 +11,10 @@ import torch
 from soul.curvature.spec import CurvatureSpec
 from soul.optim._checks import check_above, check_between, check_common
 from soul.optim._diagonal import DiagonalRule
-from soul.optim._elementwise import Kernel, exact_dtype, host_scalar, move, moves, piece_size, sign
+from soul.optim._elementwise import Kernel, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call
 from soul.optim._paths import ListKernel, Tensors, add_together, move_together, multi
+from soul.optim._storage import Rounding, StateDtype, StoredSpec, exact_dtype
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -47,6 +48,8 @@ class AdamWRetain(DiagonalRule):
         eps: Floor of the denominator.
         weight_decay: Decoupled weight decay.
         relative_damping: Share of the group's mean ``v_hat`` that is added to it.
+        state_dtype: Precision that averages are kept in between steps.
+        rounding: How bf16 weights are written.
 
     Raises:
         ValueError: A hyper-parameter is out of range; a step before the first refresh.
@@ -70,6 +73,8 @@ class AdamWRetain(DiagonalRule):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         relative_damping: float = 0.1,
+        state_dtype: StateDtype = "float32",
+        rounding: Rounding = "nearest",
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -79,7 +84,7 @@ class AdamWRetain(DiagonalRule):
             "relative_damping": relative_damping,
         }
         _check(**defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, state_dtype, rounding)
 
     def _advance(self, moving: list[tuple[dict[str, Any], torch.Tensor]]) -> None:
         self._floors = {}
@@ -96,7 +101,7 @@ class AdamWRetain(DiagonalRule):
     def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
         b1, eps = group["betas"][0], group["eps"]
         m_share, v_share = 1 - b1 ** self.state[p]["step"], self._share(group, p)
-        floor = self._floors[id(group)].to(p.device, self.state[p]["curvature"].dtype)
+        floor = self._floors[id(group)].to(p.device, exact_dtype(p))
         signed = self.state[p]["signed"]
 
         def kernel(
@@ -136,12 +141,12 @@ class AdamWRetain(DiagonalRule):
         state, b1 = self.state[p], group["betas"][0]
         denominator = self._share(group, p), self._floors[id(group)], group["eps"], 1 - b1 ** state["step"]
         numbers = 1 - b1, sign(group), *denominator, *moves(group)
-        return Call("adamw_retain", (p, p.grad, state["exp_avg"], state["curvature"]), numbers, key=0)
+        return Call("adamw_retain", (p, p.grad, state["exp_avg"], state["curvature"]), numbers, key=self._key(p))
 
 
 @OPTIMIZERS.register("adamw_retain")
 @dataclasses.dataclass(frozen=True)
-class AdamWRetainSpec(CurvatureOptimizerSpec):
+class AdamWRetainSpec(CurvatureOptimizerSpec, StoredSpec):
     """AdamW (arXiv 1711.05101) with its second moment from retain gradients only: a control for what curvature adds.
 
     Attributes:
@@ -157,7 +162,7 @@ class AdamWRetainSpec(CurvatureOptimizerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(**self.settings())
+        _check(**self.own_settings())
 
     def build(
         self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None
@@ -169,6 +174,8 @@ class AdamWRetainSpec(CurvatureOptimizerSpec):
     def cost(
         self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
     ) -> RuleCost:
-        """Return the cost of two fp32 numbers a coordinate."""
+        """Return the cost of two numbers a coordinate."""
         del model
-        return elementwise_cost(params, slots=len(AdamWRetain.slots), written=1, piece=piece_size(device), scalars=1)
+        return elementwise_cost(
+            params, slots=len(AdamWRetain.slots), written=1, piece=piece_size(device), scalars=1, dtype=self.slot_dtype
+        )

@@ -56,26 +56,37 @@ def multiplies_bf16(device: str) -> bool:
 
 
 def elementwise_cost(
-    params: Iterable[torch.Tensor], *, slots: int, written: int, piece: int, scalars: int = 0
+    params: Iterable[torch.Tensor],
+    *,
+    slots: int,
+    written: int,
+    piece: int,
+    scalars: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> RuleCost:
-    """Return the cost of a rule that keeps ``slots`` numbers of fp32 at least for each coordinate.
+    """Return the cost of a rule that keeps ``slots`` numbers for each coordinate.
 
     Args:
         params: The parameters.
         slots: Numbers kept for a coordinate.
         written: How many of them a step writes (it reads all).
         piece: Most coordinates that a step works on at a time, in four scratch vectors.
-        scalars: Numbers kept for each tensor.
+        scalars: Numbers of fp32 at least kept for each tensor.
+        dtype: What the slots are kept in; None for fp32 at least. A step copies a piece of them to that.
 
     Example:
         >>> elementwise_cost([torch.empty(10, 3, device="meta")], slots=2, written=2, piece=8).state
         240
     """
     tensors = list(params)
+
+    def size(p: torch.Tensor) -> int:
+        return dtype.itemsize if dtype else wide_size(p)
+
     return RuleCost(
-        state=sum((p.numel() * slots + scalars) * wide_size(p) for p in tensors),
-        step=max((4 * wide_size(p) * min(piece, p.numel()) for p in tensors), default=0),
-        traffic=sum(p.numel() * (3 * p.itemsize + (slots + written) * wide_size(p)) for p in tensors),
+        state=sum(p.numel() * slots * size(p) + scalars * wide_size(p) for p in tensors),
+        step=max(((4 + (slots if dtype else 0)) * wide_size(p) * min(piece, p.numel()) for p in tensors), default=0),
+        traffic=sum(p.numel() * (3 * p.itemsize + (slots + written) * size(p)) for p in tensors),
     )
 
 

@@ -12,7 +12,7 @@ from soul.optim._checks import check_common
 from soul.optim._elementwise import ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call
 from soul.optim._paths import ListKernel, Tensors, move_together, multi
-from soul.optim.base import OptimizerSpec
+from soul.optim._storage import Rounding, StateDtype, StoredSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
 
@@ -27,6 +27,8 @@ class Lion(ElementwiseRule):
         lr: Size of the step of every coordinate.
         betas: ``b1``, the momentum's share in the step, and ``b2``, the decay of the momentum.
         weight_decay: Decoupled weight decay.
+        state_dtype: Precision that averages are kept in between steps.
+        rounding: How bf16 weights are written.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -45,9 +47,11 @@ class Lion(ElementwiseRule):
         lr: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        state_dtype: StateDtype = "float32",
+        rounding: Rounding = "nearest",
     ) -> None:
         check_common(lr, weight_decay, **{"betas[0]": betas[0], "betas[1]": betas[1]})
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, state_dtype, rounding)
 
     def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
         del p
@@ -74,12 +78,12 @@ class Lion(ElementwiseRule):
     def _fused(self, group: dict[str, Any], p: torch.Tensor) -> Call:
         assert p.grad is not None
         tensors, (b1, b2) = (p, p.grad, self.state[p]["exp_avg"]), group["betas"]
-        return Call("lion", tensors, (1 - b1, 1 - b2, sign(group), *moves(group)), key=0)
+        return Call("lion", tensors, (1 - b1, 1 - b2, sign(group), *moves(group)), key=self._key(p))
 
 
 @OPTIMIZERS.register("lion")
 @dataclasses.dataclass(frozen=True)
-class LionSpec(OptimizerSpec):
+class LionSpec(StoredSpec):
     """Sign of blended momentum (Lion, arXiv 2302.06675): a control without curvature.
 
     Attributes:
@@ -102,6 +106,8 @@ class LionSpec(OptimizerSpec):
     def cost(
         self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
     ) -> RuleCost:
-        """Return the cost of one fp32 number a coordinate."""
+        """Return the cost of one number a coordinate."""
         del model
-        return elementwise_cost(params, slots=len(Lion.slots), written=1, piece=piece_size(device))
+        return elementwise_cost(
+            params, slots=len(Lion.slots), written=1, piece=piece_size(device), dtype=self.slot_dtype
+        )

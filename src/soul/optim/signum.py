@@ -12,7 +12,7 @@ from soul.optim._checks import check_common
 from soul.optim._elementwise import ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call
 from soul.optim._paths import ListKernel, Tensors, move_together, multi
-from soul.optim.base import OptimizerSpec
+from soul.optim._storage import Rounding, StateDtype, StoredSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
 
@@ -27,6 +27,8 @@ class Signum(ElementwiseRule):
         lr: Size of the step of every coordinate.
         momentum: Decay ``b`` of the average; 0 gives signSGD.
         weight_decay: Decoupled weight decay.
+        state_dtype: Precision that averages are kept in between steps.
+        rounding: How bf16 weights are written.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -45,9 +47,11 @@ class Signum(ElementwiseRule):
         lr: float = 1e-5,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        state_dtype: StateDtype = "float32",
+        rounding: Rounding = "nearest",
     ) -> None:
         check_common(lr, weight_decay, momentum=momentum)
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, state_dtype, rounding)
 
     def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
         del p
@@ -72,12 +76,12 @@ class Signum(ElementwiseRule):
     def _fused(self, group: dict[str, Any], p: torch.Tensor) -> Call:
         assert p.grad is not None
         tensors = p, p.grad, self.state[p]["exp_avg"]
-        return Call("signum", tensors, (1 - group["momentum"], sign(group), *moves(group)), key=0)
+        return Call("signum", tensors, (1 - group["momentum"], sign(group), *moves(group)), key=self._key(p))
 
 
 @OPTIMIZERS.register("signum")
 @dataclasses.dataclass(frozen=True)
-class SignumSpec(OptimizerSpec):
+class SignumSpec(StoredSpec):
     """Sign of the momentum (Signum, arXiv 1802.04434): Sophia's control without curvature.
 
     Attributes:
@@ -100,6 +104,8 @@ class SignumSpec(OptimizerSpec):
     def cost(
         self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
     ) -> RuleCost:
-        """Return the cost of one fp32 number a coordinate."""
+        """Return the cost of one number a coordinate."""
         del model
-        return elementwise_cost(params, slots=len(Signum.slots), written=1, piece=piece_size(device))
+        return elementwise_cost(
+            params, slots=len(Signum.slots), written=1, piece=piece_size(device), dtype=self.slot_dtype
+        )

@@ -15,6 +15,7 @@ from soul.optim._fused import Call, run
 from soul.optim._metrics import systematic_views
 from soul.optim._paths import ListKernel, Moving, Tensors, move_together, multi
 from soul.optim._shards import gathered, summed
+from soul.optim._storage import Rounding, StateDtype, StoredSpec, exact_dtype
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
@@ -89,6 +90,8 @@ class Sophia(DiagonalRule):
         relative_damping: The same floor as a share of the group's mean ``rho h_hat``, so that it needs no knowledge of
             the scale. Without it coordinates whose estimate came out near 0 by chance, or is 0 by construction (all
             of A at LoRA's start), take full steps whatever their gradient.
+        state_dtype: Precision that averages are kept in between steps.
+        rounding: How bf16 weights are written.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -118,6 +121,8 @@ class Sophia(DiagonalRule):
         kl_bound: float = 5e-4,
         damping: float = 1e-12,
         relative_damping: float = 0.1,
+        state_dtype: StateDtype = "float32",
+        rounding: Rounding = "nearest",
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -131,7 +136,7 @@ class Sophia(DiagonalRule):
             "relative_damping": relative_damping,
         }
         _check(**defaults)
-        super().__init__(params, {**defaults, "calibrations": 0})
+        super().__init__(params, {**defaults, "calibrations": 0}, state_dtype, rounding)
 
     def _advance(self, moving: Moving) -> None:
         self._pools = {key: self._pool(group) for key, group in {id(group): group for group, _ in moving}.items()}
@@ -191,10 +196,10 @@ class Sophia(DiagonalRule):
         ratio, m, h = self._ratio(group, p), *(self.state[p][name] for name in self.slots)
         if p not in self._behind:
             numbers = 1 - group["betas"][0], sign(group), ratio.slope, ratio.floor
-            return Call("sophia", (p, p.grad, m, h), (*numbers, *moves(group)), key=0)
+            return Call("sophia", (p, p.grad, m, h), (*numbers, *moves(group)), key=self._key(p))
         scale = self._scale_of(group, p)
         bounds = (1.0, 1.0) if scale is None else (scale, float("inf"))
-        return Call("sophia_behind", (p, m, h), (ratio.slope, ratio.floor, *bounds, *moves(group)), key=0)
+        return Call("sophia_behind", (p, m, h), (ratio.slope, ratio.floor, *bounds, *moves(group)), key=self._key(p))
 
     def _fused_before(self, group: dict[str, Any], p: torch.Tensor) -> Call:
         assert p.grad is not None
@@ -261,6 +266,7 @@ class Sophia(DiagonalRule):
             device = members[0].device
             h_floor = group["relative_damping"] * self._pools[id(group)].mean(device)
             ms, hs = (systematic_views([self._slot(p, name) for p in members]) for name in self.slots)
+            ms, hs = ([t.to(exact_dtype(p)) for t, p in zip(ts, members, strict=True)] for ts in (ms, hs))
             needed = []  # the least rho that puts a coordinate inside; infinite where there is no momentum
             for p, m, h in zip(members, ms, hs, strict=True):
                 m_hat = m.abs() / (1 - group["betas"][0] ** self.state[p]["step"])
@@ -351,7 +357,7 @@ class Sophia(DiagonalRule):
 
 @OPTIMIZERS.register("sophia")
 @dataclasses.dataclass(frozen=True)
-class SophiaSpec(CurvatureOptimizerSpec):
+class SophiaSpec(CurvatureOptimizerSpec, StoredSpec):
     """Momentum over diagonal curvature, clipped (Sophia, arXiv 2305.14342), with debiased averages.
 
     Attributes:
@@ -374,7 +380,7 @@ class SophiaSpec(CurvatureOptimizerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(**self.settings())
+        _check(**self.own_settings())
 
     def build(
         self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None
@@ -386,6 +392,8 @@ class SophiaSpec(CurvatureOptimizerSpec):
     def cost(
         self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
     ) -> RuleCost:
-        """Return the cost of two fp32 numbers a coordinate."""
+        """Return the cost of two numbers a coordinate."""
         del model
-        return elementwise_cost(params, slots=len(Sophia.slots), written=1, piece=piece_size(device), scalars=1)
+        return elementwise_cost(
+            params, slots=len(Sophia.slots), written=1, piece=piece_size(device), scalars=1, dtype=self.slot_dtype
+        )

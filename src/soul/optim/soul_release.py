@@ -12,7 +12,7 @@ from soul.optim._checks import check_above, check_common
 from soul.optim._elementwise import Direction, ElementwiseRule, Kernel, host_scalar, move, moves, piece_size, sign
 from soul.optim._fused import Call
 from soul.optim._paths import ListKernel, Tensors, move_together, multi
-from soul.optim.base import OptimizerSpec
+from soul.optim._storage import Rounding, StateDtype, StoredSpec, exact_dtype
 from soul.optim.cost import RuleCost, elementwise_cost
 from soul.registry import OPTIMIZERS
 
@@ -49,6 +49,8 @@ class SoulRelease(ElementwiseRule):
         rho: Factor of the denominator.
         curvature_batch: The constant that the released code calls ``bs``.
         weight_decay: Decoupled weight decay.
+        state_dtype: Precision that averages are kept in between steps.
+        rounding: How bf16 weights are written.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -72,6 +74,8 @@ class SoulRelease(ElementwiseRule):
         rho: float = 0.04,
         curvature_batch: float = 5120,
         weight_decay: float = 0.1,
+        state_dtype: StateDtype = "float32",
+        rounding: Rounding = "nearest",
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -81,7 +85,7 @@ class SoulRelease(ElementwiseRule):
             "weight_decay": weight_decay,
         }
         _check(**defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, state_dtype, rounding)
 
     def _kernel(self, group: dict[str, Any], p: torch.Tensor) -> Kernel:
         b1, b2 = group["betas"]
@@ -122,11 +126,13 @@ class SoulRelease(ElementwiseRule):
         assert p.grad is not None
         state, (b1, b2) = self.state[p], group["betas"]
         numbers = b1, 1 - b1, b2, 1 - b2, sign(group), group["rho"] * group["curvature_batch"], FLOOR
-        return Call("soul_release", (p, p.grad, state["exp_avg"], state["grad_sq"]), (*numbers, *moves(group)), key=0)
+        return Call(
+            "soul_release", (p, p.grad, state["exp_avg"], state["grad_sq"]), (*numbers, *moves(group)), key=self._key(p)
+        )
 
     def _direction(self, group: dict[str, Any], p: torch.Tensor) -> Direction:
         slope = group["rho"] * group["curvature_batch"]
-        floor = torch.full((), FLOOR, dtype=self.state[p]["grad_sq"].dtype, device=p.device)
+        floor = torch.full((), FLOOR, dtype=exact_dtype(p), device=p.device)
 
         def direction(m: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
             torch.add(floor, h, alpha=slope, out=out)
@@ -137,7 +143,7 @@ class SoulRelease(ElementwiseRule):
 
 @OPTIMIZERS.register("soul_release")
 @dataclasses.dataclass(frozen=True)
-class SoulReleaseSpec(OptimizerSpec):
+class SoulReleaseSpec(StoredSpec):
     """SOUL's optimizer exactly as its released code runs it, faults included; to reproduce and to compare.
 
     Attributes:
@@ -154,7 +160,7 @@ class SoulReleaseSpec(OptimizerSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(**self.settings())
+        _check(**self.own_settings())
 
     def build(
         self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None
@@ -166,6 +172,8 @@ class SoulReleaseSpec(OptimizerSpec):
     def cost(
         self, params: Sequence[torch.Tensor], model: torch.nn.Module | None = None, device: str = "cpu"
     ) -> RuleCost:
-        """Return the cost of two fp32 numbers a coordinate."""
+        """Return the cost of two numbers a coordinate."""
         del model
-        return elementwise_cost(params, slots=len(SoulRelease.slots), written=2, piece=piece_size(device))
+        return elementwise_cost(
+            params, slots=len(SoulRelease.slots), written=2, piece=piece_size(device), dtype=self.slot_dtype
+        )
