@@ -1,15 +1,15 @@
 """What a step of each elementwise rule takes, beside torch's AdamW, the released code and the least there can be.
 
-    python benchmarks/optimizer_step.py --json docs/results/optimizer-step.json
+    python benchmarks/optimizer_step.py --tofu ../shared/data/tofu --json docs/results/optimizer-step.json
 
 On tensors shaped like SmolLM2-135M's (an embedding of 49,152 x 576 and thirty layers), or fewer of its layers
 (``--parameters``). All take turns, round by round, so that a change of the machine's load meets all of them; a ratio is
 the median over rounds of one time over another of the same round. Everyone works on the same weights, gradients and
-states, which keeps 135M parameters within 2.4 GB; ``--rules`` picks fewer.
+states, which keeps 135M parameters within 3 GB; ``--rules`` picks fewer. ``--tofu`` measures before that what curvature
+takes of a training step.
 
 The floor of a rule is the same reads and writes in place with next to no arithmetic, by a kernel compiled like the
-rule's ; the bandwidth of a copy says less, since a copy writes to
-memory that it has not read. ``refresh`` (``update_curvature`` of squared gradients) comes every k-th step and is apart.
+rule's. The bandwidth of a copy says less, since a copy writes to memory that it has not read. ``refresh`` (``update_curvature`` of squared gradients) comes every k-th step and is apart.
 """
 
 from __future__ import annotations
@@ -27,12 +27,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from _machine import Now, cpu_name, table
+from _machine import Now, autocast, cpu_name, table
 from _paths import ReleasedSophiaG
+from rule_cost import setting
+from soul.curvature.passes import CurvaturePasses
+from soul.data.batches import collate_rows
+from soul.forward import forward_answers
 from soul.optim import AdamWRetain, Lion, Signum, Sophia, SoulRelease, _fused
+from soul.optim.sophia import SophiaSpec
 from soul.stored import write_json
 
 FLOORS = {"one": "floor: p g m h read, p m written", "two": "floor: p g m h read, p m h written"}
+NAMES = ("refresh", "gradient", "step")
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536), (576,), (576,)]
 FULL, BASE = 134.5, "torch AdamW, fused"
 Timed = dict[str, Callable[[], Any]]
@@ -75,7 +81,7 @@ def prepared(rule: Any, states: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         if "exp_avg_sq" in names:
             state["step"] = torch.tensor(1.0)
         elif "curvature" in names:
-            state |= {"step": 1, "refreshes": 1, "signed": False, "curvature_sum": pair[1].sum()}
+            state |= {"step": 1, "refreshes": 1, "signed": False, "curvature_sum": pair[1].float().sum()}
         else:
             state["step"] = 1
     return rule
@@ -102,10 +108,10 @@ def contenders(params: list[torch.nn.Parameter], wanted: list[str]) -> Timed:
     states = [(torch.zeros_like(p).detach(), torch.full_like(p, 1e-8).detach()) for p in params]
     out: Timed = {}
 
-    def add(name: str, make: Callable[[], Any], *paths: str) -> None:
+    def add(name: str, make: Callable[[], Any], *paths: str, narrow: bool = False) -> None:
         if wanted and name != BASE and not any(name.startswith(start) for start in wanted):
             return
-        rule = prepared(make(), states)
+        rule = prepared(make(), [(m.bfloat16(), h.bfloat16()) for m, h in states] if narrow else states)
         if not paths:
             out[name] = rule.step
         for path in paths:
@@ -122,6 +128,7 @@ def contenders(params: list[torch.nn.Parameter], wanted: list[str]) -> Timed:
     add("released SophiaG", functools.partial(ReleasedSophiaG, params))
     add("sophia", build(Sophia), "fused", "foreach", "reference")
     add("sophia weight decay", build(Sophia, weight_decay=0.1), "fused")
+    add("sophia bf16 states", build(Sophia, state_dtype="bfloat16"), "fused", "reference", narrow=True)
     add("sophia block_rms", build(Sophia, clip="block_rms", rho=1.0), "fused", "reference")
     add("sophia kl", build(Sophia, clip="kl", rho=1.0), "fused", "reference")
     for name, cls in {"adamw_retain": AdamWRetain, "soul_release": SoulRelease, "lion": Lion, "signum": Signum}.items():
@@ -163,10 +170,41 @@ def lines_of(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"name": name, "milliseconds": round(statistics.median(found) * 1e3, 1)}
         line["to_adamw_fused"] = ratio(seconds, name, BASE)
         floor = FLOORS["two" if name.startswith(("torch", "released", "soul_release")) else "one"]
-        if floor in seconds and not name.startswith(("lion", "signum")) and not name.endswith("refresh"):
+        other_traffic = name.startswith(("lion", "signum", "sophia bf16")) or name.endswith("refresh")
+        if floor in seconds and not other_traffic:
             line["to_floor"] = ratio(seconds, name, floor)
         lines.append(line)
     return lines
+
+
+def of_training(tofu: Path, rounds: int, now: Now) -> dict[str, Any]:
+    """Return what curvature at every tenth step takes of a training step on as many rows, on the real model.
+
+    A training step is a forward and backward pass of ``rule_cost``'s eight rows, and ``sophia``'s step; a refresh is a
+    ``ggn`` pass of one micro-batch of eight and what the rule makes of it.
+    """
+    model, rows = setting(tofu, "smollm2-135m")
+    batch, spec = collate_rows(rows), SophiaSpec()
+    rule = spec.build(model.parameters())
+    passes = CurvaturePasses(spec.curvature, rows, autocast=autocast)
+    found: list[tuple[float, float, float]] = []
+    for i in range(rounds + 1):
+        begun = now()
+        model.zero_grad()
+        rule.update_curvature(passes.estimate(model, rule, passes.plan(i)[:1], explicit=False))
+        model.zero_grad()
+        refreshed = now()
+        with autocast():
+            loss = -forward_answers(model, batch).token_logps().mean()
+        loss.backward()
+        ready = now()
+        rule.step()
+        if i:
+            found.append((refreshed - begun, ready - refreshed, now() - ready))
+    low, middle, high = statistics.quantiles([r / 10 / (g + s) for r, g, s in found], n=4)
+    seconds = {name: round(statistics.median(x), 3) for name, x in zip(NAMES, zip(*found, strict=True), strict=True)}
+    share = {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+    return {"interval": 10, "rows": len(rows), "seconds": seconds, "share_of_a_step": share}
 
 
 def shown(value: dict[str, float] | None) -> str:
@@ -186,15 +224,20 @@ def main() -> None:
         action="store_true",
         help="one thread, and its processor seconds in place of the clock's: for machines that others keep busy",
     )
+    parser.add_argument("--tofu", type=Path, help="TOFU's files: measure curvature in training, on the real model")
     parser.add_argument("--json", type=Path, help="where to record what was found")
     args = parser.parse_args()
     threads = 1 if args.processor_time else args.threads
     torch.set_num_threads(threads)
+    now = time.process_time if args.processor_time else time.perf_counter
+    share: dict[str, Any] = {}
+    if args.tofu:
+        share = of_training(args.tofu, args.rounds, now)
+        print(f"curvature at every tenth step, of a training step: {share}")
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes(args.parameters)]
     for p in params:
         p.grad = torch.randn(p.shape) * 1e-4
-    now = time.process_time if args.processor_time else time.perf_counter
     seconds = measured(contenders(params, args.rules), args.rounds, now)
     record = {
         "parameters": sum(p.numel() for p in params),
@@ -205,6 +248,7 @@ def main() -> None:
         "torch": torch.__version__,
         "load": round(os.getloadavg()[0], 1),
         "lines": lines_of(seconds),
+        **({"curvature": share} if share else {}),
     }
     head = ["", "ms", "of torch's fused AdamW", "of the floor"]
     rows = [

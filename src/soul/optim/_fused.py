@@ -51,9 +51,10 @@ def available() -> bool:
 
 def fits(*tensors: torch.Tensor) -> bool:
     """Say whether kernels can work on these tensors."""
-    kinds = (torch.float32, torch.bfloat16)
-    parts = map(local, tensors)
-    return all(t.device.type == "cpu" and t.dtype in kinds and t.is_contiguous() for t in parts)
+    for t in map(local, tensors):
+        if t.dtype not in (torch.float32, torch.bfloat16) or not t.is_cpu or not t.is_contiguous():
+            return False
+    return True
 
 
 def run(calls: Sequence[Call]) -> list[float]:
