@@ -9,7 +9,8 @@ states, which keeps 135M parameters within 3 GB; ``--rules`` picks fewer. ``--to
 takes of a training step.
 
 The floor of a rule is the same reads and writes in place with next to no arithmetic, by a kernel compiled like the
-rule's. The bandwidth of a copy says less, since a copy writes to memory that it has not read. ``refresh`` (``update_curvature`` of squared gradients) comes every k-th step and is apart.
+rule's. The bandwidth of a copy says less, since a copy writes to memory that it has not read. ``refresh``
+(``update_curvature`` of squared gradients) comes every k-th step and is apart.
 """
 
 from __future__ import annotations
