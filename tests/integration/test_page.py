@@ -217,9 +217,9 @@ def test_a_text_of_ten_megabytes_is_cut_with_a_note(tmp_path: Path):
     row = {"id": "0", "prompt": evil, "answer": evil, "generated": evil, "nll": 0.1, "tokens": 3, "subject": evil}
     for when in ("before", "after"):
         (root / f"rows/{when}/tame.jsonl").write_text(json.dumps(row) + "\n")
-    started = time.perf_counter()
+    started = time.process_time()
     page = write_report([root], tmp_path / "x.html").read_text()
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert len(page) < 200_000
     assert "10,798,800 more characters" in page
     assert read_run(root).rows_after["tame"][0]["answer"] == evil

@@ -83,7 +83,8 @@ def test_texts_of_megabytes_are_cut_with_a_note():
     for cut in (clean, one_line, message):
         short = cut(text)
         assert len(short) < 9000
-        assert re.search(r"… \([\d,]{9,} more characters\)$", short)
+        assert re.search(r"… \([\d,]{9,} more characters\)", short)
+        assert short.endswith("word ␛" if cut is message else ")"), "of a message the end is what to do"
 
 
 def test_hides():

@@ -45,12 +45,12 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ids=lambda value: value[:24],
 )
 def test_yaml_that_nobody_can_have_meant(text: str, words: str):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=r"^x\.yaml") as caught:
         yaml_tree(text, "x.yaml")
     assert words in str(caught.value)
     assert len(str(caught.value)) < 500
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def content_policy(style: str) -> str:
 
     Example:
         >>> content_policy("b{color:red}")[:44]
-        "default-src 'none'; style-src 'sha256-zmdPZt"
+        "default-src 'none'; style-src 'sha256-ypIZpe"
     """
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
