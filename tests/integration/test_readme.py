@@ -51,7 +51,17 @@ def test_the_readme_is_read() -> None:
     assert len([line for line in SHELL if line.startswith("soul ")]) >= 5
     assert PYTHON
     for line in SHELL:
-        assert line.startswith(("make ", "pip install ", "soul ")), f"no test knows how to run {line!r}"
+        assert line.startswith(("make ", "pip install ", "soul ", "accelerate launch ")), f"no test runs {line!r}"
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("accelerate launch ")])
+def test_what_is_launched_is_there(line: str) -> None:
+    """Several processes run in ``test_launched.py``: here, that the files and the command of the README exist."""
+    words = shlex.split(line)
+    assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    module, command, recipe = words[words.index("-m") + 1 :]
+    assert (module, command) == ("soul", "unlearn")
+    assert (ROOT / recipe).is_file()
 
 
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
