@@ -154,7 +154,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         cells += [both(line, *of) for of in (("forget", "probability"), ("forget", "rougeL"), ("kept", "probability"))]
         out.append(f"| {' | '.join(cells)} |")
     forgotten = sum(line["stopped"]["why"] == "forgotten" for line in lines)
-    out += ["", f"Forgotten within the budget: {forgotten} of {len(lines)} served so far ({len(REQUESTS)} in all)."]
+    yet = "" if len(lines) == len(REQUESTS) else f" served so far ({len(REQUESTS)} in all)"
+    out += ["", f"Forgotten within the budget: {forgotten} of {len(lines)}{yet}."]
     return "\n".join(out) + "\n"
 
 
