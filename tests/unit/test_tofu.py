@@ -124,10 +124,8 @@ def test_benchmark_scores_of_the_official_logs():
     # a person can rebuild the leaderboard's number from the table of splits
     nine = [scores[m, s].value for m in ("probability", "rougeL_recall", "truth_ratio") for s in tofu.UTILITY_SPLITS]
     assert 9 / sum(1 / x for x in nine) == pytest.approx(scores["model_utility", ""].value)
-    assert (
-        scores["forget_quality", "forget"]
-        == by_name(Tofu(seed=1).score(rows("full"), rows("retain90")))["forget_quality", "forget"]
-    )
+    again = by_name(Tofu(seed=1).score(rows("full"), rows("retain90")))["forget_quality", "forget"]
+    assert repr(scores["forget_quality", "forget"]) == repr(again)  # it has no interval, and nan is not nan
 
 
 def test_closed_forms():

@@ -43,7 +43,7 @@ class Muon(TorchRule):
         model: Tells embeddings and head from other matrices.
 
     Raises:
-        ValueError: A hyper-parameter is out of range, or torch is older than 2.9 and has no Muon.
+        ValueError: A hyper-parameter is out of range.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(2, 2))
@@ -65,8 +65,6 @@ class Muon(TorchRule):
         weight_decay: float = 0.0,
         model: torch.nn.Module | None = None,
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"muon needs torch 2.9 or later, not {torch.__version__}: upgrade torch or use adamw")
         _check(lr, weight_decay, momentum, ns_steps, betas, eps)
         self._embeddings = embedding_ids(model)
         defaults = {
