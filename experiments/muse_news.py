@@ -57,10 +57,10 @@ def cut(source: Path, folder: Path) -> None:
     def head(name: str, many: int) -> list[str]:
         """Return the beginnings of the first articles that are long enough."""
         found = [ids(e.answer)[:TOKENS] for e in muse_train(str(source), name)]
-        long = [tokenizer.decode(tokens).strip() for tokens in found if len(tokens) == TOKENS][:many]
+        long = [str(tokenizer.decode(tokens)).strip() for tokens in found if len(tokens) == TOKENS][:many]
         if len(long) < many:
             raise ValueError(f"{source}: {name} has {len(long)} articles of {TOKENS} tokens, and {many} are needed")
-        return [str(text) for text in long]
+        return long
 
     verbatim = []
     for _, row in file_rows(source / "verbmem_forget.json"):
