@@ -73,7 +73,8 @@ def unlearn(
         objective: Name, ``{"name": ..., setting: ...}``, or an instance.
         optimizer: Likewise.
         method: Likewise, e.g. ``"influence"``; it takes the place of objective, optimizer and training loop.
-        training: Length, batch size, precision, seed.
+        training: Length, batch size, precision, seed; ``save_steps`` is not looked at, since a model in memory has no
+            run directory to go on from (:func:`soul.run` has).
         stop: ``"forgotten"`` ends training when it has forgotten or has spent its budget of KL
             (:class:`soul.stopping.StopSpec`, whose settings may be given as a mapping); by default it takes all steps.
         refusals: Phrasings for ``po`` and ``dpo``; the built-in ones by default.
@@ -96,6 +97,7 @@ def unlearn(
     settings = (
         training if isinstance(training, TrainingSpec) else config.parse(TrainingSpec, training or {}, "training")
     )
+    settings = dataclasses.replace(settings, save_steps=0)  # nothing could go on from its folder, which ends with it
     ways = data if isinstance(data, DataSpec) else config.parse(DataSpec, data or {}, "data")
     do = method if method is None or isinstance(method, Method) else config.component(METHODS, method, "")
     rests = stop if isinstance(stop, StopSpec) else config.parse(StopSpec, _stop_tree(stop), "stop")

@@ -100,7 +100,8 @@ def _reason(words: str) -> int:
 
 def _said(place: Path, error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
-    do = "see to the disk" if error.errno == errno.EIO else "choose another --out"
+    # torch does not say why it could not write: mostly the disk is full
+    do = f"see to the disk ({_free(place)})" if error.errno == errno.EIO else "choose another --out"
     if error.errno in _FULL:
         do = f"free some space ({_free(place)}) or lift the limit on it"
     elif error.errno in _SHUT:

@@ -205,3 +205,17 @@ def test_retraining_refuses_an_adapter_that_has_learned(tokenizer, make_model, f
         soul.unlearn(
             model, tokenizer, forget=forget_set, retain=retain_set, method={"name": "retrain", "base": "anything"}
         )
+
+
+def test_writes_no_checkpoints(tokenizer, make_model, forget_set, retain_set) -> None:
+    """Nothing could go on from them, and each is three times the model's size."""
+    saved: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs) -> None:
+            saved.append(state.global_step)
+
+    training = {**SHORT, "save_steps": 1}
+    sets = {"forget": forget_set, "retain": retain_set}
+    soul.unlearn(make_model(), tokenizer, **sets, training=training, callbacks=[Watch()])
+    assert saved == []
