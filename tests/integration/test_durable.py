@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -122,14 +123,14 @@ def test_going_on_under_other_conditions_is_said(place, tmp_path, caplog):
     for _ in range(2):  # said once: the second time goes on under the conditions of the first
         assert unlearn(place, out, "training.max_steps=2") == 0
         (out / "scores.json").unlink()
-    said = f"torch was 1.13 and is {torch.__version__}, threads was 64 and is 1"
+    said = f"torch was 1.13 and is {version('torch')}, threads was 64 and is 1"
     assert caplog.text.count(said) == 1
     warnings = read_run(out).warnings
     assert [re.sub(r"\(.*\)", "", w) for w in warnings] == [
         "it went on under other conditions : an uninterrupted run may end with other bytes"
     ]
     assert said in warnings[0]
-    assert json.loads(file.read_text())["later"][0]["torch"] == torch.__version__
+    assert json.loads(file.read_text())["later"][0]["torch"] == version("torch")
 
 
 def test_a_lost_model_ends_the_command_and_keeps_what_was_good(place, tmp_path, capsys):
