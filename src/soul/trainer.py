@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from soul.attention import ShortAttention
 from soul.checkpoints import WholeCheckpoints
 from soul.combine import Combine, make_combination
 from soul.curvature.estimators import ESTIMATORS
@@ -27,7 +28,7 @@ from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
 from soul.forward import unwrap
 from soul.machine import has_bf16
-from soul.models import freeze_embeddings
+from soul.models import checkpointing_of, freeze_embeddings
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.optim.groups import parameter_groups
@@ -291,11 +292,16 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a micro-batch forward and backward; after a window's last one, finish the gradients."""
-        loss = super().training_step(*args, **kwargs)
+        with self._attention():
+            loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             self.last_terms = self._over_processes(self.last_terms)
             self.combination.finish(self.update_rule, self.args.max_grad_norm)
         return loss
+
+    def _attention(self) -> contextlib.AbstractContextManager[Any]:
+        checkpointed = any(checkpointing_of(self.model).values())
+        return contextlib.nullcontext() if checkpointed else ShortAttention()
 
     def _over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return, by name, the sums over processes."""
@@ -343,7 +349,8 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         started = time.perf_counter()
         assert self.model_wrapped is not None
         identity = f"{self.rule.name} {self.rule.curvature_settings()}"
-        self._passes.refresh(self.model_wrapped, self.update_rule, step, identity=identity)
+        with self._attention():
+            self._passes.refresh(self.model_wrapped, self.update_rule, step, identity=identity)
         if self.args.device.type == "cuda":
             torch.cuda.synchronize()
         self.curvature_seconds = time.perf_counter() - started

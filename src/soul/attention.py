@@ -1,0 +1,147 @@
+"""Attention over short sequences in bf16 on a CPU: the fused forward pass, a backward pass that suits short ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+LONGEST = 96
+"""Positions up to which the backward pass here is the faster one (``benchmarks/attention.py``)."""
+
+_fused: Callable[..., torch.Tensor] = torch.nn.functional.scaled_dot_product_attention
+
+
+class ShortAttention(TorchFunctionMode):
+    """Within it, gradients of half-precision attention over at most ``LONGEST`` positions on a CPU are plain products.
+
+    PyTorch's fused backward pass on CPUs works through blocks made for long sequences: of a training step of short
+    answers with bf16 products it takes a quarter. In fp32 it is as fast as this one, and left. With
+    ``S = scale Q K^T + mask``, ``P = softmax(S)`` and ``O = P V``, and ``dO`` the gradient of the output:
+
+        dV = P^T dO,   dP = dO V^T,   dS = P * (dP - rowsum(dP * P)),   dQ = scale dS K,   dK = scale dS^T Q
+
+    all of it in fp32, so that nothing is coarser than in the fused pass. The forward pass stays the fused one and keeps
+    ``Q, K, V`` alone; ``P`` is a few megabytes of one layer at a time. Attention with dropout, on other devices, over
+    longer sequences, where PyTorch was told not to take the fused kernel (``sdpa_kernel``), or of which no gradient is
+    asked is left as it is.
+
+    Not for models under gradient checkpointing, which runs blocks again outside of it.
+
+    Example:
+        >>> q = torch.randn(1, 2, 5, 4, dtype=torch.bfloat16, requires_grad=True)
+        >>> with ShortAttention():
+        ...     torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+        >>> q.grad.shape
+        torch.Size([1, 2, 5, 4])
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replace the one function."""
+        if func is _fused:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    ours = (
+        kind in (torch.bfloat16, torch.float16)
+        and query.device.type == "cpu"
+        and query.ndim == key.ndim == value.ndim == 4
+        and max(query.shape[-2], key.shape[-2]) <= LONGEST
+        and not dropout_p
+        and torch.backends.cuda.flash_sdp_enabled()  # the CPU's kernel goes by it too
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+        and not (attn_mask is not None and attn_mask.requires_grad)
+    )
+    if not ours:
+        return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    query, key, value = (x.to(kind) for x in (query, key, value))  # as autocast does for the fused one
+    return gradients_by_products(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
+
+def gradients_by_products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+) -> torch.Tensor:
+    """Return the fused attention of these (B, heads, L, D), whose gradients are those of :class:`ShortAttention`."""
+    return _ShortAttention.apply(query, key, value, mask, causal, scale, grouped)
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
+        scale: float | None,
+        grouped: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.causal, ctx.scale = causal, query.shape[-1] ** -0.5 if scale is None else scale
+        return _fused(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # of operations that can be differentiated again
+        query, key, value, mask = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            return (*_gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
+
+
+def _gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients; several query heads may share one of keys and values."""
+    batch, heads, length, _ = query.shape
+    shared = key.shape[1]
+
+    def by_key(x: torch.Tensor) -> torch.Tensor:
+        """(B, H, L, D) to (B, shared heads, heads for each x L, D): one product for all that share a key."""
+        return x.float().reshape(batch, shared, heads // shared * length, x.shape[-1])
+
+    q, k, v, d_out = by_key(query), key.float(), value.float(), by_key(grad)
+    scores = (q @ k.mT).view(batch, heads, length, -1) * scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    shares = scores.softmax(-1).nan_to_num(0.0)  # a row that sees nothing gives zeros, as the fused pass does
+    d_shares = (d_out @ v.mT).view_as(shares)
+    d_scores = shares * (d_shares - (d_shares * shares).sum(-1, keepdim=True)) * scale
+    d_scores, shares = (x.view(batch, shared, -1, x.shape[-1]) for x in (d_scores, shares))
+    d_query = (d_scores @ k).view_as(query)
+    return d_query.to(query.dtype), (d_scores.mT @ q).to(key.dtype), (shares.mT @ d_out).to(value.dtype)
