@@ -16,12 +16,15 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from packaging.version import Version
 from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from two_processes import HALF, JOBS, RESUMED, Job, rows_of, run, trainer_for, work
 
 EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
+# With torch 2.9 a sharded run that makes curvature passes differs from one process by up to 1e-8; 2.13 and later by less.
+CLOSE = 1e-9 if Version(torch.__version__) >= Version("2.13") else 1e-7
 NUMBERS = ("nll", "paraphrased_nll", "wrong_nll", "token_logps", "token_z", "rougeL_recall", "gradient_norm")
 PAIRS = [(job, way) for job in JOBS for way in job.ways]
 
@@ -68,13 +71,13 @@ def compare(found: dict[str, Any], alone: dict[str, Any], job: Job) -> None:
     assert found["weights"].keys() == alone["weights"].keys()
     gaps = torch.cat([(found["weights"][n] - v).abs().flatten() for n, v in alone["weights"].items()])
     if job.dtype == "float64":
-        assert gaps.max() < 1e-9
+        assert gaps.max() < CLOSE
     elif job.precision == "bfloat16":  # a step of AdamW is as long however small its gradient
         assert gaps.median() < 0.02 * job.optimizer["lr"] * job.steps
     else:  # rounding turns the sign of a few steps, each of which is then two steps away
         assert (gaps > 1e-3 * job.optimizer["lr"]).float().mean() <= 1e-3
         assert gaps.max() <= 2.001 * job.optimizer["lr"] * job.steps
-    rough = 1e-9 if job.dtype == "float64" else 1e-3 if job.precision == "float32" else 2e-2
+    rough = CLOSE if job.dtype == "float64" else 1e-3 if job.precision == "float32" else 2e-2
     assert len(found["log"]) in (job.steps, job.steps - HALF)  # all steps, or those after a checkpoint
     for one, other in zip(found["log"], alone["log"][-len(found["log"]) :], strict=True):
         assert one.keys() == other.keys()
