@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from two_processes import HALF, JOBS, RESUMED, Job, rows_of, run, trainer_for, work
 
 EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
-# With torch 2.9 a sharded run that makes curvature passes differs from one process by up to 1e-8; 2.13 and later by less.
+# With torch 2.9 a sharded run that makes curvature passes differs from one process by up to 1e-8, from 2.13 on by less.
 CLOSE = 1e-9 if Version(torch.__version__) >= Version("2.13") else 1e-7
 NUMBERS = ("nll", "paraphrased_nll", "wrong_nll", "token_logps", "token_z", "rougeL_recall", "gradient_norm")
 PAIRS = [(job, way) for job in JOBS for way in job.ways]
