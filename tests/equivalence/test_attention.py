@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +17,19 @@ from soul.attention import LONGEST, ShortAttention
 MASKS = ("none", "causal", "bool", "float", "blind")
 
 
-def tensors(length=17, heads=6, shared=6, kind=torch.bfloat16, keys=None):
+def tensors(length=17, heads=6, shared=6, kind=torch.bfloat16, keys=None) -> Any:
     torch.manual_seed(0)
     shapes = [(2, heads, length, 8), *[(2, shared, keys or length, 8)] * 2]
     return [torch.randn(shape).to(kind).requires_grad_() for shape in shapes]
 
 
-def options(mask, length=17, keys=None, **more):
+def options(mask: str, length: int = 17, keys: int | None = None, **more: Any) -> dict[str, Any]:
     torch.manual_seed(1)
     seen = (torch.rand(2, 1, length, keys or length) > 0.3) | torch.eye(length, keys or length, dtype=torch.bool)
     if mask == "blind":  # a padded query that attends to nothing
         seen[:, :, 3] = False
     low = torch.finfo(torch.bfloat16).min
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "none": {},
         "causal": {"is_causal": True},
         "float": {"attn_mask": torch.zeros(seen.shape).masked_fill(~seen, low).to(torch.bfloat16)},
@@ -36,7 +37,7 @@ def options(mask, length=17, keys=None, **more):
     return {**found.get(mask, {"attn_mask": seen}), **more}
 
 
-def in_float64(inputs, out_grad, more):
+def in_float64(inputs: Any, out_grad: torch.Tensor, more: dict[str, Any]) -> Any:
     wide = [x.detach().double().requires_grad_() for x in inputs]
     mask = more.get("attn_mask")
     if mask is not None and mask.dtype != torch.bool:
@@ -83,7 +84,7 @@ def names(out):
 
 
 def test_it_is_taken_where_it_pays_and_nowhere_else():
-    def taken(inputs=None, **more):
+    def taken(inputs: Any = None, **more: Any) -> bool:
         with ShortAttention():
             out = fused(*(inputs or tensors()), **more)
         return any("ShortAttention" in name for name in names(out))
