@@ -7,7 +7,7 @@ interrupted sweep goes on where it stopped. Best is the rate that stays furthest
 each distance as a share of the largest possible one: forgotten probability at most .10, under the paraphrased question
 at most a third of before and ROUGE-L at most .4, kept probability at least .95 of before, perplexity of plain text at
 most 1.05 of before. The recipes ``demo-*.yaml`` carry the winners;
-K-FAC's is the lower of two that are level (.065 and .069 on an Intel Xeon with AMX), since it keeps more.
+K-FAC's lies between two that are level (.065 and .069 on an Intel Xeon with AMX), and was tried by hand once more.
 """
 
 from __future__ import annotations
