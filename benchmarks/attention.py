@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from _machine import cpu_name, table
-from soul.attention import LONGEST, ShortAttention, gradients_by_products
+from soul.attention import LONGEST, ShortAttention
 from soul.data.batches import collate_rows
 from soul.data.sources import load_examples
 from soul.data.templates import ChatTemplate
@@ -33,12 +33,10 @@ def seconds(length: int, *, short: bool, repeats: int) -> float:
     heads = (9, 3, 3)
     query, key, value = (torch.randn(8, n, length, 64, dtype=torch.bfloat16).requires_grad_() for n in heads)
     started = time.perf_counter()
-    for _ in range(repeats):
-        if short:
-            out = gradients_by_products(query, key, value, None, True, None, True)
-        else:
+    with ShortAttention(length) if short else contextlib.nullcontext():
+        for _ in range(repeats):
             out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+            torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
     return (time.perf_counter() - started) / repeats
 
 

@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "kfac": {"damping": 0.1, "curvature": {"warm_start": 4, "interval": 0, "general_text": 2}},
 }
 RATES = {"adamw": (3e-5, 6e-5, 1.2e-4), "signum": (2e-5, 4e-5, 8e-5), "kfac": (6e-4, 1.2e-3, 2.4e-3)}
-"""Three a rule, a factor of 2 apart, around the rate that served the demo best (``docs/results/demo-tuning.json``)."""
+"""Three a rule, a factor of 2 apart, around those of the demo (``docs/results/demo-tuning.json``)."""
 
 MARK = "<!-- from here on written by the script -->"
 Line = dict[str, Any]

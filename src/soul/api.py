@@ -74,7 +74,7 @@ def unlearn(
         optimizer: Likewise.
         method: Likewise, e.g. ``"influence"``; it takes the place of objective, optimizer and training loop.
         training: Length, batch size, precision, seed; ``save_steps`` is not looked at, since a model in memory has no
-            run directory to go on from (:func:`soul.run` has).
+            run directory to go on from (:func:`soul.run.execute` has).
         stop: ``"forgotten"`` ends training when it has forgotten or has spent its budget of KL
             (:class:`soul.stopping.StopSpec`, whose settings may be given as a mapping); by default it takes all steps.
         refusals: Phrasings for ``po`` and ``dpo``; the built-in ones by default.

@@ -15,7 +15,7 @@ _fused: Callable[..., torch.Tensor] = torch.nn.functional.scaled_dot_product_att
 
 
 class ShortAttention(TorchFunctionMode):
-    """Within it, gradients of half-precision attention over at most ``LONGEST`` positions on a CPU are plain products.
+    """Within it, gradients of half-precision attention over short sequences on a CPU are plain products.
 
     PyTorch's fused backward pass on CPUs works through blocks made for long sequences: of a training step of short
     answers with bf16 products it takes a quarter. In fp32 it is as fast as this one, and left. With
@@ -30,6 +30,9 @@ class ShortAttention(TorchFunctionMode):
 
     Not for models under gradient checkpointing, which runs blocks again outside of it.
 
+    Args:
+        longest: Positions up to which it is done.
+
     Example:
         >>> q = torch.randn(1, 2, 5, 4, dtype=torch.bfloat16, requires_grad=True)
         >>> with ShortAttention():
@@ -37,6 +40,10 @@ class ShortAttention(TorchFunctionMode):
         >>> q.grad.shape
         torch.Size([1, 2, 5, 4])
     """
+
+    def __init__(self, longest: int = LONGEST) -> None:
+        super().__init__()
+        self.longest = longest
 
     def __torch_function__(
         self,
@@ -47,11 +54,12 @@ class ShortAttention(TorchFunctionMode):
     ) -> Any:
         """Replace the one function."""
         if func is _fused:
-            return _attention(*args, **(kwargs or {}))
+            return _attention(self.longest, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _attention(
+    longest: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -66,7 +74,7 @@ def _attention(
         kind in (torch.bfloat16, torch.float16)
         and query.device.type == "cpu"
         and query.ndim == key.ndim == value.ndim == 4
-        and max(query.shape[-2], key.shape[-2]) <= LONGEST
+        and max(query.shape[-2], key.shape[-2]) <= longest
         and not dropout_p
         and torch.backends.cuda.flash_sdp_enabled()  # the CPU's kernel goes by it too
         and torch.is_grad_enabled()
@@ -76,20 +84,7 @@ def _attention(
     if not ours:
         return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     query, key, value = (x.to(kind) for x in (query, key, value))  # as autocast does for the fused one
-    return gradients_by_products(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-
-
-def gradients_by_products(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-    grouped: bool,
-) -> torch.Tensor:
-    """Return the fused attention of these (B, heads, L, D), whose gradients are those of :class:`ShortAttention`."""
-    return _ShortAttention.apply(query, key, value, mask, causal, scale, grouped)
+    return _ShortAttention.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -139,7 +134,9 @@ def _gradients(
         scores = scores.masked_fill(~seen, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    shares = scores.softmax(-1).nan_to_num(0.0)  # a row that sees nothing gives zeros, as the fused pass does
+    shares = scores.softmax(-1)
+    if mask is not None:  # a row that sees nothing gives zeros, as the fused pass does; nan of any other cause stays
+        shares = shares.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
     d_shares = (d_out @ v.mT).view_as(shares)
     d_scores = shares * (d_shares - (d_shares * shares).sum(-1, keepdim=True)) * scale
     d_scores, shares = (x.view(batch, shared, -1, x.shape[-1]) for x in (d_scores, shares))

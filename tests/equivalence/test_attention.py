@@ -73,6 +73,15 @@ def test_other_numbers_of_keys_and_a_scale():
     assert gap(ours, in_float64(inputs, grad, more)) < 3e-3
 
 
+def test_nan_is_not_hidden():
+    query, key, value = tensors()
+    with torch.no_grad():
+        query[0, 0, 2, 0] = torch.nan
+    with ShortAttention():
+        found = torch.autograd.grad(fused(query, key, value, **options("bool")).sum(), (query, key, value))
+    assert all(bool(g.isnan().any()) for g in found)
+
+
 def names(out):
     """Name the functions of a graph."""
     found, todo = set(), [out.grad_fn]
