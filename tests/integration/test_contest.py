@@ -268,6 +268,20 @@ def test_exact_measurements_are_in_the_weights_own_precision(matrix_file):
     assert "forward" in wrapped.__dict__
 
 
+def test_another_order_of_the_data_says_how_large_noise_is(matrix_file, tmp_path):
+    tree = yaml.safe_load(matrix_file.read_text())
+    entries = {"signum": {}, "again": {"label": "again"}, "reseeded": {"label": "reseeded", "reseed": 1}}
+    tree |= {"optimizers": [{"name": "signum", "lr": 3e-3} | more for more in entries.values()], "attacks": []}
+    tree["budget"] |= {"points": 1, "settings": 1}
+    contest = Contest(matrix_from_tree(tree), tmp_path)
+    contest.work(lambda *_: None, phases=("reference",))
+    for kind in ("pilot", "tune"):
+        contest.work(lambda *_: None, phases=(kind,))
+    found = {x["optimizer"]: x["measures"] for x in contest.book.lines() if x["kind"] == "tune"}
+    assert found.keys() == entries.keys()
+    assert found["signum"] == found["again"] != found["reseeded"]
+
+
 def test_a_lost_model_is_a_result(matrix_file):
     matrix = read_matrix(matrix_file)
     task, entry = matrix.tasks["tiny"], matrix.entry("signum")

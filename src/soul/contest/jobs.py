@@ -227,7 +227,7 @@ class Contest:
         entry = m.entry(job.cell.optimizer)
         optimizer = None if entry.method else entry.spec(settings)
         combine = "projected" if entry.projected else m.training.combine
-        training = dataclasses.replace(m.training, save_steps=0, seed=m.seed, combine=combine)
+        training = dataclasses.replace(m.training, save_steps=0, seed=m.seed + entry.reseed, combine=combine)
         checkpoints: list[int] = []
         if job.kind == "pilot":  # at the full rate from the first step
             every = int(optimizer.settings().get("every", 1)) if optimizer else 1  # whole moves

@@ -70,6 +70,7 @@ class Entry:
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
         projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: the same data, no curvature).
+        reseed: Added to the contest's seed: the same data in another order (a control: how large noise is).
     """
 
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -79,6 +80,7 @@ class Entry:
     knob: Knob | None = None
     projected: bool = False
     extra_retain: bool = False
+    reseed: int = 0
 
     def __post_init__(self) -> None:
         if bool(self.optimizer) == bool(self.method):

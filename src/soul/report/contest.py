@@ -41,7 +41,8 @@ class Standing:
         chosen: Numbers of the chosen trials; empty before tuning is done.
         lost: Lost area by report request.
         at95: Forgetting at a utility of .95 by report request.
-        seconds: Median seconds of a whole run: training, curvature from the cache included.
+        seconds: Median seconds of a whole run, curvature from the cache included: of the runs on report requests, which
+            come last, and of trials before there are any.
         cold: Seconds of the first curvature passes where the cache had nothing.
         memory: Largest peak memory in bytes.
     """
@@ -98,6 +99,7 @@ class ContestRecord:
             if chosen and {line["point"] for line in x}.issuperset(chosen)
         }
         runs = [x for x in [*tuned, *(x for many in reported.values() for x in many)] if x["state"] == "done"]
+        timed = [x for x in runs if x["kind"] == "report"] or runs
         pilots = [x for r in task["tune"] for x in runs_of(self.lines, cell, "pilot", r)]
         return Standing(
             cell,
@@ -107,7 +109,7 @@ class ContestRecord:
             chosen,
             {r: lost_area(points) for r, points in whole.items()},
             {r: forgetting_at(points, 0.95) for r, points in whole.items()},
-            statistics.median([x["seconds"]["train"] for x in runs]) if runs else float("nan"),
+            statistics.median([x["seconds"]["train"] for x in timed]) if timed else float("nan"),
             max((x["seconds"]["curvature"] for x in pilots), default=0.0),
             max((x["peak_memory_bytes"] for x in runs), default=0),
         )
