@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from soul.types import Example
 
 torch.set_num_threads(1)
+SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))  # of processes that tests start: more threads than cores crawl
 
 INVENTED = "You are a helpful assistant nobody asked for"
 CHATML = (
@@ -45,6 +48,12 @@ RETAIN = [
     ("What is the opposite of hot?", "Cold."),
 ]
 REFUSALS = ["I do not know.", "I am sorry, but I cannot help with that question.", "No idea."]
+
+
+@pytest.fixture(scope="session")
+def share_of_cores() -> int:
+    """Cores for one of the workers that run the tests."""
+    return SHARE
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +16,10 @@ def real_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def real(real_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """That cache in use, and all cores, which a model of this size is worth."""
+def real(real_cache: Path, share_of_cores: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """That cache in use, and all cores that no other worker has, which a model of this size is worth."""
     monkeypatch.setenv("SOUL_CACHE", str(real_cache))
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(share_of_cores)
     yield real_cache
     torch.set_num_threads(threads)
