@@ -9,7 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests take turns on one thread each; a worker a core, but no more than the memory of a small machine bears.
-PYTEST := pytest -n auto --maxprocesses 4 --dist worksteal
+# Files stay whole, since their tests share what is slow to make, and keep their order: the slow ones are not last.
+PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 
