@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,10 @@ MARK = "<!-- from here on written by the script -->"
 Line = dict[str, Any]
 Values = dict[tuple[str, str], Line]
 """Scores by (split, metric)."""
+Tick = Callable[[str, int, int], None]
+"""Called with (what, done, of)."""
+Cell = tuple[str, Line, Callable[[], Recipe]]
+"""Name, what stands in its line beside what is measured, and recipe."""
 Judge = Callable[[Values, dict[str, Values]], dict[str, float]]
 """From a cell's scores and those of the models before, to the parts whose harmonic mean is the criterion."""
 
@@ -117,24 +122,36 @@ def run_cells(plan: Plan, only: str = "", most: int = 0) -> None:
         only: Of these cells, those whose ``objective-optimizer-rate`` begins so.
         most: Stop after so many; 0 for all.
     """
-    done = 0
+    todo: list[Cell] = [
+        (f"{o}-{rule}-{lr:g}", {"objective": o, "optimizer": rule}, functools.partial(plan.cell, o, rule, lr))
+        for o in plan.objectives
+        for rule, rates in plan.rates.items()
+        for lr in rates
+    ]
     with progress_bars() as tick:
-        for name, model in plan.before.items():
-            measure_before(plan, name, model, lambda w, d, n, name=name: tick(f"{name}: {w}", d, n))
-        for objective in plan.objectives:
-            for optimizer, rates in plan.rates.items():
-                for lr in rates:
-                    title = f"{objective}-{optimizer}-{lr:g}"
-                    known = {line["cell"] for line in read_lines(plan.records)}
-                    if title in known or not title.startswith(only) or (most and done >= most):
-                        continue
-                    recipe = plan.cell(objective, optimizer, lr)
-                    line = run_cell(plan, recipe, title, lambda w, d, n, t=title: tick(f"{t}: {w}", d, n))
-                    add_line(plan.records, {"cell": title, "objective": objective, "optimizer": optimizer, **line})
-                    done += 1
+        measure_all_before(plan, tick)
+        run_each(plan, todo, only, most, tick)
 
 
-def measure_before(plan: Plan, name: str, model: str, tick: Callable[[str, int, int], None]) -> None:
+def run_each(plan: Plan, todo: Sequence[Cell], only: str, most: int, tick: Tick) -> None:
+    """Do those of some cells that have no line yet; see :func:`run_cells`."""
+    done = 0
+    for title, head, recipe in todo:
+        known = {line["cell"] for line in read_lines(plan.records)}
+        if title in known or not title.startswith(only) or (most and done >= most):
+            continue
+        line = run_cell(plan, recipe(), title, lambda w, d, n, t=title: tick(f"{t}: {w}", d, n))
+        add_line(plan.records, {"cell": title, **head, **line})
+        done += 1
+
+
+def measure_all_before(plan: Plan, tick: Tick) -> None:
+    """Measure the models that have forgotten nothing."""
+    for name, model in plan.before.items():
+        measure_before(plan, name, model, lambda w, d, n, name=name: tick(f"{name}: {w}", d, n))
+
+
+def measure_before(plan: Plan, name: str, model: str, tick: Tick) -> None:
     """Measure a model that has forgotten nothing."""
     if name in {line["cell"] for line in read_lines(plan.records)}:
         return
@@ -151,7 +168,7 @@ def measure_before(plan: Plan, name: str, model: str, tick: Callable[[str, int, 
     write_json(plan.results / plan.name / "environment.json", environment())
 
 
-def run_cell(plan: Plan, recipe: Recipe, title: str, tick: Callable[[str, int, int], None]) -> Line:
+def run_cell(plan: Plan, recipe: Recipe, title: str, tick: Tick) -> Line:
     """Forget, measure, keep the line, drop the weights."""
     out = plan.runs / "cells" / title
     before = plan.runs / "before" / list(plan.before)[-1]

@@ -13,14 +13,14 @@ is simply asked to, and not what it could do. Measured on TOFU's forget set whol
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cells
-from cells import OPTIMIZERS, RATES, Plan, Values, add_line, by_name, number, read_lines, run_cell, start
+from cells import OPTIMIZERS, RATES, Plan, Values, by_name, number, read_lines, start
 from soul import config
 from soul.cli import progress_bars
 from soul.recipe import recipe_from_tree
@@ -104,29 +104,26 @@ def tree_of(plan: Plan) -> dict[str, Any]:
     return tree | {"model": plan.before["taught"], "benchmark": plan.benchmark, "reference_run": str(RUNS / "retained")}
 
 
-def do(plan: Plan, only: str, most: int, tick: Callable[[str, int, int], None]) -> None:
+def do(plan: Plan, only: str, most: int, tick: cells.Tick) -> None:
     """Do what has no line yet, in the order of the table."""
-    for name, model in plan.before.items():
-        cells.measure_before(plan, name, model, lambda w, d, n, name=name: tick(f"{name}: {w}", d, n))
+    cells.measure_all_before(plan, tick)
     retained = RUNS / "retained/rows/after"
     if not retained.is_dir():  # what metrics against a retained model read
         shutil.copytree(RUNS / "before/retained", retained)
-    todo: list[tuple[str, str, str, dict[str, Any]]] = []
+    tree, todo = tree_of(plan), []
+
+    def add(title: str, name: str, rule: str, changes: dict[str, Any]) -> None:
+        recipe = functools.partial(recipe_from_tree, tree | {"label": title} | changes)
+        todo.append((title, {"objective": name, "optimizer": rule}, recipe))
+
     for name, settings in plan.objectives.items():
         for rule, rate in RATE.items():
             changes = {"objective": {"name": name, **settings}, "optimizer": {"name": rule, "lr": rate}}
             changes["optimizer"] |= OPTIMIZERS[rule]
-            todo.append((f"{name}-{rule}", name, rule, changes))
-    todo += [(name, name, "-", {"method": {"name": name, **settings}}) for name, settings in METHODS.items()]
-    done = 0
-    for title, name, rule, changes in todo:
-        known = {line["cell"] for line in read_lines(plan.records)}
-        if title in known or not title.startswith(only) or (most and done >= most):
-            continue
-        recipe = recipe_from_tree(tree_of(plan) | {"label": title} | changes)
-        line = run_cell(plan, recipe, title, lambda w, d, n, t=title: tick(f"{t}: {w}", d, n))
-        add_line(plan.records, {"cell": title, "objective": name, "optimizer": rule, **line})
-        done += 1
+            add(f"{name}-{rule}", name, rule, changes)
+    for name, settings in METHODS.items():
+        add(name, name, "-", {"method": {"name": name, **settings}})
+    cells.run_each(plan, todo, only, most, tick)
 
 
 def table(plan: Plan) -> str:
