@@ -246,6 +246,19 @@ class DualRule(UpdateRule):
         self.retain.load_curvature_state({name: value.clone() for name, value in state.items()})
         self.forget.load_curvature_state(state)
 
+    def derivation(self) -> str:
+        """As the rule has it."""
+        return self.forget.derivation()
+
+    def derived(self) -> dict[str, torch.Tensor]:
+        """Return what is derived from the curvature, which is the same for both."""
+        return self.forget.derived()
+
+    def load_derived(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Give it to both, neither of which changes it."""
+        self.retain.load_derived(state)
+        self.forget.load_derived(state)
+
     def scramble(self, seed: int) -> None:
         """Scramble both alike."""
         self.forget.scramble(seed)

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from soul import config
-from soul.curvature import cache
+from soul.curvature import cache, kronecker
+from soul.curvature.kronecker import inverse
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.spec import CurvatureSpec
 from soul.data.templates import Encoded
@@ -80,6 +81,11 @@ def run(
     return do
 
 
+def kept(folder: Path, *, derived: bool = False) -> list[Path]:
+    """Return the files of what passes found, or of what rules derived from it."""
+    return [file for file in sorted(folder.iterdir()) if ("-" in file.stem) == derived]
+
+
 def same(first: Any, second: Any) -> bool:
     return first[1] == second[1] and all(torch.equal(second[0][k], v) for k, v in first[0].items())
 
@@ -91,7 +97,7 @@ def test_cold_and_warm_runs_are_the_same_run(
 ) -> None:
     cold = run(optimizer=optimizer, warm_start=warm_start)
     assert len(passes) == warm_start + 1  # and one before the third step
-    assert len(list(folder.iterdir())) == 1
+    assert len(kept(folder)) == 1
     passes.clear()
     warm = run(optimizer=optimizer, warm_start=warm_start)
     assert len(passes) == 1
@@ -100,7 +106,7 @@ def test_cold_and_warm_runs_are_the_same_run(
     without = run(optimizer=optimizer, warm_start=warm_start, cache=False)
     assert len(passes) == warm_start + 1
     assert same(cold, without)
-    assert len(list(folder.iterdir())) == 1
+    assert len(kept(folder)) == 1
 
 
 def test_a_refresh_that_is_no_warm_start_is_not_kept(run: Any, passes: list[int], folder: Path) -> None:
@@ -125,7 +131,7 @@ def test_all_that_an_estimate_depends_on_names_it(run: Any, passes: list[int], f
         passes.clear()
         run(**other)
         assert len(passes) == other.get("warm_start", 4) + 1
-        assert len(list(folder.iterdir())) == i + 2
+        assert len(kept(folder)) == i + 2
 
 
 def test_what_an_estimate_does_not_depend_on_does_not(
@@ -137,7 +143,7 @@ def test_what_an_estimate_does_not_depend_on_does_not(
         passes.clear()
         run(**other)
         assert len(passes) == (0 if "interval" in other else 1)
-    assert len(list(folder.iterdir())) == 1
+    assert len(kept(folder)) == 1
 
 
 def test_the_next_request_starts_warm_where_it_takes_away_what_was_not_picked(
@@ -161,14 +167,14 @@ def test_rules_that_watch_passes_are_told_apart_by_what_they_keep(run: Any, pass
         passes.clear()
         run(optimizer="kfac", settings=settings, lr=0.02)
         assert len(passes) == made
-        assert len(list(folder.iterdir())) == i + 1
+        assert len(kept(folder)) == i + 1
 
 
 def test_a_broken_file_costs_passes_and_not_the_run(
     run: Any, passes: list[int], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cold = run()
-    (file,) = folder.iterdir()
+    (file,) = kept(folder)
     whole = file.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"nothing of the kind"):
         file.write_bytes(broken)
@@ -193,7 +199,7 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(
 
 def test_files_say_what_they_hold(run: Any, folder: Path, make_model: Any) -> None:
     run(estimator="hutchinson")
-    (file,) = folder.iterdir()
+    (file,) = kept(folder)
     with safe_open(file, "pt") as opened:
         assert json.loads(opened.metadata()["soul"])["estimator"] == "hutchinson"
         assert set(opened.keys()) == {name for name, _ in make_model(0).named_parameters()}
@@ -255,17 +261,56 @@ def test_factors_serve_whatever_is_done_with_them(run: Any, passes: list[int], s
     assert passes
 
 
+def test_inverses_are_found_once_for_a_damping(
+    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found: list[float] = []
+
+    def counted(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+        found.append(damping)
+        return inverse(matrix, damping)
+
+    monkeypatch.setattr(kronecker, "inverse", counted)
+    cold = run(optimizer="kfac", interval=0)
+    each = len(found)
+    (file,) = kept(folder, derived=True)
+    assert each == len(set(safe_open(file, "pt").keys()))
+    warm = run(optimizer="kfac", interval=0)
+    assert len(found) == each
+    assert same(cold, warm)
+    assert same(cold, run(optimizer="kfac", interval=0, cache=False))
+    assert len(found) == 2 * each
+    run(optimizer="kfac", interval=0, settings={"damping": 0.3})
+    assert found[2 * each :] == [0.3] * each
+    assert len(kept(folder, derived=True)) == 2
+    file.write_bytes(file.read_bytes()[:-8])
+    with caplog.at_level(logging.WARNING, logger="soul"):
+        assert same(cold, run(optimizer="kfac", interval=0))
+    assert "cannot read the cached curvature" in caplog.text
+    assert len(found) == 4 * each
+    assert same(cold, run(optimizer="kfac", interval=0))
+    assert len(found) == 4 * each
+
+
+def test_a_refresh_makes_kept_inverses_stale(run: Any, folder: Path) -> None:
+    cold = run(optimizer="kfac", lr=0.02)
+    assert kept(folder, derived=True)
+    assert same(cold, run(optimizer="kfac", lr=0.02))
+    assert not same(cold, run(optimizer="kfac", lr=0.02, interval=0))  # the refresh before the third step does matter
+
+
 @pytest.mark.parametrize("optimizer", ["sophia", "kfac"])
 def test_shuffled_curvature_is_a_control_and_the_cache_keeps_the_true_one(
     run: Any, passes: list[int], folder: Path, optimizer: str
 ) -> None:
     true = run(optimizer=optimizer, interval=0)
-    (file,) = folder.iterdir()
+    (file,) = kept(folder)
     whole = file.read_bytes()
     passes.clear()
     warm = run(optimizer=optimizer, interval=0, shuffled=True)
     assert not passes
     assert file.read_bytes() == whole
+    assert len(kept(folder, derived=True)) == (optimizer == "kfac")  # of the true one
     assert not same(true, warm)
     cold = run(optimizer=optimizer, interval=0, shuffled=True, cache=False)
     assert same(cold, warm)

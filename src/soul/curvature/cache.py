@@ -67,6 +67,11 @@ def path(model: nn.Module, description: Mapping[str, Any]) -> Path:
     return cache_dir() / "curvature" / f"{name}.safetensors"
 
 
+def beside(file: Path, what: str) -> Path:
+    """Return the file for what is derived from ``file``'s content under the settings that ``what`` names."""
+    return file.with_name(f"{file.stem}-{hashlib.blake2b(what.encode(), digest_size=8).hexdigest()}.safetensors")
+
+
 def read(file: Path, device: torch.device) -> dict[str, torch.Tensor] | None:
     """Return what ``file`` holds, or None where there is no such file or it cannot be read."""
     if not file.is_file():

@@ -254,8 +254,8 @@ class KroneckerFactors:
         factors = {f"{n}.inputs": a for n, a in self._a.items()} | {f"{n}.outputs": g for n, g in self._g.items()}
         return factors | shares
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over the factors of another's :meth:`state`, as copies.
+    def load_state(self, state: Mapping[str, torch.Tensor], *, copy: bool = True) -> None:
+        """Take over the factors of another's :meth:`state`, as copies unless they are given away.
 
         Raises:
             ValueError: They are of layers this model does not have.
@@ -269,7 +269,8 @@ class KroneckerFactors:
             if side == "shares":
                 self._same_input[name] = names[int(value)]
             else:
-                (self._a if side == "inputs" else self._g)[name] = value.to(self.layers[name].weight.device, copy=True)
+                kept = self._a if side == "inputs" else self._g
+                kept[name] = value.to(self.layers[name].weight.device, copy=copy)
         self.version += 1
 
 
@@ -345,22 +346,54 @@ class KroneckerInverse:
     @torch.no_grad()
     def __call__(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:
         """Return the preconditioned matrix of a layer, in its dtype."""
-        if self._version != self.factors.version:
-            self._left, self._right, self._version = {}, {}, self.factors.version
+        right = self._right_of(name)
+        result = matrix_OI.to(right.dtype) @ right
+        if self.outputs:
+            left = self._left_of(name)
+            result = left @ result.to(left.dtype)
+        return result.to(matrix_OI.dtype)
+
+    def _right_of(self, name: str) -> torch.Tensor:
+        self._forget_stale()
         shared = self.factors.input_of(name)
         if shared not in self._right:
             self._right[shared] = self._inverse(self.factors.inputs(shared))
-        result = matrix_OI.to(self._right[shared].dtype) @ self._right[shared]
-        if self.outputs:
-            if name not in self._left:
-                self._left[name] = self._inverse(self.factors.outputs(name))
-            result = self._left[name] @ result.to(self._left[name].dtype)
-        return result.to(matrix_OI.dtype)
+        return self._right[shared]
+
+    def _left_of(self, name: str) -> torch.Tensor:
+        self._forget_stale()
+        if name not in self._left:
+            self._left[name] = self._inverse(self.factors.outputs(name))
+        return self._left[name]
+
+    def _forget_stale(self) -> None:
+        if self._version != self.factors.version:
+            self._left, self._right, self._version = {}, {}, self.factors.version
 
     def _inverse(self, factor: torch.Tensor) -> torch.Tensor:
         found = inverse(factor, self.damping)
         exact = self.products is None or len(found) < WIDE or self.damping < ROUNDED
-        return found if exact else found.to(self.products)
+        # rows in order, as a file keeps them: products of another layout round otherwise
+        return (found if exact else found.to(self.products)).contiguous()
+
+    def derivation(self) -> str:
+        """Name what the inverses depend on beside the factors."""
+        return f"inverses, damping {self.damping!r}, products {self.products}, outputs {self.outputs}"
+
+    @torch.no_grad()
+    def derived(self) -> dict[str, torch.Tensor]:
+        """Return all inverses by name, found now where they were not: ``<layer>.left`` and ``<layer>.right``."""
+        names = list(self.factors.layers)
+        right = {f"{n}.right": self._right_of(n) for n in names if self.factors.input_of(n) == n}
+        return right | ({f"{n}.left": self._left_of(n) for n in names} if self.outputs else {})
+
+    def load_derived(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over another's :meth:`derived` from the same factors."""
+        self._forget_stale()
+        for key, value in state.items():
+            name, _, side = key.rpartition(".")
+            kept = self._left if side == "left" else self._right
+            kept[name] = value.to(self.factors.layers[name].weight.device)
 
 
 class EigenInverse:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,18 @@ class Observer(Protocol):
 
     def load_curvature_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Begin with such a state."""
+        ...
+
+    def derivation(self) -> str:
+        """Name the settings that what is derived from that state depends on; empty for nothing worth keeping."""
+        ...
+
+    def derived(self) -> Mapping[str, torch.Tensor]:
+        """Return what is derived from it."""
+        ...
+
+    def load_derived(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Begin with what was derived from the same state."""
         ...
 
     def scramble(self, seed: int) -> None:
@@ -148,6 +161,7 @@ class CurvaturePasses:
         if file is not None and all(processes.gather(found is not None)):
             assert found is not None
             self._take_over(model, rule, found, watches)
+            self._derive(rule, file, next(model.parameters()).device)
             return
         with _gradients_left_empty(model):
             estimate = self.estimate(model, rule, plan, explicit=warm)
@@ -161,6 +175,28 @@ class CurvaturePasses:
                 cache.write(keep, rule.curvature_state() or {}, self._describe(plan))
             if self.spec.shuffled:
                 rule.scramble(self.seed)
+        if file is not None:
+            self._derive(rule, file, next(model.parameters()).device)
+
+    def _derive(self, rule: Observer, file: Path, device: torch.device) -> None:
+        """Let the rule begin with what it derived from the same curvature in an earlier run, or keep it for the next.
+
+        On a processor the inverses of Kronecker factors take as long as several steps.
+
+        Args:
+            rule: The rule, which has its curvature.
+            file: Where the cache holds that, or would.
+            device: Where the rule is.
+        """
+        name = rule.derivation()
+        if not name or self.spec.shuffled:
+            return
+        own = cache.beside(file, name)
+        found = cache.read(own, device)
+        if found is not None:
+            rule.load_derived(found)
+        elif processes.is_main():
+            cache.write(own, rule.derived(), {"of": file.stem, "derived": name})
 
     def _given(self, model: nn.Module, estimate: Estimate | None) -> Estimate | None:
         """Return the estimate as the rule gets it: permuted within each tensor in the control that asks for it."""

@@ -54,6 +54,17 @@ class UpdateRule(torch.optim.Optimizer):
     def load_curvature_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Begin as after the one refresh that left ``state``; ``state`` is the rule's to keep."""
 
+    def derivation(self) -> str:
+        """Name the settings that what is derived from the curvature depends on; empty where it is not worth keeping."""
+        return ""
+
+    def derived(self) -> dict[str, torch.Tensor]:
+        """Return, by name, what the rule derives from the curvature it has, such as inverses; nothing is copied."""
+        return {}
+
+    def load_derived(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over another's :meth:`derived`, found from the same curvature; ``state`` is the rule's to keep."""
+
     def scramble(self, seed: int) -> None:
         """Turn what passes told into random directions, spectra kept: a control, for rules that watch passes."""
 

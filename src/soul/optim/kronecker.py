@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,20 @@ Others = Literal["frozen", "diagonal"]
 Preconditioner = KroneckerInverse | EigenInverse
 _LEVENBERG = 1.5  # factor by which damping follows the ratio of measured to predicted KL
 _DAMPING_RANGE = 30.0  # and how far it may go from where it began
+
+
+class _Move(NamedTuple):
+    """What is to be done to a parameter, before all moves are scaled alike.
+
+    ``u`` is of the average as it is kept; divided by ``share``, ``1 - b^steps``, of the debiased one. ``dot`` is
+    ``<u, m_hat>``, debiased.
+    """
+
+    group: dict[str, Any]
+    parameter: torch.Tensor
+    u: torch.Tensor
+    share: float
+    dot: torch.Tensor
 
 
 class KroneckerRule(UpdateRule):
@@ -163,50 +177,56 @@ class KroneckerRule(UpdateRule):
                     self._momentum(group, p)
         self._last = None
 
-    def _layer_moves(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield ``(group, parameter, u, <u, m_hat>)`` of the layers with factors."""
+    def _layer_moves(self) -> Iterator[_Move]:
+        """Yield the moves of the layers with factors."""
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         for name, layer in self.factors.layers.items():
             group = group_of.get(id(layer.weight))
             if group is None or layer.weight.grad is None:
                 continue
-            bias = layer.bias if layer.bias is not None and layer.bias.requires_grad else None
-            m_hat = pack(
-                layer,
-                self._momentum(group, layer.weight),
-                None if bias is None else self._momentum(group_of[id(bias)], bias),
-            )
-            u = self.preconditioner(name, m_hat)
-            dot = (u * m_hat).sum()
+            m_weight, share = self._momentum(group, layer.weight)
+            m, bias = m_weight, None
+            if layer.bias is not None and layer.bias.requires_grad:
+                bias = layer.bias
+                m_bias, bias_share = self._momentum(group_of[id(bias)], bias)
+                m = pack(layer, m_weight, m_bias * (share / bias_share))  # in one average with the weight
+            else:
+                m = pack(layer, m_weight, None)
+            u = self.preconditioner(name, m)
+            dot = torch.dot(u.reshape(-1), m.reshape(-1)) / share**2
             u_weight, u_bias = unpack(layer, u)
-            yield group, layer.weight, u_weight, dot
+            yield _Move(group, layer.weight, u_weight, share, dot)
             if bias is not None and u_bias is not None:
-                yield group_of[id(bias)], bias, u_bias, torch.zeros_like(dot)
+                yield _Move(group_of[id(bias)], bias, u_bias, share, torch.zeros_like(dot))
 
-    def _other_moves(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _other_moves(self) -> Iterator[_Move]:
         for group, p in self._others():
             h = self.state[p].get("curvature")
             if p.grad is None or h is None:
                 continue
-            m_hat = self._momentum(group, p)
+            m, share = self._momentum(group, p)
             floor = self._damping * h.mean()
-            u = torch.where(h + floor > 0, m_hat / (h + floor), 0)
-            yield group, p, u, (u * m_hat).sum()
+            u = torch.where(h + floor > 0, m / (h + floor), 0)
+            yield _Move(group, p, u, share, (u * m).sum() / share**2)
 
-    def _apply(self, moves: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-        length = torch.stack([dot for *_, dot in moves]).sum().clamp(min=0).sqrt()
+    def _apply(self, moves: list[_Move]) -> None:
+        length = torch.stack([move.dot for move in moves]).sum().clamp(min=0).sqrt()
         first = self.param_groups[0]
         scale = float(first["lr"]) / length.clamp(min=torch.finfo(length.dtype).tiny)
         if first["newton"]:
             scale = scale.clamp(max=first["newton"])
-        for group, p, u, _ in moves:
+        factor = float(scale)
+        for group, p, u, share, _ in moves:
             if group["weight_decay"]:
                 p.mul_(1 - float(group["lr"]) * group["weight_decay"])
-            p.sub_((scale * u).to(p.dtype))
+            if u.dtype == p.dtype:  # in one pass
+                p.sub_(u, alpha=factor / share)
+            else:
+                p.sub_((factor / share * u).to(p.dtype))
         self._last = {"newton_share": scale, "step_length": scale * length}
 
-    def _momentum(self, group: dict[str, Any], p: torch.Tensor) -> torch.Tensor:
-        """Update the average of a parameter's gradients and return it debiased, in fp32 at least."""
+    def _momentum(self, group: dict[str, Any], p: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Update the average of a parameter's gradients; return it, in fp32 at least, and ``1 - b^steps``."""
         assert p.grad is not None
         if p.grad.layout != torch.strided:
             raise ValueError(f"{type(self).__name__} needs dense gradients")
@@ -217,7 +237,7 @@ class KroneckerRule(UpdateRule):
         state["step"] += 1
         grad = p.grad.to(dtype)
         state["exp_avg"].lerp_(-grad if group["maximize"] else grad, 1 - group["momentum"])
-        return state["exp_avg"] / (1 - group["momentum"] ** state["step"])
+        return state["exp_avg"], 1 - group["momentum"] ** state["step"]
 
     def _others(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         for group in self.param_groups:
@@ -281,7 +301,20 @@ class KroneckerRule(UpdateRule):
         """Begin with curvature found earlier: one refresh is behind it."""
         for group in self.param_groups:
             group["refreshes"] = 1
-        self._load_factors(state)
+        self._load_factors(state, copy=False)
+
+    def derivation(self) -> str:
+        """Name what inverses depend on beside the factors; EK-FAC's bases are part of its curvature."""
+        return self.preconditioner.derivation() if isinstance(self.preconditioner, KroneckerInverse) else ""
+
+    def derived(self) -> dict[str, torch.Tensor]:
+        """Return the inverses."""
+        return self.preconditioner.derived() if isinstance(self.preconditioner, KroneckerInverse) else {}
+
+    def load_derived(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over inverses found from the same factors."""
+        assert isinstance(self.preconditioner, KroneckerInverse)
+        self.preconditioner.load_derived(state)
 
     def scramble(self, seed: int) -> None:
         """Turn both factors of each layer to random bases.
@@ -293,7 +326,7 @@ class KroneckerRule(UpdateRule):
             raise ValueError("curvature.shuffled does not know ekfac: its moments belong to its bases; use kfac")
         self.factors.scramble(torch.Generator().manual_seed(seed))
 
-    def _load_factors(self, state: Mapping[str, torch.Tensor]) -> None:
+    def _load_factors(self, state: Mapping[str, torch.Tensor], *, copy: bool = True) -> None:
         parts: dict[str, dict[str, torch.Tensor]] = {"factor": {}, "eigen": {}, "other": {}}
         for key, value in state.items():
             part, _, name = key.partition(".")
@@ -302,7 +335,7 @@ class KroneckerRule(UpdateRule):
         for index, value in parts["other"].items():
             p = others[int(index)]
             self.state[p]["curvature"] = value.to(p.device, copy=True)
-        self.factors.load_state(parts["factor"])
+        self.factors.load_state(parts["factor"], copy=copy)
         if isinstance(self.preconditioner, EigenInverse):
             self.preconditioner.load_state(parts["eigen"])
 
