@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     help_runs = "run directories, in the order to show them in; or the folder of one contest"
     command.add_argument("words", nargs="+", metavar="RUN", help=help_runs)
     command.add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
+    command.add_argument("--figures", metavar="DIR", default="", help="a contest's frontiers as SVG files, too")
     _add_plan(commands)
     command = _add(commands, "list", "[KIND]", "List what can be chosen.")
     command.add_argument("kind", nargs="?", choices=KINDS, help="only these")

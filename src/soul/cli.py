@@ -238,11 +238,13 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_contest(folder: Path, out: Path) -> int:
-    from soul.report.contest import contest_tables, write_contest
+def _show_contest(folder: Path, out: Path, figures: str = "") -> int:
+    from soul.report.contest import contest_tables, write_contest, write_frontiers
 
     Console().print(Text(contest_tables(folder)), soft_wrap=True)
     say(f"report: {write_contest(folder, out)}")
+    for file in write_frontiers(folder, Path(figures)) if figures else ():
+        say(f"figure: {file}")
     return 0
 
 
@@ -251,7 +253,9 @@ def _report(args: argparse.Namespace) -> int:
     if contests:
         if len(args.words) > 1:
             raise ValueError(f"{contests[0]} is a contest: report one at a time, and runs by themselves")
-        return _show_contest(Path(contests[0]), Path(args.out))
+        return _show_contest(Path(contests[0]), Path(args.out), args.figures)
+    if args.figures:
+        raise ValueError("--figures is of a contest's frontiers: the figures of runs are in their report")
     return _show_report(args.words, Path(args.out))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -181,6 +182,13 @@ def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):
     assert "<b>contest" not in page
     assert page.count("<svg") == 1
     assert "contest" in capsys.readouterr().out
+    words = ["report", str(out), "--out", str(tmp_path / "r.html"), "--figures"]
+    assert main([*words, str(tmp_path / "figures")]) == 0
+    (figure,) = (tmp_path / "figures").iterdir()
+    assert figure.read_text() in page
+    ElementTree.fromstring(figure.read_text())
+    assert main([*words, str(out / "trials.jsonl")]) == 2
+    assert "choose another --figures" in capsys.readouterr().err
 
 
 def test_the_report_needs_the_folder_only(done, tmp_path):

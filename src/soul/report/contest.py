@@ -355,6 +355,26 @@ def write_contest(folder: Path, out: Path) -> Path:
     return out
 
 
+def write_frontiers(folder: Path, out: Path) -> list[Path]:
+    """Write the frontiers of each square as a figure of its own, ``frontier-1.svg`` and so on in the matrix's order.
+
+    Raises:
+        ValueError: ``folder`` is no contest, or ``out`` cannot be written.
+    """
+    with _readable(folder):
+        record = ContestRecord(folder)
+        squares = [(task, objective) for task in record.tasks for objective in record.objectives]
+        figures = [frontier_plot(record, *square, f"frontier{k}") for k, square in enumerate(squares)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror or error}; choose another --figures") from error
+    files = [out / f"frontier-{k}.svg" for k in range(1, len(figures) + 1)]
+    for file, figure in zip(files, figures, strict=True):
+        write_text(file, figure)
+    return files
+
+
 def _body(record: ContestRecord) -> Markup:
     parts = [Markup("<h1>{}</h1>").format(one_line(record.label, 200))]
     for k, (task, objective, standings) in enumerate(record.squares()):
