@@ -32,7 +32,8 @@ from torch import nn
 from first_run import RECIPES, RUNS, prepare
 from soul.cli import progress_bars
 from soul.curvature.estimators import ggn_cotangent
-from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, damped
+from soul.curvature.inverses import EigenInverse, KroneckerInverse, damped
+from soul.curvature.kronecker import KroneckerFactors
 from soul.data.batches import collate_rows
 from soul.data.general import general_text
 from soul.data.sources import load_examples

@@ -10,16 +10,8 @@ import torch
 from torch import nn
 
 from soul.curvature.estimators import ggn_cotangent
-from soul.curvature.kronecker import (
-    EigenInverse,
-    KroneckerFactors,
-    KroneckerInverse,
-    damped,
-    inverse,
-    linear_layers,
-    pack,
-    unpack,
-)
+from soul.curvature.inverses import EigenInverse, KroneckerInverse, damped, inverse
+from soul.curvature.kronecker import KroneckerFactors, linear_layers, pack, unpack
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import collate_rows
@@ -374,7 +366,7 @@ def test_products_in_bf16_are_near_the_exact_ones_and_little_damping_is_exact(mo
     watch(layer, factors, torch.randn(200, 24) * torch.logspace(0, 1, 24))
     factors.absorb()
     gradient = torch.randn(16, 24)
-    monkeypatch.setattr("soul.curvature.kronecker.WIDE", 8)
+    monkeypatch.setattr("soul.curvature.inverses.WIDE", 8)
     exact = KroneckerInverse(factors, 0.1)("0", gradient)
     rounded = KroneckerInverse(factors, 0.1, products=torch.bfloat16)("0", gradient)
     assert rounded.dtype == exact.dtype
@@ -388,7 +380,7 @@ def test_products_in_bf16_are_near_the_exact_ones_and_little_damping_is_exact(mo
     assert gain(rounded) == pytest.approx(gain(exact), rel=0.02)
     little = KroneckerInverse(factors, 0.003, products=torch.bfloat16)("0", gradient)
     assert torch.equal(little, KroneckerInverse(factors, 0.003)("0", gradient))
-    monkeypatch.setattr("soul.curvature.kronecker.WIDE", 100)
+    monkeypatch.setattr("soul.curvature.inverses.WIDE", 100)
     assert torch.equal(exact, KroneckerInverse(factors, 0.1, products=torch.bfloat16)("0", gradient))
 
 

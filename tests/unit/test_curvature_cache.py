@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 
 from soul import config
-from soul.curvature import cache, kronecker
-from soul.curvature.kronecker import inverse
+from soul.curvature import cache, inverses
+from soul.curvature.inverses import inverse
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.spec import CurvatureSpec
 from soul.data.templates import Encoded
@@ -270,7 +270,7 @@ def test_inverses_are_found_once_for_a_damping(
         found.append(damping)
         return inverse(matrix, damping)
 
-    monkeypatch.setattr(kronecker, "inverse", counted)
+    monkeypatch.setattr(inverses, "inverse", counted)
     cold = run(optimizer="kfac", interval=0)
     each = len(found)
     (file,) = kept(folder, derived=True)

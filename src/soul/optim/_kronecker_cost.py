@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from soul.curvature.kronecker import ROUNDED, WIDE, KroneckerFactors, pack
+from soul.curvature.inverses import ROUNDED, WIDE
+from soul.curvature.kronecker import KroneckerFactors, pack
 from soul.optim.cost import RuleCost, multiplies_bf16
 
 Kind = Literal["inputs", "both", "eigen"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from soul.curvature.kronecker import EigenInverse
+from soul.curvature.inverses import EigenInverse
 from soul.curvature.spec import CurvatureSpec
 from soul.optim._kronecker_cost import kronecker_cost
 from soul.optim.cost import RuleCost

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from soul.curvature.kronecker import KroneckerInverse
+from soul.curvature.inverses import KroneckerInverse
 from soul.machine import has_bf16
 from soul.optim._checks import check_between
 from soul.optim._kronecker_cost import kronecker_cost

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, Layer, pack, unpack
+from soul.curvature.inverses import EigenInverse, KroneckerInverse
+from soul.curvature.kronecker import KroneckerFactors, Layer, pack, unpack
 from soul.curvature.spec import CurvatureSpec
 from soul.machine import memory_of
 from soul.optim._checks import check_above, check_between, check_common, check_last_group
@@ -41,7 +42,7 @@ class _Move(NamedTuple):
 class KroneckerRule(UpdateRule):
     """Momentum times the inverse of Kronecker-factored curvature, as long a step as a budget in that metric allows.
 
-    With ``P`` the preconditioner of a layer (:mod:`soul.curvature.kronecker`), ``g`` the gradient ``[O, I]``::
+    With ``P`` the preconditioner of a layer (:mod:`soul.curvature.inverses`), ``g`` the gradient ``[O, I]``::
 
         m <- b m + (1 - b) g                       m_hat = m / (1 - b^steps)
         u = P m_hat                                |u|^2 = sum over layers <u, m_hat>

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from soul.curvature.kronecker import KroneckerInverse
+from soul.curvature.inverses import KroneckerInverse
 from soul.optim._kronecker_cost import kronecker_cost
 from soul.optim.cost import RuleCost
 from soul.optim.kronecker import KroneckerRule, KroneckerSpec

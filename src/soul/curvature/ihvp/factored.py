@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from soul.curvature.ihvp.base import Inverse, curvature_gradients
-from soul.curvature.kronecker import EigenInverse, KroneckerFactors, KroneckerInverse, pack, unpack
+from soul.curvature.inverses import EigenInverse, KroneckerInverse
+from soul.curvature.kronecker import KroneckerFactors, pack, unpack
 from soul.curvature.products import count_answers, curvature_pass, evaluating, on_device
 from soul.curvature.vectors import Vector
 from soul.data.batches import Batch
