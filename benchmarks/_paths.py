@@ -188,7 +188,7 @@ class Way(abc.ABC):
         return [self.template.encode(example, answer=answer) for answer in answers]
 
 
-class _Timed(UnlearnTrainer):
+class TimedTrainer(UnlearnTrainer):
     """The library's trainer with a clock in it."""
 
     clock: Clock
@@ -211,7 +211,7 @@ class _Timed(UnlearnTrainer):
         return optimizer
 
 
-class _Laps(TrainerCallback):
+class Laps(TrainerCallback):
     """Ends the clock's step where the trainer's ends."""
 
     def __init__(self, clock: Clock) -> None:
@@ -234,9 +234,9 @@ class Soul(Way):
         job, objective = self.job, OBJECTIVES.get("grad_diff")()
         training = TrainingSpec(batch_size=job.batch, max_steps=job.steps + 1, save_steps=0)
         dataset = make_dataset(self.tokenizer, job.forget, job.retain, objective, training, [])
-        laps = _Laps(self.clock)
+        laps = Laps(self.clock)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = _Timed(
+            trainer = TimedTrainer(
                 self.model,
                 training.arguments(folder),
                 dataset=dataset,

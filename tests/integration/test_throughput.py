@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from soul.types import Example
@@ -18,9 +19,9 @@ from soul.types import Example
 SCRIPT = Path(__file__).parents[2] / "benchmarks/throughput.py"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment)
 
 
 def write_lines(file: Path, rows: Sequence[dict[str, object]]) -> None:
@@ -84,6 +85,28 @@ def test_quick_mode_prints_its_tables_and_measures_the_same_thing_on_every_path(
     for found in (whole, plain, released):
         assert found["generation"]["tokens"] > 0
         assert found["likelihoods"]["tokens"] > found["likelihoods"]["answers"] > 0
+
+
+def test_steps_are_held_against_the_arithmetic_of_their_own_rows(tofu: Path, model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "plain.txt"
+    text.write_text("a plain text goes on and on, word after word. " * 2000)
+    config = json.loads((model / "config.json").read_text())
+    done = run(
+        "--quick", "--tofu", str(tofu), "--wikitext", str(text), "--model", str(model), "--json",
+        str(tmp_path / "raw.json"), script=SCRIPT.with_name("step_limit.py"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    short, long = json.loads((tmp_path / "raw.json").read_text())
+    assert (short["trained"], short["length"], long["trained"], long["length"]) == ("full", "short", "LoRA", "long")
+    assert 1 <= short["padded"] < 2
+    # two rows (or as many tokens as the model has positions), all of them answer: 2 + 2 of the weights' operations
+    weights = LlamaForCausalLM.from_pretrained(model)
+    linear = sum(m.weight.numel() for m in weights.modules() if isinstance(m, nn.Linear))
+    n, layers = long["tokens"] // 2, config["num_hidden_layers"]
+    assert n > 64
+    expected = 2 * 2 * 2 * n * linear + 3 * 2 * 2 * layers * config["hidden_size"] * n * n
+    assert long["needed"] == pytest.approx(expected, rel=0.01)
+    assert len({line.count("|") for line in done.stdout.splitlines() if line.startswith("|")}) == 1
 
 
 def test_a_folder_without_the_files_is_named(
