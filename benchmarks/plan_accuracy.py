@@ -76,7 +76,7 @@ def recipe_of(args: argparse.Namespace, trained: str, optimizer: str) -> Recipe:
             "adapter": ADAPTERS[trained],
             "data": {"forget": str(tofu / "forget01.json"), "retain": f"{tofu / 'retain99.json'},limit=200"},
             "objective": args.objective,
-            "optimizer": optimizer,
+            "optimizer": {"name": optimizer, "lr": 1e-6},  # a step takes as long, and none loses the model
             "training": {"batch_size": args.batch, "max_steps": args.steps + 1, "save_steps": 0, "warmup": 0.0},
         }
     )

@@ -59,12 +59,14 @@ class Cell:
         objective: The loss.
         length: TOFU's questions, or passages of 1,024 tokens.
         precision: Of the products.
+        compiled: Whether blocks are compiled (``training.compile``).
     """
 
     trained: Literal["full", "LoRA"]
     objective: str
     length: Literal["short", "long"]
     precision: Literal["bfloat16", "float32"]
+    compiled: bool = False
 
 
 CELLS = (
@@ -77,6 +79,10 @@ CELLS = (
     Cell("full", "npo", "long", "bfloat16"),
     Cell("LoRA", "grad_diff", "long", "bfloat16"),
     Cell("full", "grad_diff", "long", "float32"),
+    Cell("full", "grad_diff", "short", "bfloat16", compiled=True),
+    Cell("LoRA", "grad_diff", "short", "bfloat16", compiled=True),
+    Cell("full", "grad_diff", "short", "float32", compiled=True),
+    Cell("full", "grad_diff", "long", "bfloat16", compiled=True),
 )
 
 
@@ -146,7 +152,7 @@ def operations(step: Step, rows: Sequence[int], matrices: Matrices, config: Any,
 class _Rows(TimedTrainer):
     """Notes the lengths of a step's rows too."""
 
-    lengths: list[int]
+    lengths: list[list[int]]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.lengths.append(inputs["attention_mask"].sum(-1).tolist())
@@ -174,6 +180,7 @@ def measure(cell: Cell, args: argparse.Namespace) -> Found:
         save_steps=0,
         precision=cell.precision,
         max_length=LONG,
+        compile=cell.compiled,
     )
     dataset = make_dataset(tokenizer, forget, retain, objective, training, refusals())
     laps = Laps(clock)
@@ -222,7 +229,7 @@ def report(found: dict[Cell, list[Found]], args: argparse.Namespace) -> str:
                 cell.trained,
                 cell.objective,
                 cell.length,
-                cell.precision,
+                cell.precision + (", compiled" if cell.compiled else ""),
                 f"{middle.seconds:.2f}",
                 *(f"{middle.parts[name]:.2f}" for name in ("forward", "backward", "optimizer")),
                 f"{middle.needed / GIGA:.0f}",
@@ -281,7 +288,10 @@ def main() -> int:
         for cell in cells:
             run = in_own_process(measure, cell, args)
             found[cell].append(run)
-            print(f"round {turn + 1}, {' '.join(dataclasses.astuple(cell))}: {run.seconds:.2f} s", file=sys.stderr)
+            print(
+                f"round {turn + 1}, {' '.join(map(str, dataclasses.astuple(cell)))}: {run.seconds:.2f} s",
+                file=sys.stderr,
+            )
     print(report(found, args))
     if args.json:
         raw = [dataclasses.asdict(cell) | dataclasses.asdict(run) for cell, runs in found.items() for run in runs]

@@ -76,7 +76,9 @@ def _attention(
         and query.ndim == key.ndim == value.ndim == 4
         and max(query.shape[-2], key.shape[-2]) <= longest
         and not dropout_p
-        and torch.backends.cuda.flash_sdp_enabled()  # the CPU's kernel goes by it too
+        and (
+            torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
+        )  # the CPU's kernel goes by it too
         and torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad)
         and not (attn_mask is not None and attn_mask.requires_grad)
@@ -84,6 +86,9 @@ def _attention(
     if not ours:
         return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     query, key, value = (x.to(kind) for x in (query, key, value))  # as autocast does for the fused one
+    if torch.compiler.is_compiling():
+        width = query.shape[-1] ** -0.5 if scale is None else scale
+        return _traced(query, key, value, attn_mask, is_causal, width, enable_gqa)
     return _ShortAttention.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 
@@ -142,3 +147,58 @@ def _gradients(
     d_scores, shares = (x.view(batch, shared, -1, x.shape[-1]) for x in (d_scores, shares))
     d_query = (d_scores @ k).view_as(query)
     return d_query.to(query.dtype), (d_scores.mT @ q).to(key.dtype), (shares.mT @ d_out).to(value.dtype)
+
+
+@torch.library.custom_op("soul::short_attention", mutates_args=())
+def _traced(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    grouped: bool,
+) -> torch.Tensor:
+    """Compiled code calls this as it is: a compiler would take the products apart."""
+    with torch.autocast("cpu", enabled=False):
+        found = _fused(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+    return found.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@torch.library.custom_op("soul::short_attention_gradients", mutates_args=())
+def _traced_gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.autocast("cpu", enabled=False):
+        d_query, d_key, d_value = _gradients(query, key, value, mask, causal, scale, grad)
+    return d_query.contiguous(), d_key.contiguous(), d_value.contiguous()
+
+
+@_traced.register_fake
+def _(query: torch.Tensor, *_rest: object) -> torch.Tensor:
+    batch, heads, length, width = query.shape
+    return query.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+@_traced_gradients.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_rest: object) -> tuple[torch.Tensor, ...]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - the hook's shape
+    query, key, value, mask, ctx.causal, ctx.scale, _ = inputs
+    ctx.save_for_backward(query, key, value, mask)
+
+
+def _back(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    query, key, value, mask = ctx.saved_tensors
+    return (*_traced_gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
+
+
+_traced.register_autograd(_back, setup_context=_keep)
