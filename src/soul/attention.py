@@ -76,9 +76,8 @@ def _attention(
         and query.ndim == key.ndim == value.ndim == 4
         and max(query.shape[-2], key.shape[-2]) <= longest
         and not dropout_p
-        and (
-            torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
-        )  # the CPU's kernel goes by it too
+        # the CPU's kernel goes by it too; compiled code cannot ask
+        and (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled())
         and torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad)
         and not (attn_mask is not None and attn_mask.requires_grad)
@@ -86,33 +85,9 @@ def _attention(
     if not ours:
         return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     query, key, value = (x.to(kind) for x in (query, key, value))  # as autocast does for the fused one
-    if torch.compiler.is_compiling():
-        width = query.shape[-1] ** -0.5 if scale is None else scale
-        return _traced(query, key, value, attn_mask, is_causal, width, enable_gqa)
-    return _ShortAttention.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-
-
-class _ShortAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        causal: bool,
-        scale: float | None,
-        grouped: bool,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.causal, ctx.scale = causal, query.shape[-1] ** -0.5 if scale is None else scale
-        return _fused(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # of operations that can be differentiated again
-        query, key, value, mask = ctx.saved_tensors
-        with torch.autocast("cpu", enabled=False):
-            return (*_gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
+    return _short_attention(
+        query, key, value, attn_mask, is_causal, query.shape[-1] ** -0.5 if scale is None else scale, enable_gqa
+    )
 
 
 def _gradients(
@@ -150,7 +125,7 @@ def _gradients(
 
 
 @torch.library.custom_op("soul::short_attention", mutates_args=())
-def _traced(
+def _short_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -159,14 +134,14 @@ def _traced(
     scale: float,
     grouped: bool,
 ) -> torch.Tensor:
-    """Compiled code calls this as it is: a compiler would take the products apart."""
+    """An operation of its own, so that compiled code calls it as it is."""
     with torch.autocast("cpu", enabled=False):
         found = _fused(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
-    return found.transpose(1, 2).contiguous().transpose(1, 2)
+    return found.transpose(1, 2).contiguous().transpose(1, 2)  # which is how the fused pass leaves it
 
 
 @torch.library.custom_op("soul::short_attention_gradients", mutates_args=())
-def _traced_gradients(
+def _short_attention_gradients(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -180,13 +155,13 @@ def _traced_gradients(
     return d_query.contiguous(), d_key.contiguous(), d_value.contiguous()
 
 
-@_traced.register_fake
+@_short_attention.register_fake
 def _(query: torch.Tensor, *_rest: object) -> torch.Tensor:
     batch, heads, length, width = query.shape
     return query.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-@_traced_gradients.register_fake
+@_short_attention_gradients.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_rest: object) -> tuple[torch.Tensor, ...]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -198,7 +173,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # n
 
 def _back(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     query, key, value, mask = ctx.saved_tensors
-    return (*_traced_gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
+    if torch.is_grad_enabled():  # to be differentiated again, which operations of our own cannot be
+        with torch.autocast("cpu", enabled=False):
+            return (*_gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
+    return (*_short_attention_gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
 
 
-_traced.register_autograd(_back, setup_context=_keep)
+_short_attention.register_autograd(_back, setup_context=_keep)

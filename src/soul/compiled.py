@@ -7,8 +7,6 @@ import shutil
 import sys
 from typing import Any
 
-from torch import nn
-
 from soul.forward import decoder_blocks
 from soul.quantized import is_quantized
 
@@ -48,15 +46,25 @@ class CompiledBlocks:
         """Put the compiled blocks in place; they are compiled when they first run."""
         if not self.calls:
             for block in self.blocks:
-                nn.Module.compile(block, dynamic=True)
+                block.compile(dynamic=True)
                 self.calls.append(block._compiled_call_impl)
         for block, call in zip(self.blocks, self.calls, strict=True):
             block._compiled_call_impl = call
 
-    def __exit__(self, *_error: object) -> None:
-        """Put the blocks back."""
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Put the blocks back.
+
+        Raises:
+            ValueError: They could not be compiled.
+        """
         for block in self.blocks:
             block._compiled_call_impl = None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"training.compile: the decoder blocks could not be compiled ({first}); see to the C++ compiler, or "
+                "leave compile at false"
+            ) from error
 
 
 def _has_compiler() -> bool:

@@ -73,6 +73,22 @@ def test_other_numbers_of_keys_and_a_scale():
     assert gap(ours, in_float64(inputs, grad, more)) < 3e-3
 
 
+def test_gradients_can_be_differentiated_again():
+    inputs = tensors()
+    grad, direction = (torch.randn(2, 6, 17, 8).to(torch.bfloat16) for _ in range(2))
+
+    def twice(of: Any, out_grad: torch.Tensor, along: torch.Tensor) -> Any:
+        first = torch.autograd.grad(fused(*of), of, out_grad, create_graph=True)
+        return torch.autograd.grad((first[0] * along).sum(), of[:2])
+
+    with ShortAttention():
+        ours = twice(inputs, grad, direction)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    with sdpa_kernel(SDPBackend.MATH):
+        true = twice(wide, grad.double(), direction.double())
+    assert gap(ours, true) < 1e-2
+
+
 def test_nan_is_not_hidden():
     query, key, value = tensors()
     with torch.no_grad():
@@ -96,7 +112,7 @@ def test_it_is_taken_where_it_pays_and_nowhere_else():
     def taken(inputs: Any = None, **more: Any) -> bool:
         with ShortAttention():
             out = fused(*(inputs or tensors()), **more)
-        return any("ShortAttention" in name for name in names(out))
+        return any("short_attention" in name for name in names(out))
 
     assert taken()
     assert taken(tensors(length=LONGEST))
@@ -108,7 +124,7 @@ def test_it_is_taken_where_it_pays_and_nowhere_else():
     with sdpa_kernel(SDPBackend.MATH):  # as passes do that differentiate twice
         assert not taken()
     outside = fused(*tensors())
-    assert not any("ShortAttention" in name for name in names(outside))
+    assert not any("short_attention" in name for name in names(outside))
 
 
 def test_a_training_step_goes_through_it(tokenizer, make_model, forget_set, retain_set, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 from soul import attention, config
 from soul.compiled import CompiledBlocks
@@ -100,6 +101,24 @@ def test_outside_of_a_step_blocks_are_as_they_were(make_model):
     assert seen == [1]
     assert torch.allclose(inside, expected, atol=1e-4)
     assert not any("_compiled_call_impl" in name for name in model.state_dict())
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_one_message(make_model, monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho no headers here >&2\nexit 1\n")
+    broken.chmod(0o755)
+    torch._dynamo.reset()
+    model = make_model()
+    message = r"training\.compile: the decoder blocks could not be compiled"
+    with (
+        inductor.patch({"cpp.cxx": (str(broken),), "force_disable_caches": True}),
+        pytest.raises(ValueError, match=message),
+        CompiledBlocks(model),
+    ):
+        model(torch.arange(12).view(2, 6))
+    assert model(torch.arange(12).view(2, 6)).logits.isfinite().all()
+    torch._dynamo.reset()
 
 
 def test_what_cannot_be_compiled_is_refused_at_the_start(trained, make_model, monkeypatch):
