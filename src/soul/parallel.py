@@ -1,4 +1,4 @@
-"""How a model is spread over processes at the trainer's seam, and whole again: DDP and FSDP2, by accelerate."""
+"""How a model is spread over processes at the trainer's seam, and whole again: DDP, FSDP2 and ZeRO, by accelerate."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
+from soul import zero
 from soul.forward import unwrap, wide
-from soul.optim.base import OptimizerSpec
+from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.quantized import is_quantized
 
 
@@ -38,21 +40,42 @@ class ParallelTrainer(Trainer):
         """Whether weights, gradients and states are spread over the processes (FSDP2)."""
         return bool(self.is_fsdp_enabled)
 
+    @property
+    def update_rule(self) -> UpdateRule:
+        """The update rule inside the wrappers of accelerate and DeepSpeed."""
+        inside: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        parts: Any = zero.partitioned(inside)
+        return parts or inside
+
     def create_accelerator_and_postprocess(self) -> None:
-        """Set accelerate up; where it is told to shard (FSDP2), it does so on CPUs too."""
+        """Set accelerate up; where it is told to shard (FSDP2, ZeRO), it does so on CPUs too."""
         super().create_accelerator_and_postprocess()
         state: Any = self.accelerator.state
-        if state.distributed_type == DistributedType.MULTI_CPU and _asked_to_shard():
+        on_cpus = state.distributed_type == DistributedType.MULTI_CPU
+        if on_cpus and _asked_to_shard():
             state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment says
-            for holder in (state, PartialState()):  # the second one's word counts whenever the first is asked for
-                holder.distributed_type = DistributedType.FSDP
+            _become(state, DistributedType.FSDP)
             self.is_fsdp_enabled = True
+        if on_cpus and zero.asked():
+            state.deepspeed_plugins = zero.plugin_on_cpus(str(self.accelerator.mixed_precision))
+            _become(state, DistributedType.DEEPSPEED)
+            self.is_deepspeed_enabled = True
+            propagate_args_to_deepspeed(self.accelerator, self.args)
+        if self.is_deepspeed_enabled:
+            zero.keep_weights_wide(state.deepspeed_plugin)
         if self.is_fsdp_enabled:
             state.fsdp_plugin.mixed_precision_policy = _policy(self.accelerator.mixed_precision)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Return autocast where the model is sharded, which accelerate then does not put into ``model.forward``."""
+        if self.is_deepspeed_enabled:
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
         return self.accelerator.autocast() if self.shards else super().autocast_smart_context_manager(cache_enabled)
+
+    @property
+    def numerics(self) -> str:
+        """Name the precision that is multiplied in: ``no`` for that of the weights."""
+        return "bf16" if self.is_deepspeed_enabled and self.args.bf16 else str(self.accelerator.mixed_precision)
 
     def own_batches(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         """Return a loader that accelerate moves to the device, and does not divide: its batches are this process's."""
@@ -142,6 +165,8 @@ def check_parallel(trainer: ParallelTrainer, rule: OptimizerSpec) -> None:
     Raises:
         ValueError: It cannot, or the model cannot be sharded.
     """
+    if trainer.is_deepspeed_enabled:
+        zero.check(trainer, rule)
     if not trainer.shards:
         return
     plugin: Any = trainer.accelerator.state.fsdp_plugin
@@ -177,6 +202,11 @@ def _keep_wide(model: Any) -> None:
         return wide(output)
 
     model.get_input_embeddings().register_forward_hook(widen)
+
+
+def _become(state: Any, kind: DistributedType) -> None:
+    for holder in (state, PartialState()):  # the second one's word counts whenever the first is asked for
+        holder.distributed_type = kind
 
 
 def _asked_to_shard() -> bool:

@@ -31,7 +31,7 @@ from soul.forward import unwrap
 from soul.machine import has_bf16
 from soul.models import checkpointing_of, freeze_embeddings
 from soul.objectives.base import Objective
-from soul.optim.base import OptimizerSpec, UpdateRule
+from soul.optim.base import OptimizerSpec
 from soul.optim.groups import parameter_groups
 from soul.parallel import ParallelTrainer, check_parallel
 from soul.reference import Reference
@@ -345,11 +345,6 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
             )
         return self.optimizer
 
-    @property
-    def update_rule(self) -> UpdateRule:
-        """The update rule inside accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
-
     def _make_passes(self) -> CurvaturePasses | None:
         spec = self.curvature
         if spec is None or not ESTIMATORS[spec.estimator].needs_pass:
@@ -361,7 +356,7 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
             seed=self.training_spec.seed,
             pad_id=self.pad_id,
             autocast=self.compute_loss_context_manager,
-            numerics=str(self.accelerator.mixed_precision),
+            numerics=self.numerics,
         )
 
     def refresh_curvature(self, step: int) -> None:

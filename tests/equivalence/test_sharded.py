@@ -1,4 +1,4 @@
-"""Two processes do what one does: DDP and FSDP2 as accelerate's configuration files in ``examples`` ask for them.
+"""Two processes do what one does: DDP, FSDP2 and ZeRO-2 as accelerate's configuration files in ``examples`` ask.
 
 accelerate shards on CPUs too once it is told to (:mod:`soul.parallel`), so what runs here is what runs on GPUs, with
 gloo in place of NCCL.
@@ -7,7 +7,9 @@ gloo in place of NCCL.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from packaging.version import Version
 from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from two_processes import HALF, JOBS, RESUMED, Job, rows_of, run, trainer_for, work
+from two_processes import HALF, JOBS, RESUMED, ZERO_JOBS, Job, rows_of, run, trainer_for, work, work_by_zero
 
 EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
 # With torch 2.9 a sharded run that makes curvature passes differs from one process by up to 1e-8, from 2.13 on by less.
@@ -33,7 +35,8 @@ def environment_of(way: str) -> dict[str, str]:
     """Return what accelerate's launcher tells the processes that it starts with a configuration file."""
     words = ["--config_file", str(EXAMPLES / f"{way}.yaml"), "--main_process_port", "0", "-m", "soul"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
-    found = prepare_multi_gpu_env(args)
+    args.deepspeed_fields_from_accelerate_config = ""  # the launcher knows which of them a file may not set again
+    found: dict[str, str] = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     return {name: found[name] for name in found if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
@@ -67,7 +70,16 @@ def two(place, whole):
     return ranks
 
 
-def compare(found: dict[str, Any], alone: dict[str, Any], job: Job) -> None:
+@pytest.fixture(scope="module")
+def by_zero(place):
+    """What two processes found under DeepSpeed, which has no float64 and adds up in fp32."""
+    if importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None:
+        pytest.skip("DeepSpeed is not installed, or cannot compile what it needs on CPUs")
+    spawn(work_by_zero, args=(str(place), environment_of("zero2")), nprocs=2)
+    return [torch.load(place / f"zero-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def compare(found: dict[str, Any], alone: dict[str, Any], job: Job, unsaid: tuple[str, ...] = ()) -> None:
     assert found["weights"].keys() == alone["weights"].keys()
     gaps = torch.cat([(found["weights"][n] - v).abs().flatten() for n, v in alone["weights"].items()])
     if job.dtype == "float64":
@@ -80,7 +92,7 @@ def compare(found: dict[str, Any], alone: dict[str, Any], job: Job) -> None:
     rough = CLOSE if job.dtype == "float64" else 1e-3 if job.precision == "float32" else 2e-2
     assert len(found["log"]) in (job.steps, job.steps - HALF)  # all steps, or those after a checkpoint
     for one, other in zip(found["log"], alone["log"][-len(found["log"]) :], strict=True):
-        assert one.keys() == other.keys()
+        assert one.keys() == {name for name in other if not name.startswith(unsaid)}
         for name in one.keys() - {"seconds", "curvature_seconds"}:
             border = 1e-3 if name.startswith("win_rate") else rough  # a coordinate may lie on the bound itself
             assert one[name] == pytest.approx(other[name], rel=rough, abs=border), name
@@ -129,6 +141,23 @@ def test_what_shards_cannot_do_is_refused_at_the_start(two):
     )
     assert "several processes do not share" in fsdp2["dual"]
     assert set(ddp) == {"dual"}
+
+
+@pytest.mark.parametrize("job", ZERO_JOBS, ids=lambda job: job.name)
+def test_parts_of_states_step_as_the_whole_does(by_zero, alone, job):
+    for rank in by_zero:  # numbers about steps are not reported
+        compare(rank[job.name], alone(job), job, unsaid=("win_rate", "cos_", "rho", "moved"))
+
+
+def test_what_parts_cannot_do_is_refused_at_the_start(by_zero):
+    said = by_zero[0]["refused"]
+    assert set(said) == {"kfac", "block", "own", "twice", "trust", "saves"}
+    assert "kfac looks at whole tensors" in said["kfac"]
+    assert "sophia looks at whole tensors" in said["block"]
+    assert "objective_squared works with the parameters' gradients" in said["own"]
+    assert "hutchinson works with" in said["twice"]
+    assert "training.trust_kl scales weights" in said["trust"]
+    assert "set training.save_steps to 0" in said["saves"]
 
 
 def test_rows_are_measured_by_shares_and_come_back_in_order(place, two, tmp_path):

@@ -129,6 +129,13 @@ JOBS = (
     *(Job(name, {"name": name, "lr": 1e-3}, ways=("fsdp2",), steps=2) for name in ("sgd", "lion", "soul_release")),
     Job("adamw_retain", {"name": "adamw_retain", "lr": 1e-3, "curvature": OFTEN}, ways=("fsdp2",), steps=3),
 )
+ZERO_JOBS = (
+    Job("zero-sophia", SOPHIA, {"name": "npo", "retain": "kl"}, dtype="float32", window=4, steps=8),
+    Job("zero-adamw", ADAMW, dtype="float32", steps=8),
+    Job("zero-lora", {**SOPHIA, "curvature": OFTEN, "win_rate": 0.5}, dtype="float32", lora=True, steps=6),
+    Job("zero-warm", {"name": "adamw_retain", "lr": 1e-3, "curvature": OFTEN}, dtype="float32", steps=3),
+    Job("zero-bf16", ADAMW, {"name": "npo"}, dtype="float32", precision="bfloat16", steps=2),
+)
 RESUMED = Job("resumed", SOPHIA, {"name": "npo"}, steps=8)
 HALF = 4  # inside an epoch, and between two refreshes
 ASKS = {"forget": Ask(samples=2, tokens=True), "single": Ask(samples=1, tokens=True, gradient_norm=True)}
@@ -153,15 +160,7 @@ def work(rank: int, place: str, ways: dict[str, dict[str, str]]) -> None:
         place: Folder with model and data; results go to ``<rank>.pt``.
         ways: What accelerate's launcher puts into the environment, by configuration file.
     """
-    folder = Path(place)
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # trainers collect garbage, and what was imported is none
-    quiet()
-    hf_logging.disable_progress_bar()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    store = FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    folder = join(rank, place)
     found: dict[str, Any] = {}
     for way, environment in ways.items():
         os.environ |= environment
@@ -185,15 +184,51 @@ def work(rank: int, place: str, ways: dict[str, dict[str, str]]) -> None:
     processes.end(0)
 
 
-def refusals(place: Path) -> dict[str, str]:
+def join(rank: int, place: str, store: str = "store") -> Path:
+    """Become one of two processes that know each other, and return the folder they share."""
+    folder = Path(place)
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # trainers collect garbage, and what was imported is none
+    quiet()
+    hf_logging.disable_progress_bar()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = FileStore(str(folder / store), 2)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=shared)
+    return folder
+
+
+def work_by_zero(rank: int, place: str, environment: dict[str, str]) -> None:
+    """Be one of two processes under DeepSpeed; results go to ``zero-<rank>.pt``."""
+    folder = join(rank, place, "zero-store")
+    os.environ |= environment
+    found: dict[str, Any] = {job.name: run(job, folder, folder / job.name, 2) for job in ZERO_JOBS}
+    found["refused"] = refusals(folder, REFUSED_BY_ZERO)
+    torch.save(found, folder / f"zero-{rank}.pt")
+    processes.end(0)
+
+
+Refused = tuple[tuple[str, Rule, dict[str, Any]], ...]
+REFUSED: Refused = (
+    ("kfac", {"name": "kfac"}, {}),
+    ("muon", {"name": "muon"}, {}),
+    ("hutchinson", {**SOPHIA, "curvature": {"estimator": "hutchinson"}}, {}),
+    ("dual", ADAMW, {"combine": "dual"}),
+)
+REFUSED_BY_ZERO: Refused = (
+    ("kfac", {"name": "kfac"}, {}),
+    ("block", {**SOPHIA, "clip": "block_rms"}, {}),
+    ("own", {**SOPHIA, "curvature": {"estimator": "objective_squared"}}, {}),
+    ("twice", {**SOPHIA, "curvature": {"estimator": "hutchinson"}}, {}),
+    ("trust", ADAMW, {"trust_kl": 0.1}),
+    ("saves", ADAMW, {"save_steps": 2}),
+)
+
+
+def refusals(place: Path, of: Refused = REFUSED) -> dict[str, str]:
     """Return what is said to settings that cannot be."""
     said: dict[str, str] = {}
-    for name, rule, more in (
-        ("kfac", {"name": "kfac"}, {}),
-        ("muon", {"name": "muon"}, {}),
-        ("hutchinson", {**SOPHIA, "curvature": {"estimator": "hutchinson"}}, {}),
-        ("dual", ADAMW, {"combine": "dual"}),
-    ):
+    for name, rule, more in of:
         try:
             run(Job(name, rule, steps=1), place, place / "refused", 2, **more)
         except ValueError as error:

@@ -376,9 +376,9 @@ def test_passes_come_when_they_are_due(
     count: dict[int, int] = {}
     inner = trainer._passes._micro_batch
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **more: Any) -> Any:
         count[trainer.state.global_step] = count.get(trainer.state.global_step, 0) + 1
-        return inner(*args)
+        return inner(*args, **more)
 
     trainer._passes._micro_batch = counted
     trainer.train()

@@ -227,9 +227,9 @@ class CurvaturePasses:
             raise ValueError(f"this optimizer watches backward passes: curvature.estimator must be one of {fit}")
         if sharded.is_sharded(model):
             sharded.check(self.spec, watches=watches)
-        elif processes.count() > 1 and not isinstance(model, DistributedDataParallel):
+        elif processes.count() > 1 and not (isinstance(model, DistributedDataParallel) or sharded.is_engine(model)):
             raise ValueError(
-                f"curvature passes in several processes know DistributedDataParallel and FSDP2, not "
+                f"curvature passes in several processes know DistributedDataParallel, FSDP2 and ZeRO, not "
                 f"{type(model).__name__}: use one of these (examples/accelerate), or one process"
             )
 
@@ -278,10 +278,13 @@ class CurvaturePasses:
                     self._micro_batch(model, rule, picks, 1 / tokens, params)
             return {p: sharded.taken(p) for p in params}
         sums: list[torch.Tensor] | None = None
-        no_sync = getattr(model, "no_sync", contextlib.nullcontext)
-        with without_noise(model), no_sync():
+        apart = sharded.is_engine(model)
+        explicit = explicit or apart
+        inner = unwrap(model) if apart else model
+        no_sync = getattr(inner, "no_sync", contextlib.nullcontext)
+        with without_noise(inner), no_sync():
             for picks in plan[rank::world]:
-                terms = self._micro_batch(model, rule, picks, 1 / tokens, params)
+                terms = self._micro_batch(inner, rule, picks, 1 / tokens, params, apart=apart)
                 if not explicit:
                     return None
                 sums = _add_up(sums, terms, params)
@@ -306,9 +309,19 @@ class CurvaturePasses:
         return {k: v.to(device) for k, v in collate_rows([p.row for p in picks], pad_id=self.pad_id).items()}
 
     def _micro_batch(
-        self, model: nn.Module, rule: Observer, picks: list[Pick], weight: float, params: list[torch.Tensor]
+        self,
+        model: nn.Module,
+        rule: Observer,
+        picks: list[Pick],
+        weight: float,
+        params: list[torch.Tensor],
+        *,
+        apart: bool = False,
     ) -> list[torch.Tensor] | None:
-        """Run the model on ``picks``; return their part of the diagonal, or None where gradients are to be squared."""
+        """Run the model on ``picks``; return their part of the diagonal, or None where gradients are to be squared.
+
+        Gradients that are to be kept ``apart`` from the parameters are squared here.
+        """
         device = params[0].device
         batch = self._collate(model, picks)
         with rule.observing(batch["attention_mask"].bool()):
@@ -324,8 +337,14 @@ class CurvaturePasses:
             assert self.estimator.cotangent is not None
             with self.autocast():
                 answers = forward_answers(model, batch)
-            answers.logits_NV.backward(gradient=_cotangent(self.estimator.cotangent, answers, picks, weight))
-        return None
+            cotangent = _cotangent(self.estimator.cotangent, answers, picks, weight)
+            if not apart:
+                answers.logits_NV.backward(gradient=cotangent)
+                return None
+            found = torch.autograd.grad(answers.logits_NV, params, cotangent, allow_unused=True)
+        return [
+            torch.zeros_like(p) if g is None else g.to(_wide(p)).square() for p, g in zip(params, found, strict=True)
+        ]
 
 
 def _loss(model: nn.Module, batch: Mapping[str, torch.Tensor], weight: float) -> torch.Tensor:
@@ -353,14 +372,17 @@ def _add_up(
     """Add ``terms``, or the squares of the gradients, one parameter at a time; gradients and terms are used up."""
     total = []
     for i, p in enumerate(params):
-        wide = torch.promote_types(p.dtype, torch.float32)
         if terms is not None:
-            term = terms.pop(0).to(wide)
+            term = terms.pop(0).to(_wide(p))
         else:
-            term = torch.zeros_like(p, dtype=wide) if p.grad is None else p.grad.to(wide).square()
+            term = torch.zeros_like(p, dtype=_wide(p)) if p.grad is None else p.grad.to(_wide(p)).square()
         p.grad = None
         total.append(term if sums is None else sums[i].add_(term))
     return total
+
+
+def _wide(p: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 @contextlib.contextmanager

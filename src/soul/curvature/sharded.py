@@ -21,6 +21,11 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def is_engine(model: nn.Module) -> bool:
+    """Say whether ``model`` is DeepSpeed's wrapper: its hooks take what arrives at parameters for loss gradients."""
+    return type(model).__name__ == "DeepSpeedEngine" and type(model).__module__.startswith("deepspeed.")
+
+
 def check(spec: CurvatureSpec, *, watches: bool) -> None:
     """Make sure that passes of this kind are possible over sharded weights.
 

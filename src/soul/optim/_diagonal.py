@@ -13,7 +13,7 @@ import torch
 from soul.optim import _fused
 from soul.optim._elementwise import ElementwiseRule, Kernel
 from soul.optim._paths import Moving, Tensors, add_together, multi
-from soul.optim._shards import summed
+from soul.optim._shards import size_of, summed
 from soul.optim._storage import exact_dtype
 
 
@@ -158,7 +158,7 @@ class DiagonalRule(ElementwiseRule, abc.ABC):
             state = self.state.get(p)  # no default: asking must not make a state
             if state and state["refreshes"]:
                 alike.setdefault((state["refreshes"], p.device), []).append(state["curvature_sum"])
-                pool.count += p.numel()
+                pool.count += size_of(p)
         for (refreshes, _), sums in alike.items():
             part = torch.stack(sums).sum() / (1 - group["betas"][1] ** refreshes)
             pool.total = part if pool.total is None else pool.total + part.to(pool.total.device)

@@ -1,6 +1,7 @@
-"""Parameters of which a process has a shard (``DTensor``, FSDP2): its numbers, and sums over all shards.
+"""Parameters of which a process has a shard: its numbers, and sums over all shards.
 
-For a plain tensor everything here is the tensor itself.
+Shards are ``DTensor`` (FSDP2), or plain tensors that :func:`mark_part` was told of (ZeRO). For any other tensor
+everything here is the tensor itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ import torch.distributed as dist
 def is_sharded(t: torch.Tensor) -> bool:
     """Say whether a process has only a part of ``t``."""
     return any(True for _ in _groups(t))
+
+
+def mark_part(t: torch.Tensor, group: dist.ProcessGroup, size: int) -> None:
+    """Remember that a plain tensor is a part of one with ``size`` coordinates, that ``group`` divides among it."""
+    t.soul_part = (group, size)  # type: ignore[attr-defined]  # an attribute of ours
+
+
+def size_of(t: torch.Tensor) -> int:
+    """Return how many coordinates all parts of ``t`` have together."""
+    part = getattr(t, "soul_part", None)
+    return t.numel() if part is None else part[1]
 
 
 def local(t: torch.Tensor) -> torch.Tensor:
@@ -53,6 +65,8 @@ def gathered(values: torch.Tensor, over: torch.Tensor, fill: float) -> torch.Ten
 def _groups(t: torch.Tensor) -> Iterator[Any]:
     """Yield the groups of processes that divide ``t`` among them; those that hold copies of it are no such groups."""
     whole: Any = t
+    if hasattr(whole, "soul_part"):
+        yield whole.soul_part[0]
     for dim, placement in enumerate(getattr(t, "placements", ())):
         if placement.is_shard():
             yield whole.device_mesh.get_group(dim)
