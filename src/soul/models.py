@@ -301,7 +301,7 @@ def resolve(path: str) -> str:
         return _from_gguf(local)
     if local.is_dir():
         return str(_of_run(local))
-    if path.startswith((".", "/", "~")):
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:  # a hub's names are owner/name
         raise ValueError(f"no such model folder: {path}")
     return path
 

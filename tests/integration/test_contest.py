@@ -199,6 +199,20 @@ def test_the_report_needs_the_folder_only(done, tmp_path):
     assert write_contest(tmp_path, tmp_path / "a.html").read_bytes() == write_contest(out, out / "b.html").read_bytes()
 
 
+def test_what_is_missing_is_found_before_the_first_job(matrix_file, tmp_path):
+    tree = yaml.safe_load(matrix_file.read_text())
+    task = tree["tasks"]["tiny"]
+    lost = {**tree, "tasks": {"tiny": {**task, "gold": task["gold"].replace("{request}", "{request}-lost")}}}
+    with pytest.raises(ValueError, match=r"tasks.tiny.gold of first: no such model folder: .*first-lost"):
+        Contest(matrix_from_tree(lost), tmp_path / "gold").work(lambda *_: None)
+    later = {**tree, "tasks": {"tiny": {**task, "report": [*task["report"], "third"]}}}
+    with pytest.raises(ValueError, match=r"tasks.tiny.gold of third"):
+        Contest(matrix_from_tree(later), tmp_path / "later").work(lambda *_: None)
+    assert not Book(tmp_path / "later").lines()
+    contest = Contest(matrix_from_tree(later), tmp_path / "later")
+    assert contest.work(lambda *_: None, phases=("pilot",), seconds=0) == 0  # which need no third request
+
+
 def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
     out, _ = done
     with pytest.raises(ValueError, match=r"another contest \(training"):

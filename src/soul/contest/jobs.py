@@ -17,6 +17,7 @@ from soul.contest.measure import Sets, Values, load_sets
 from soul.contest.trial import Run, Tick, do, measured, measured_under, never
 from soul.metrics.contest import Cell, choose, point, references_of, runs_of, sides
 from soul.metrics.frontier import FLOOR
+from soul.models import resolve
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.rundir import note_environment
 from soul.stored import remove_parts, write_text
@@ -148,7 +149,11 @@ class Contest:
 
         Returns:
             Jobs done.
+
+        Raises:
+            ValueError: A model or data of a request to come cannot be found; or as the jobs do.
         """
+        self._check_sources(phases)
         began, done = time.perf_counter(), 0
         elsewhere: set[str] = set()
         while time.perf_counter() - began < seconds:
@@ -168,6 +173,21 @@ class Contest:
                     self.book.append({"key": job.key, **self._do(job, tick)})
                     done += 1
         return done
+
+    def _check_sources(self, phases: tuple[str, ...]) -> None:
+        """Find out before the first job what the last one would miss, hours later."""
+        known = {line["key"] for line in self.book.lines()}
+        late = not phases or {"report", "attack"} & set(phases)
+        for name, task in self.matrix.tasks.items():
+            for request in [*task.tune, *(task.report if late else [])]:
+                gold = Job("reference", name, request, which="gold").key not in known or self.matrix.attacks
+                for source in ("model", "gold") if gold else ("model",):
+                    path = task.source(source, request)
+                    try:
+                        resolve(path)
+                    except ValueError as error:
+                        raise ValueError(f"tasks.{name}.{source} of {request}: {error}") from error
+                self._sets_of(Job("reference", name, request))
 
     def left(self) -> int:
         """Return how many of the jobs known by now are not done."""
