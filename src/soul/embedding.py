@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from soul.data.batches import length_batches
+from soul.data.batches import fitting, length_batches
 from soul.pretrained import load_text_encoder
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -49,7 +49,7 @@ class SentenceEncoder:
         device = next(self.model.parameters()).device
         vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         done = 0
-        for group in length_batches([len(ids) for ids in encoded], max_tokens):
+        for group in length_batches([len(ids) for ids in encoded], fitting(max_tokens, device)):
             width = max(len(encoded[i]) for i in group)
             lengths = torch.tensor([len(encoded[i]) for i in group])
             ids = torch.tensor(

@@ -33,7 +33,7 @@ class EvaluationSpec:
     Attributes:
         max_new_tokens: Longest generated answer.
         generate: Generate greedy answers (for ROUGE-L) and samples where they are asked for (:class:`soul.types.Ask`).
-        max_tokens: Padded tokens in a likelihood batch.
+        max_tokens: Padded tokens in a likelihood batch, at most; a CPU takes what its caches hold (1,024 or more).
         generation_batch: Rows in a generation batch.
         max_length: Longest sequence.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from soul.data.batches import collate_rows, length_batches
+from soul.data.batches import collate_rows, fitting, length_batches
 from soul.data.templates import Encoded
 from soul.forward import forward_answers, head_on, unwrap
 
@@ -40,10 +40,11 @@ def sequence_nll(
         model: A causal language model; it is run in its own dtype, without autocast.
         rows: Tokenised examples.
         pad_id: Token that fills rows up.
-        max_tokens: Padded tokens in a batch.
+        max_tokens: Padded tokens in a batch, at most (:func:`soul.data.batches.fitting`).
         progress: Called with (done, of).
     """
     values = [math.nan] * len(rows)
+    max_tokens = fitting(max_tokens, next(model.parameters()).device)
     alone, shared = _by_prompt(rows) if _can_share(model) else (list(range(len(rows))), [])
     done = 0
 
@@ -86,13 +87,13 @@ def extraction_strength(
         model: A causal language model; it is run in its own dtype, without autocast.
         rows: Tokenised examples.
         pad_id: Token that fills rows up.
-        max_tokens: Padded tokens in a batch.
+        max_tokens: Padded tokens in a batch, at most (:func:`soul.data.batches.fitting`).
         progress: Called with (done, of).
     """
     nll, strength = [math.nan] * len(rows), [math.nan] * len(rows)
     device = next(model.parameters()).device
     done = 0
-    for picked in length_batches([len(row) for row in rows], max_tokens):
+    for picked in length_batches([len(row) for row in rows], fitting(max_tokens, device)):
         batch = collate_rows([rows[i] for i in picked], pad_id=pad_id)
         answers = forward_answers(model, {k: v.to(device) for k, v in batch.items()})
         sums = answers.sum_rows(-answers.token_logps()).tolist()

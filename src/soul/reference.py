@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from soul.data.batches import collate_rows, length_batches
+from soul.data.batches import collate_rows, fitting, length_batches
 from soul.data.templates import Encoded
 from soul.forward import Answers, forward_answers, unwrap
 
@@ -173,7 +173,7 @@ def build_reference(
             frozen second copy of the model, which ``"cache"`` too falls back on, and says so in the log, where what a
             model does after its backbone cannot be taken apart.
         pad_id: Padding token.
-        max_tokens: Padded tokens in a forward pass.
+        max_tokens: Padded tokens in a forward pass, at most (:func:`soul.data.batches.fitting`).
         autocast: The precision training runs in: both sides of a log-ratio must be rounded alike.
 
     Raises:
@@ -191,7 +191,7 @@ def build_reference(
     rows = list(wanted.values())
     probe: Answers | None = None
     with torch.no_grad(), autocast():
-        for group in length_batches([len(row) for row in rows], max_tokens):
+        for group in length_batches([len(row) for row in rows], fitting(max_tokens, device)):
             batch = {k: v.to(device) for k, v in collate_rows([rows[i] for i in group], pad_id=pad_id).items()}
             answers = probe = forward_answers(model, batch, layer if keep_states else None)
             for key, value in zip(

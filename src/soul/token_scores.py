@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from soul.data.batches import collate_rows, length_batches
+from soul.data.batches import collate_rows, fitting, length_batches
 from soul.data.templates import Encoded
 from soul.forward import forward_answers
 
@@ -44,13 +44,13 @@ def token_scores(
         model: A causal language model; it is run in its own dtype, without autocast.
         rows: Tokenised examples.
         pad_id: Token that fills rows up.
-        max_tokens: Padded tokens in a batch.
+        max_tokens: Padded tokens in a batch, at most (:func:`soul.data.batches.fitting`).
         progress: Called with (done, of).
     """
     found: list[TokenScores | None] = [None] * len(rows)
     device = next(model.parameters()).device
     done = 0
-    for picked in length_batches([len(row) for row in rows], max_tokens):
+    for picked in length_batches([len(row) for row in rows], fitting(max_tokens, device)):
         batch = collate_rows([rows[i] for i in picked], pad_id=pad_id)
         answers = forward_answers(model, {k: v.to(device) for k, v in batch.items()})
         logps, matches = answers.token_logps(), answers.logits_NV.argmax(-1) == answers.targets_N

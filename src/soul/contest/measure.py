@@ -86,7 +86,7 @@ class Meter:
         was_training = model.training
         model.eval()
         try:
-            with own_precision(model) if exact else self.fast():
+            with own_precision(model) if exact else self.fast(), _castable(model):
                 return self._thin(model) | (self._further(model) if full else {})
         finally:
             model.train(was_training)
@@ -150,6 +150,22 @@ class Meter:
         rows = [self.template.encode(e) for e in self.sets.text]
         nll = sequence_nll(model, rows, pad_id=self.template.pad, max_tokens=self.spec.max_tokens)
         return float(np.average(nll, weights=[row.answer_length for row in rows]))
+
+
+@contextlib.contextmanager
+def _castable(model: Any) -> Iterator[None]:
+    """Let autocast keep its copies of frozen weights, which it keeps of trainable ones alone.
+
+    The head is the largest of them, and a greedy answer needs it for every token.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield  # nothing inside looks for gradients
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -69,6 +69,17 @@ def collate_items(items: Sequence[Item], pad_id: int = 0) -> Batch:
     return batch | {"idle": torch.tensor(True)} if isinstance(items[0], Idle) else batch
 
 
+def fitting(max_tokens: int, device: torch.device) -> int:
+    """Return how many tokens a batch is best made of, at most ``max_tokens``: on a CPU, what its caches hold.
+
+    On processors with 2 MiB a core, one thread measures likelihoods 1.4 (fp32) to 2 times (bf16) faster in batches of
+    1,024 tokens than of 4,096, two threads 1.3 times (``benchmarks/batch_tokens.py``).
+    """
+    if device.type != "cpu":
+        return max_tokens
+    return min(max_tokens, max(1024, 512 * torch.get_num_threads()))
+
+
 def length_batches(lengths: Sequence[int], max_tokens: int, max_rows: int = 256) -> list[list[int]]:
     """Group positions into batches of similar length, longest first, with at most ``max_tokens`` padded tokens each."""
     batches: list[list[int]] = []
