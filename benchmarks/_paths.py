@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import random
 import tempfile
@@ -103,6 +104,7 @@ class Way(abc.ABC):
 
     title: ClassVar[str]
     evaluates: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
     weights: ClassVar[Literal["float32", "bfloat16"]] = "float32"
     evaluated_in: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
 
@@ -146,6 +148,8 @@ class Way(abc.ABC):
             self._measure_likelihoods(self.judged())
             self._measure_answers(self.asked())
             self.done.evaluate_peak = peak_memory()
+        if not self.trains:
+            return self.done
         self.model.train()
         reset_peak_memory()
         self.done.steps = self.train()
@@ -272,6 +276,14 @@ class SoulAdamW(Soul):
     evaluates = False
 
 
+class SoulBf16(Soul):
+    """Its evaluation of a model in bf16 (``model.dtype: bfloat16``), as public evaluations run."""
+
+    title = "soul, bf16 weights"
+    weights = evaluated_in = "bfloat16"
+    trains = False
+
+
 def pairs(way: Way) -> Iterator[tuple[list[Encoded], list[Encoded]]]:
     """Yield shuffled batches of (forget, retain), epoch after epoch."""
     order = random.Random(0)
@@ -340,7 +352,7 @@ class Plain(Way):
         nll: list[float] = []
         for i in range(0, len(rows), BATCH_OF_ROWS):
             batch = labelled(rows[i : i + BATCH_OF_ROWS], self.template.pad)
-            with autocast():
+            with autocast() if self.weights == "float32" else contextlib.nullcontext():
                 logits = self.model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits
             nll += row_means(logits, batch["labels"])
         values = iter(nll)
@@ -354,6 +366,14 @@ class Plain(Way):
         for i in range(0, len(prompts), BATCH_OF_ROWS):
             batch: Any = self.tokenizer.pad({"input_ids": prompts[i : i + BATCH_OF_ROWS]}, return_tensors="pt")
             greedy(self, batch["input_ids"], batch["attention_mask"])
+
+
+class PlainBf16(Plain):
+    """The same evaluation of a model in bf16."""
+
+    title = "(c) plain, bf16 weights"
+    weights = "bfloat16"
+    trains = False
 
 
 def row_means(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
@@ -443,4 +463,4 @@ class Released(Way):
             greedy(self, ids, torch.ones_like(ids))
 
 
-WAYS: tuple[type[Way], ...] = (Soul, SoulAdamW, Plain, Released)
+WAYS: tuple[type[Way], ...] = (Soul, SoulAdamW, SoulBf16, Plain, PlainBf16, Released)

@@ -119,10 +119,15 @@ class Round:
         )
 
 
+def trained(found: Found) -> Found:
+    """Return the paths that were trained too."""
+    return {title: measured for title, measured in found.items() if all(m.steps for m in measured)}
+
+
 def training_table(found: Found, peak: float) -> str:
     """Return seconds, tokens, arithmetic and memory of a step."""
     rows = []
-    for title, measured in found.items():
+    for title, measured in trained(found).items():
         rounds = [Round.of(m) for m in measured]
         rows.append(
             [
@@ -144,7 +149,7 @@ def parts_table(found: Found) -> str:
     """Return where a step's time goes."""
     names = ("curvature", "forward", "backward", "clipping", "optimizer")
     rows = []
-    for title, measured in found.items():
+    for title, measured in trained(found).items():
         steps = [step for m in measured for step in m.steps]
         # medians are of steps; the curvature pass comes at one step in ten, and counts as a share of each
         parts = {n: middle([s.parts.get(n, 0.0) for s in steps]) for n in names}
@@ -187,7 +192,7 @@ def ratio_table(found: Found) -> str:
     def seconds(title: str) -> list[tuple[float, ...]]:
         return [
             (
-                Round.of(m).seconds,
+                Round.of(m).seconds if m.steps else 0.0,
                 m.likelihoods.seconds / max(1, m.judged),
                 m.generation.seconds / max(1, m.generation.tokens),
                 float(m.train_peak),
@@ -196,10 +201,16 @@ def ratio_table(found: Found) -> str:
         ]
 
     rows = []
-    for other, ours in ((_paths.Released, _paths.Soul), (_paths.Plain, _paths.SoulAdamW), (_paths.Plain, _paths.Soul)):
+    for other, ours in (
+        (_paths.Released, _paths.Soul),
+        (_paths.Plain, _paths.SoulAdamW),
+        (_paths.Plain, _paths.Soul),
+        (_paths.PlainBf16, _paths.SoulBf16),
+    ):
         together = zip(seconds(other.title), seconds(ours.title), strict=True)
         ratios = [[a / b if b else 0.0 for a, b in zip(x, y, strict=True)] for x, y in together]
-        cells = [spread([r[i] for r in ratios], 2) if ours.evaluates or i in (0, 3) else "" for i in range(4)]
+        told = [ours.trains, ours.evaluates, ours.evaluates, ours.trains]
+        cells = [spread([r[i] for r in ratios], 2) if told[i] else "" for i in range(4)]
         rows.append([f"{other.title} / {ours.title}", *cells])
     return table(["ratio", "a step", "7 likelihoods", "a generated token", "peak memory in training"], rows)
 
@@ -262,8 +273,8 @@ def main() -> int:
             measured, peak = in_own_process(work, way, job, 0.02 if args.quick else 1.0)
             found[way.title].append(measured)
             peaks.append(peak)
-            seconds = Round.of(measured).seconds
-            print(f"round {turn + 1}, {way.title}: {seconds:.2f} s a step", file=sys.stderr, flush=True)
+            said = f"{Round.of(measured).seconds:.2f} s a step" if way.trains else "evaluated"
+            print(f"round {turn + 1}, {way.title}: {said}", file=sys.stderr, flush=True)
     machine = {name: middle([peak[name] for peak in peaks]) for name in peaks[0]}
     print(report(found, machine, job))
     if args.json:

@@ -60,13 +60,14 @@ def test_quick_mode_prints_its_tables_and_measures_the_same_thing_on_every_path(
     done = run("--quick", "--tofu", str(tofu), "--model", str(model), "--json", str(tmp_path / "raw.json"))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for head, rows in (("training", 4), ("seconds of a step", 4), ("evaluation", 3), ("ratio", 3)):
+    for head, rows in (("training", 4), ("seconds of a step", 4), ("evaluation", 5), ("ratio", 4)):
         start = next(i for i, line in enumerate(lines) if line.startswith(f"| {head} |"))
         table = lines[start : start + 2 + rows]
         assert len({line.count("|") for line in table}) == 1, table
         assert "nan" not in "".join(table)
 
     paths = {title: found[0] for title, found in json.loads((tmp_path / "raw.json").read_text())["paths"].items()}
+    evaluated = {title: paths.pop(title) for title in ("soul, bf16 weights", "(c) plain, bf16 weights")}
     assert len(paths) == 4
     for title, found in paths.items():
         assert len(found["steps"]) == (1 if "released" in title else 2)
@@ -82,7 +83,10 @@ def test_quick_mode_prints_its_tables_and_measures_the_same_thing_on_every_path(
     assert [(step["body"], step["head"]) for step in released["steps"]] == [(8 * 512, 8 * 512)]
     assert whole["nll"] == pytest.approx(plain["nll"], rel=0.02)
     assert whole["nll"] == pytest.approx(released["nll"], rel=0.02)
-    for found in (whole, plain, released):
+    for found in evaluated.values():
+        assert not found["steps"]
+        assert found["nll"] == pytest.approx(whole["nll"], rel=0.02)
+    for found in (whole, plain, released, *evaluated.values()):
         assert found["generation"]["tokens"] > 0
         assert found["likelihoods"]["tokens"] > found["likelihoods"]["answers"] > 0
 
