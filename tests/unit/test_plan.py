@@ -21,6 +21,7 @@ from soul.models import AdapterSpec, add_adapter, freeze_embeddings
 from soul.plan import Machine, Plan, find_machine, find_work, make_plan
 from soul.plan.activations import saved
 from soul.plan.advice import options, smaller_batches
+from soul.plan.show import lines
 from soul.plan.skeleton import measure
 from soul.plan.speed import operations
 from soul.plan.work import Batch
@@ -268,6 +269,14 @@ def test_rules_with_factors_run_in_one_process(folder: Path) -> None:
     assert not plan.fits
     assert "whole weight matrices" in plan.refused
     assert all(o.plan.recipe.optimizer.name != "kfac" for o in options(plan) if o.plan.fits)
+
+
+def test_a_plan_says_that_it_does_not_know_what_compiling_saves(folder: Path) -> None:
+    plan = planned(folder, training={"compile": True})
+    assert plan.time == planned(folder).time
+    assert "planned as if not compiled" in "\n".join(lines(plan))
+    assert "planned as if not compiled" not in "\n".join(lines(planned(folder)))
+    assert "one process" in planned(folder, dataclasses.replace(GPU, gpus=2), training={"compile": True}).refused
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sophia", "kfac", "whiten", "muon"])

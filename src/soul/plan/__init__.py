@@ -70,6 +70,8 @@ class Plan:
         """Why the run cannot be started so; empty where it can."""
         if self.machine.gpus > 1 and self.recipe.optimizer.needs_whole:
             return f"{self.recipe.optimizer.name} needs whole weight matrices, which FSDP2 does not leave; DDP does"
+        if self.machine.gpus > 1 and self.recipe.training.compile:
+            return "training.compile has been made for one process: leave it at false"
         return ""
 
     @property

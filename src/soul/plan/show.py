@@ -75,6 +75,10 @@ def _time(plan: Plan) -> list[str]:
         if found.steps:
             most = "" if plan.recipe.stop.when == "never" else "at most "
             out.append(f"            {most}{found.steps} steps: {_duration(found.total)}, measuring apart")
+        if plan.recipe.training.compile:
+            out.append(
+                "            planned as if not compiled: training.compile takes less a step, once it has compiled"
+            )
     if machine.gpus > 1:
         sent = communicated(plan.skeleton, machine.gpus)
         out.append(f"            {size(sent)} sent by each GPU for a micro-batch")
