@@ -90,6 +90,8 @@ def check(trainer: Any, rule: OptimizerSpec) -> None:
     for name, bound in (("training.trust_kl", trainer.trust), ("stop.when", trainer.stopping)):
         if bound is not None:
             raise ValueError(f"{name} scales weights after a step, of which DeepSpeed's engine has copies: use DDP")
+    if trainer.training_spec.combine != "sum" or trainer.training_spec.compile:
+        raise ValueError("under DeepSpeed training.combine is sum and training.compile is false, or use DDP")
     if trainer.training_spec.save_steps:
         raise ValueError("under DeepSpeed no checkpoints are written: set training.save_steps to 0, or use DDP")
 

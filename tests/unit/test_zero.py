@@ -13,11 +13,11 @@ from soul.optim.external import ExternalSpec
 from soul.trainer import TrainingSpec
 
 
-def trainer_with(stage: int = 2, precision: str = "no", **config: Any) -> Any:
+def trainer_with(stage: int = 2, precision: str = "no", training: Any = None, **config: Any) -> Any:
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {}, **config})
     return SimpleNamespace(
         accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision=precision),
-        curvature=None, trust=None, stopping=None, training_spec=TrainingSpec(save_steps=0),
+        curvature=None, trust=None, stopping=None, training_spec=TrainingSpec(save_steps=0, **(training or {})),
     )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ def test_stages_1_and_2_are_accepted():
         ({"scheduler": {"type": "WarmupLR"}}, "has a section 'scheduler'"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer_device cpu has not been"),
         ({"precision": "fp16"}, "fp16 scales the loss"),
+        ({"training": {"combine": "dual"}}, "training.combine is sum"),
+        ({"training": {"compile": True}}, "training.compile is false"),
     ],
 )
 def test_what_is_refused(config, said):
