@@ -72,8 +72,8 @@ def collate_items(items: Sequence[Item], pad_id: int = 0) -> Batch:
 def fitting(max_tokens: int, device: torch.device) -> int:
     """Return how many tokens a batch is best made of, at most ``max_tokens``: on a CPU, what its caches hold.
 
-    On processors with 2 MiB a core, one thread measures likelihoods 1.4 (fp32) to 2 times (bf16) faster in batches of
-    1,024 tokens than of 4,096, two threads 1.3 times (``benchmarks/batch_tokens.py``).
+    On a processor with 2 MiB a core, two threads measure likelihoods 1.2 to 1.5 times faster in batches of 1,024 tokens
+    than of 4,096 (``benchmarks/batch_tokens.py``), and a batch takes less memory.
     """
     if device.type != "cpu":
         return max_tokens
