@@ -61,6 +61,30 @@ def _terminal(*folders: Path) -> str:
     return out.getvalue()
 
 
+def test_more_metrics_than_fit_side_by_side_are_read_down(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    scores = json.loads((folder / "scores.json").read_text())
+    many = [score_row(f"metric_{i:02d}", "forget", 0.5 + i / 100, 16, 0.05, "lower") for i in range(12)]
+    (folder / "scores.json").write_text(json.dumps({name: [*found, *many] for name, found in scores.items()}))
+    lines = _terminal(folder).splitlines()
+    for i in range(12):  # each whole, in a line of its own
+        (line,) = [line for line in lines if f"metric_{i:02d}" in line or f"Metric {i:02d}" in line]
+        assert line.count(f"{0.5 + i / 100:.3f}") == 2  # before and after
+        assert "n = 16" in line
+    assert "…" not in "".join(line for line in lines if "n = 16" in line)
+
+
+def test_two_kinds_of_general_knowledge_are_told_apart(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    scores = json.loads((folder / "scores.json").read_text())
+    both = [score_row("probability", name, 0.4, 100, 0.05, "higher") for name in ("real_authors", "world_facts")]
+    kept = {name: [*(x for x in found if x["split"] != "general"), *both] for name, found in scores.items()}
+    (folder / "scores.json").write_text(json.dumps(kept))
+    said = _terminal(folder)
+    assert "Answer probability on general knowledge (real authors) stayed at 0.400." in said
+    assert "Answer probability on general knowledge (world facts) stayed at 0.400." in said
+
+
 def test_page_says_what_was_done(run_dir: Path):
     text = _parse(render_html([read_run(run_dir)], "A deletion request")).text
     for words in (

@@ -11,10 +11,12 @@ from rich.text import Text
 
 from soul.report import examples, view
 from soul.report.record import RunRecord
+from soul.types import Score
 from soul.visible import clean, one_line
 
 _STATES = {"good": "bold green", "bad": "bold red", "none": "dim"}
 _SHOWN = 400
+_CELL = 16  # columns that a metric takes: "0.313 to 0.682" and what divides it from the next
 
 
 def render_terminal(runs: Sequence[RunRecord], console: Console | None = None) -> None:
@@ -34,7 +36,8 @@ def render_terminal(runs: Sequence[RunRecord], console: Console | None = None) -
         _verdict(run, console, shared=len({run.asked for run in runs}) == 1 and run is not runs[0])
     for table in view.tables_of(runs):
         console.print()
-        console.print(_scores(table))
+        wide = (len(table.metrics) + 1) * _CELL > console.width
+        console.print(_turned(table) if wide else _scores(table))
     intervals = view.interval_note(runs)
     if intervals:
         console.print(Text(clean(intervals), style="dim"))
@@ -77,15 +80,27 @@ def _scores(source: view.Table) -> Table:
         hint = f"\n{one_line(better)} is better" if better else ""
         table.add_column(Text(one_line(name) + hint), justify="right")
     for model, cells in source.rows:
-        texts = []
-        for cell in cells:
-            if cell is None:
-                texts.append(Text("—", style="dim"))
-                continue
-            under = "\n".join(part for part in (view.interval(cell), f"n = {cell.n}") if part)
-            texts.append(Text.assemble(view.number(cell.value), "\n", (under, "dim")))
-        table.add_row(Text(one_line(model.name)), *texts)
+        table.add_row(Text(one_line(model.name)), *(_cell(cell, "\n") for cell in cells))
     return table
+
+
+def _turned(source: view.Table) -> Table:
+    """Return a row for each metric, where there are more of them than fit side by side."""
+    table = _grid(one_line(source.title))
+    table.add_column("metric", overflow="fold")
+    table.add_column("better", style="dim")
+    for model, _ in source.rows:
+        table.add_column(Text(one_line(model.name)), justify="right", overflow="fold")
+    for i, (name, better) in enumerate(source.metrics):
+        table.add_row(Text(one_line(name)), one_line(better), *(_cell(cells[i], "  ") for _, cells in source.rows))
+    return table
+
+
+def _cell(score: Score | None, between: str) -> Text:
+    if score is None:
+        return Text("—", style="dim")
+    under = between.join(part for part in (view.interval(score), f"n = {score.n}") if part)
+    return Text.assemble(view.number(score.value), between, (under, "dim"))
 
 
 def _cost(runs: Sequence[RunRecord]) -> Table:

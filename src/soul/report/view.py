@@ -220,10 +220,14 @@ def changes_of(run: RunRecord) -> tuple[Change, ...]:
 def sentences(run: RunRecord) -> tuple[str, ...]:
     """Return what the run achieved as plain sentences, one for each kind of knowledge."""
     result = []
-    for change in changes_of(run):
+    changes = changes_of(run)
+    kinds = [change.kind for change in changes]
+    for change in changes:
         if change.kind not in SUBJECTS:
             continue
         what = f"{metric_label(change.metric)} on {SUBJECTS[change.kind]}"
+        _, _, part = change.title.partition(": ")
+        what += f" ({part})" if part and kinds.count(change.kind) > 1 else ""
         what += " asked in other words" if change.title == split_label("forget_reworded") else ""
         first, last = change.before, change.after
         if first is None or last is None:
