@@ -89,10 +89,12 @@ class ParallelTrainer(Trainer):
 
     def whole_model(self) -> Any:
         """Return the trained model without wrappers and whole, in every process: the one given, or one of its kind."""
-        if not self.shards or self._skeleton is None:
+        if self._skeleton is None:
             return unwrap(self.model)  # type: ignore[arg-type]  # Trainer types it as possibly None
         assert self.model is not None
-        return _filled(self._skeleton, self.model)
+        if self.shards:
+            return _filled(self._skeleton, self.model, lambda shard: _whole(shard, keep=True, device=None))
+        return _filled(self._skeleton, self.model, zero.whole)
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.shards:
@@ -102,6 +104,9 @@ class ParallelTrainer(Trainer):
                     super()._load_from_checkpoint(resume_from_checkpoint)
             self._skeleton = _skeleton(self.model)
             _keep_wide(self.model)
+        if zero.shards_weights(self):
+            assert self.model is not None
+            self._skeleton = _skeleton(self.model)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     @contextlib.contextmanager
@@ -223,12 +228,12 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _filled(skeleton: nn.Module, model: nn.Module) -> nn.Module:
+def _filled(skeleton: nn.Module, model: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """Put the numbers of a sharded model into its skeleton, one parameter after another."""
     full: dict[int, nn.Parameter] = {}
     shards = dict(model.named_parameters())
     for name, empty in skeleton.named_parameters():
-        value = _whole(shards[name], keep=True, device=None).to(empty.dtype)  # accelerate may have widened it
+        value = whole(shards[name]).to(empty.dtype)  # accelerate may have widened it
         full[id(empty)] = nn.Parameter(value, requires_grad=empty.requires_grad)
     for module in skeleton.modules():
         for name, p in module._parameters.items():

@@ -1,9 +1,10 @@
-"""DeepSpeed's ZeRO 1 and 2: an update rule on the flat parts that its engine makes of gradients and states.
+"""DeepSpeed's ZeRO: an update rule on the flat parts that its engine makes of gradients and states.
 
-Every process has all weights, and of each parameter group one part of a flat fp32 copy: what the rule steps, group by
-group, inside ``engine.backward``. So the rule must treat each coordinate alike whatever tensor it is of. Curvature
-passes run on the model inside the engine, whose hooks would take their gradients for those of the loss; the estimate is
-added up over processes and cut into the same parts.
+With ZeRO 1 and 2 every process has all weights, and of each parameter group one part of a flat fp32 copy: what the rule
+steps, group by group, inside ``engine.backward``. So the rule must treat each coordinate alike whatever tensor it is
+of. Curvature passes run on the model inside the engine, whose hooks would take their gradients for those of the loss;
+the estimate is added up over processes and cut into the same parts. With ZeRO 3 weights are parts too, gathered where
+they are used; no curvature passes are made there.
 """
 
 from __future__ import annotations
@@ -40,6 +41,19 @@ def plugin_on_cpus(precision: str) -> Any:
     return plugin
 
 
+def shards_weights(trainer: Any) -> bool:
+    """Say whether a process has parts of the weights too (ZeRO-3)."""
+    return trainer.is_deepspeed_enabled and int(trainer.accelerator.state.deepspeed_plugin.zero_stage) == 3
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a parameter put together from its parts; every process calls this for the same ones in order."""
+    import deepspeed  # pyright: ignore[reportMissingImports]  # it is there where this is called
+
+    with deepspeed.zero.GatheredParameters([p]):
+        return p.detach().clone()
+
+
 def keep_weights_wide(plugin: Any) -> None:
     """Leave weights in their own precision, as everywhere else here: bf16 is what autocast multiplies in."""
     section = plugin.deepspeed_config.get("bf16")
@@ -60,12 +74,15 @@ def check(trainer: Any, rule: OptimizerSpec) -> None:
     plugin: Any = trainer.accelerator.state.deepspeed_plugin
     config: Mapping[str, Any] = plugin.deepspeed_config
     stage = int(plugin.zero_stage)
-    if stage == 3:
+    if stage == 3 and trainer.curvature is not None:
         raise ValueError(
-            "ZeRO-3 is not supported: set zero_stage to 2, or shard weights with FSDP2 (examples/accelerate/fsdp2.yaml)"
+            f"{rule.name} needs curvature passes, which have no seam in ZeRO-3: set zero_stage to 2, or shard weights "
+            "with FSDP2 (examples/accelerate/fsdp2.yaml)"
         )
-    if stage not in (1, 2):
-        raise ValueError(f"zero_stage must be 1 or 2, not {stage}: without ZeRO use DDP (examples/accelerate/ddp.yaml)")
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"zero_stage must be 1, 2 or 3, not {stage}: without it use DDP (examples/accelerate/ddp.yaml)"
+        )
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise ValueError(
@@ -140,7 +157,9 @@ def partitioned(outer: Any) -> PartitionedRule | None:
     """
     if not type(outer).__module__.startswith("deepspeed."):
         return None
-    rule, groups = outer.optimizer, outer.bit16_groups
+    rule, groups = outer.optimizer, getattr(outer, "bit16_groups", None)
+    if groups is None:  # ZeRO-3, which hands the rule its parts at each step
+        return PartitionedRule(rule)
     for i, (group, members) in enumerate(zip(rule.param_groups, groups, strict=True)):
         (flat,) = group["params"]
         mark_part(flat, outer.real_dp_process_group[i], sum(p.numel() for p in members))

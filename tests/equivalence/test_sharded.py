@@ -7,6 +7,7 @@ gloo in place of NCCL.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import shutil
@@ -22,7 +23,7 @@ from packaging.version import Version
 from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from two_processes import HALF, JOBS, RESUMED, ZERO_JOBS, Job, rows_of, run, trainer_for, work, work_by_zero
+from two_processes import HALF, JOBS, RESUMED, ZERO3_JOBS, ZERO_JOBS, Job, rows_of, run, trainer_for, work, work_by_zero
 
 EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
 # With torch 2.9 a sharded run that makes curvature passes differs from one process by up to 1e-8, from 2.13 on by less.
@@ -72,11 +73,16 @@ def two(place, whole):
 
 @pytest.fixture(scope="module")
 def by_zero(place):
-    """What two processes found under DeepSpeed, which has no float64 and adds up in fp32."""
+    """What two processes found under DeepSpeed, by stage; it has no float64 and adds up in fp32."""
     if importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None:
         pytest.skip("DeepSpeed is not installed, or cannot compile what it needs on CPUs")
-    spawn(work_by_zero, args=(str(place), environment_of("zero2")), nprocs=2)
-    return [torch.load(place / f"zero-{rank}.pt", weights_only=False) for rank in range(2)]
+
+    @functools.cache
+    def of(stage: int) -> list[dict[str, Any]]:
+        spawn(work_by_zero, args=(str(place), stage, environment_of(f"zero{stage}")), nprocs=2)
+        return [torch.load(place / f"zero-{stage}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+    return of
 
 
 def compare(found: dict[str, Any], alone: dict[str, Any], job: Job, unsaid: tuple[str, ...] = ()) -> None:
@@ -143,14 +149,18 @@ def test_what_shards_cannot_do_is_refused_at_the_start(two):
     assert set(ddp) == {"dual"}
 
 
-@pytest.mark.parametrize("job", ZERO_JOBS, ids=lambda job: job.name)
-def test_parts_of_states_step_as_the_whole_does(by_zero, alone, job):
-    for rank in by_zero:  # numbers about steps are not reported
+@pytest.mark.parametrize(
+    ("job", "stage"),
+    [*((job, 2) for job in ZERO_JOBS), *((job, 3) for job in ZERO3_JOBS)],
+    ids=lambda v: v.name if isinstance(v, Job) else str(v),
+)
+def test_parts_of_states_and_weights_step_as_the_whole_does(by_zero, alone, job, stage):
+    for rank in by_zero(stage):  # numbers about steps are not reported
         compare(rank[job.name], alone(job), job, unsaid=("win_rate", "cos_", "rho", "moved"))
 
 
 def test_what_parts_cannot_do_is_refused_at_the_start(by_zero):
-    said = by_zero[0]["refused"]
+    said = by_zero(2)[0]["refused"]
     assert set(said) == {"kfac", "block", "own", "twice", "trust", "saves"}
     assert "kfac looks at whole tensors" in said["kfac"]
     assert "sophia looks at whole tensors" in said["block"]
@@ -158,6 +168,9 @@ def test_what_parts_cannot_do_is_refused_at_the_start(by_zero):
     assert "hutchinson works with" in said["twice"]
     assert "training.trust_kl scales weights" in said["trust"]
     assert "set training.save_steps to 0" in said["saves"]
+    said = by_zero(3)[0]["refused"]
+    assert set(said) == {"sophia", "kfac"}
+    assert "sophia needs curvature passes, which have no seam in ZeRO-3: set zero_stage to 2" in said["sophia"]
 
 
 def test_rows_are_measured_by_shares_and_come_back_in_order(place, two, tmp_path):

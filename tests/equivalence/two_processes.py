@@ -136,6 +136,8 @@ ZERO_JOBS = (
     Job("zero-warm", {"name": "adamw_retain", "lr": 1e-3, "curvature": OFTEN}, dtype="float32", steps=3),
     Job("zero-bf16", ADAMW, {"name": "npo"}, dtype="float32", precision="bfloat16", steps=2),
 )
+# One job: once ZeRO-3 is on, transformers loads the next model of the same process in parts.
+ZERO3_JOBS = (Job("zero3-adamw", ADAMW, {"name": "npo", "retain": "kl"}, dtype="float32", window=4, steps=8),)
 RESUMED = Job("resumed", SOPHIA, {"name": "npo"}, steps=8)
 HALF = 4  # inside an epoch, and between two refreshes
 ASKS = {"forget": Ask(samples=2, tokens=True), "single": Ask(samples=1, tokens=True, gradient_norm=True)}
@@ -198,13 +200,14 @@ def join(rank: int, place: str, store: str = "store") -> Path:
     return folder
 
 
-def work_by_zero(rank: int, place: str, environment: dict[str, str]) -> None:
-    """Be one of two processes under DeepSpeed; results go to ``zero-<rank>.pt``."""
-    folder = join(rank, place, "zero-store")
+def work_by_zero(rank: int, place: str, stage: int, environment: dict[str, str]) -> None:
+    """Be one of two processes under DeepSpeed; results go to ``zero-<stage>-<rank>.pt``."""
+    folder = join(rank, place, f"zero-store-{stage}")
     os.environ |= environment
-    found: dict[str, Any] = {job.name: run(job, folder, folder / job.name, 2) for job in ZERO_JOBS}
-    found["refused"] = refusals(folder, REFUSED_BY_ZERO)
-    torch.save(found, folder / f"zero-{rank}.pt")
+    jobs, refused = (ZERO_JOBS, REFUSED_BY_ZERO) if stage < 3 else (ZERO3_JOBS, REFUSED_BY_ZERO3)
+    found: dict[str, Any] = {job.name: run(job, folder, folder / job.name, 2) for job in jobs}
+    found["refused"] = refusals(folder, refused)
+    torch.save(found, folder / f"zero-{stage}-{rank}.pt")
     processes.end(0)
 
 
@@ -223,6 +226,7 @@ REFUSED_BY_ZERO: Refused = (
     ("trust", ADAMW, {"trust_kl": 0.1}),
     ("saves", ADAMW, {"save_steps": 2}),
 )
+REFUSED_BY_ZERO3: Refused = (("sophia", SOPHIA, {}), ("kfac", {"name": "kfac"}, {}))
 
 
 def refusals(place: Path, of: Refused = REFUSED) -> dict[str, str]:
