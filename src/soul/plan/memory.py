@@ -12,7 +12,7 @@ from soul.recipe import Recipe
 
 LOSS = 6
 """Bytes a logit as the backward pass begins, beside its fp32 log-probability: gradients in fp32 and in bf16."""
-HEAP = 1.3
+HEAP = 1.4
 """What a C library's heap takes for activations, as a multiple: pieces freed between those kept stay empty. Measured on
 glibc at 135M: 1.17 in full, 1.43 with LoRA; 1.0 with ``MALLOC_MMAP_THRESHOLD_=65536``."""
 CURVATURE_LOSS = 14
