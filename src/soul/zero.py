@@ -9,6 +9,7 @@ they are used; no curvature passes are made there.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -48,8 +49,7 @@ def shards_weights(trainer: Any) -> bool:
 
 def whole(p: torch.Tensor) -> torch.Tensor:
     """Return a copy of a parameter put together from its parts; every process calls this for the same ones in order."""
-    import deepspeed  # pyright: ignore[reportMissingImports]  # it is there where this is called
-
+    deepspeed: Any = importlib.import_module("deepspeed")  # optional, and there where this is called
     with deepspeed.zero.GatheredParameters([p]):
         return p.detach().clone()
 

@@ -21,10 +21,12 @@ PINNED = dict(
 WITHOUT_AN_IMPORT: dict[str, str] = {}
 OPTIONAL_WITHOUT_AN_IMPORT = {
     "bitsandbytes": "transformers quantizes with it",
+    "deepspeed": "accelerate imports it where its launcher asks for it",
     "lm-eval": "imported by name, which takes seconds, where it is asked for",
 }
 OPTIONAL = {
     "bitsandbytes": "quantized",
+    "deepspeed": "zero",
     "datasets": "hub",
     "lm-eval": "lm-eval",
     "numba": "fused",
@@ -32,7 +34,10 @@ OPTIONAL = {
     "sacrebleu": "bleu",
     "scikit-learn": "detox",
 }
-NOT_IN_DEV = {"bitsandbytes": "peft imports it wherever it is, and it complains; its tests run where it is installed"}
+NOT_IN_DEV = {
+    "bitsandbytes": "peft imports it wherever it is, and it complains; its tests run where it is installed",
+    "deepspeed": "accelerate imports it wherever it is, and it writes to standard output; the same",
+}
 COMES_WITH = {"markupsafe": "jinja2", "huggingface-hub": "transformers"}
 
 
