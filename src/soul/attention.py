@@ -107,21 +107,25 @@ def _gradients(
         """(B, H, L, D) to (B, shared heads, heads for each x L, D): one product for all that share a key."""
         return x.float().reshape(batch, shared, heads // shared * length, x.shape[-1])
 
-    q, k, v, d_out = by_key(query), key.float(), value.float(), by_key(grad)
-    scores = (q @ k.mT).view(batch, heads, length, -1) * scale
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, -torch.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    shares = scores.softmax(-1)
-    if mask is not None:  # a row that sees nothing gives zeros, as the fused pass does; nan of any other cause stays
-        shares = shares.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
-    d_shares = (d_out @ v.mT).view_as(shares)
-    d_scores = shares * (d_shares - (d_shares * shares).sum(-1, keepdim=True)) * scale
-    d_scores, shares = (x.view(batch, shared, -1, x.shape[-1]) for x in (d_scores, shares))
-    d_query = (d_scores @ k).view_as(query)
-    return d_query.to(query.dtype), (d_scores.mT @ q).to(key.dtype), (shares.mT @ d_out).to(value.dtype)
+    with torch.autocast("cpu", enabled=False):
+        q, k, v, d_out = by_key(query), key.float(), value.float(), by_key(grad)
+        scores = (q @ k.mT).view(batch, heads, length, -1) * scale
+        if causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~seen, -torch.inf)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        shares = scores.softmax(-1)
+        if mask is not None:
+            # a row that sees nothing gives zeros, as the fused pass does; nan of any other cause stays
+            shares = shares.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
+        d_shares = (d_out @ v.mT).view_as(shares)
+        d_scores = shares * (d_shares - (d_shares * shares).sum(-1, keepdim=True)) * scale
+        d_scores, shares = (x.view(batch, shared, -1, x.shape[-1]) for x in (d_scores, shares))
+        d_query = (d_scores @ k).view_as(query)
+        found = d_query, d_scores.mT @ q, shares.mT @ d_out
+    d_query, d_key, d_value = (d.to(x.dtype).contiguous() for d, x in zip(found, (query, key, value), strict=True))
+    return d_query, d_key, d_value
 
 
 @torch.library.custom_op("soul::short_attention", mutates_args=())
@@ -140,19 +144,8 @@ def _short_attention(
     return found.transpose(1, 2).contiguous().transpose(1, 2)  # which is how the fused pass leaves it
 
 
-@torch.library.custom_op("soul::short_attention_gradients", mutates_args=())
-def _short_attention_gradients(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast("cpu", enabled=False):
-        d_query, d_key, d_value = _gradients(query, key, value, mask, causal, scale, grad)
-    return d_query.contiguous(), d_key.contiguous(), d_value.contiguous()
+# likewise
+_short_attention_gradients = torch.library.custom_op("soul::short_attention_gradients", _gradients, mutates_args=())
 
 
 @_short_attention.register_fake
@@ -173,10 +166,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # n
 
 def _back(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     query, key, value, mask = ctx.saved_tensors
-    if torch.is_grad_enabled():  # to be differentiated again, which operations of our own cannot be
-        with torch.autocast("cpu", enabled=False):
-            return (*_gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
-    return (*_short_attention_gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
+    # to be differentiated again is what operations of our own cannot be
+    gradients: Any = _gradients if torch.is_grad_enabled() else _short_attention_gradients
+    return (*gradients(query, key, value, mask, ctx.causal, ctx.scale, grad), None, None, None, None)
 
 
 _short_attention.register_autograd(_back, setup_context=_keep)

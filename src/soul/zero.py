@@ -27,15 +27,9 @@ def asked() -> bool:
 
 
 def plugin_on_cpus(precision: str) -> Any:
-    """Return the plugin that accelerate makes of the launcher's environment, which it leaves out on CPUs.
+    """Return the plugin that accelerate makes of the launcher's environment, which it leaves out on CPUs."""
+    from accelerate.utils import DeepSpeedPlugin
 
-    Raises:
-        ValueError: DeepSpeed is not installed.
-    """
-    from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
-
-    if not is_deepspeed_available():
-        raise ValueError("the launcher asks for DeepSpeed, which is not installed: pip install deepspeed")
     plugin = DeepSpeedPlugin()
     plugin.set_mixed_precision(precision)
     plugin.select(_from_accelerator_state=True)

@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as fused
 
 import soul
-from soul import attention
 from soul.attention import LONGEST, ShortAttention
 
 MASKS = ("none", "causal", "bool", "float", "blind")
@@ -127,19 +126,15 @@ def test_it_is_taken_where_it_pays_and_nowhere_else():
     assert not any("short_attention" in name for name in names(outside))
 
 
-def test_a_training_step_goes_through_it(tokenizer, make_model, forget_set, retain_set, monkeypatch):
-    lengths = []
-    gradients = attention._gradients
-
-    def watched(query, *rest):
-        lengths.append(query.shape[2])
-        return gradients(query, *rest)
-
-    monkeypatch.setattr(attention, "_gradients", watched)
+def test_a_training_step_goes_through_it(tokenizer, make_model, forget_set, retain_set):
     sets = {"forget": forget_set, "retain": retain_set, "optimizer": "adamw"}
-    model, training = make_model(), {"max_steps": 1, "precision": "bfloat16"}
-    soul.unlearn(model, tokenizer, **sets, training=training)
-    assert len(lengths) == model.config.num_hidden_layers
-    lengths.clear()
-    soul.unlearn(make_model(), tokenizer, **sets, training=training | {"gradient_checkpointing": True})
-    assert lengths == []
+    training = {"max_steps": 1, "precision": "bfloat16"}
+
+    def calls(model: Any, **more: Any) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            soul.unlearn(model, tokenizer, **sets, training=training | more)
+        return sum(event.name == "soul::short_attention_gradients" for event in seen.events())
+
+    model = make_model()
+    assert calls(model) == model.config.num_hidden_layers
+    assert calls(make_model(), gradient_checkpointing=True) == 0
