@@ -71,7 +71,7 @@ def test_in_bf16_short_attention_is_called_from_compiled_code(trained):
     before, plain = trained(False, precision="bfloat16", max_steps=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         _, compiled = trained(True, precision="bfloat16", max_steps=1)
-    assert sum(event.name == "soul::short_attention_gradients" for event in seen.events()) >= 2  # of both blocks
+    assert sum(event.name == "soul::short_attention_gradients" for event in seen.events() or ()) >= 2  # of both blocks
     assert gap(plain, compiled, before) < 0.05
 
 
