@@ -213,6 +213,19 @@ def test_what_is_missing_is_found_before_the_first_job(matrix_file, tmp_path):
     assert contest.work(lambda *_: None, phases=("pilot",), seconds=0) == 0  # which need no third request
 
 
+def test_a_retrained_model_that_is_on_record_need_not_be_there(done, matrix_file, tmp_path):
+    out, _ = done
+    tree = yaml.safe_load(matrix_file.read_text())
+    task = tree["tasks"]["tiny"]
+    lost = {**tree, "tasks": {"tiny": {**task, "gold": task["gold"].replace("{request}", "{request}-lost")}}}
+    contest = Contest(matrix_from_tree(lost), tmp_path)
+    for line in Book(out).lines():
+        contest.book.append(line)
+    assert contest.work(lambda *_: None, phases=("tune",)) == 0
+    with pytest.raises(ValueError, match=r"tasks.tiny.gold of second"):  # attacks are made on it again
+        contest.work(lambda *_: None)
+
+
 def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
     out, _ = done
     with pytest.raises(ValueError, match=r"another contest \(training"):

@@ -271,6 +271,25 @@ def test_rules_with_factors_run_in_one_process(folder: Path) -> None:
     assert all(o.plan.recipe.optimizer.name != "kfac" for o in options(plan) if o.plan.fits)
 
 
+def test_what_sharded_runs_refuse_is_not_planned_for_them(folder: Path) -> None:
+    two = dataclasses.replace(GPU, gpus=2)
+    plan = planned(folder, two, stop={"when": "forgotten"})
+    assert "stop.when" in plan.refused
+    assert [o.settings for o in options(plan) if o.plan.fits] == ["stop.when=never"]
+    assert planned(folder, two, stop={"when": "never"}).fits
+    assert planned(folder, stop={"when": "forgotten"}).fits  # in one process
+    quantized = {"path": str(folder), "dtype": "bfloat16", "quantize": "nf4"}
+    plan = planned(folder, two, model=quantized, adapter={"r": 4}, stop={"when": "forgotten"})
+    assert [o.settings for o in options(plan) if o.plan.fits] == ["stop.when=never model.quantize=none"]
+
+
+def test_advice_to_share_leaves_out_what_sharded_runs_refuse() -> None:
+    plan = planned(CONFIGS / "7b", dataclasses.replace(GPU, memory=24e9), stop={"when": "forgotten"})
+    (shared,) = [o for o in options(plan) if o.plan.fits and o.plan.machine.gpus > 1 and "optimizer" not in o.settings]
+    assert shared.settings.startswith("stop.when=never --gpus ")
+    assert not shared.plan.refused
+
+
 def test_a_plan_says_that_it_does_not_know_what_compiling_saves(folder: Path) -> None:
     plan = planned(folder, training={"compile": True})
     assert plan.time == planned(folder).time

@@ -180,7 +180,8 @@ class Contest:
         late = not phases or {"report", "attack"} & set(phases)
         for name, task in self.matrix.tasks.items():
             for request in [*task.tune, *(task.report if late else [])]:
-                gold = Job("reference", name, request, which="gold").key not in known or self.matrix.attacks
+                attacked = self.matrix.attacks and request in task.report
+                gold = attacked or Job("reference", name, request, which="gold").key not in known
                 for source in ("model", "gold") if gold else ("model",):
                     path = task.source(source, request)
                     try:

@@ -72,6 +72,10 @@ class Plan:
             return f"{self.recipe.optimizer.name} needs whole weight matrices, which FSDP2 does not leave; DDP does"
         if self.machine.gpus > 1 and self.recipe.training.compile:
             return "training.compile has been made for one process: leave it at false"
+        if self.machine.gpus > 1 and self.recipe.stop.when != "never":
+            return "stop.when looks at whole weights, which FSDP2 does not leave: set it to never; DDP leaves them"
+        if self.machine.gpus > 1 and self.recipe.model.quantize != "none":
+            return "a quantized base is not sharded: set model.quantize to none, or leave it whole (DDP)"
         return ""
 
     @property

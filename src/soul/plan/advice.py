@@ -35,10 +35,17 @@ class Option:
 def options(plan: Plan) -> list[Option]:
     """Return changes under which a run takes less, those that fit first; several at once where none alone does."""
     found: list[Option] = []
+    words = ""
+    if plan.machine.gpus > 1:  # what no sharded run does goes first, whatever else is changed
+        recipe, words = shardable(plan.recipe)
+        if words:
+            plan = _again(plan, recipe)
+            found.append(Option("", "what sharded weights do not allow, left out", plan))
     for changes in (_single(plan), _several(plan)):
-        found += [o for o in changes if o.plan.memory.peak < plan.memory.peak or plan.refused]
         if any(o.plan.fits and o.plan.machine.gpus == plan.machine.gpus for o in found):
             break
+        found += [o for o in changes if o.plan.memory.peak < plan.memory.peak or plan.refused]
+    found = [Option(" ".join(filter(None, (words, o.settings))), o.note, o.plan) for o in found]
     unique = {option.settings: option for option in found}
     return sorted(unique.values(), key=lambda o: not o.plan.fits)
 
@@ -63,7 +70,7 @@ def _single(plan: Plan) -> Iterator[Option]:
         yield Option("adapter.r=8", "LoRA", _again(plan, dataclasses.replace(recipe, adapter=AdapterSpec())))
     sharded = _sharded(plan)
     if sharded is not None:
-        yield Option(f"--gpus {sharded.machine.gpus}", "weights, gradients and states sharded by FSDP2", sharded)
+        yield Option(_shards(plan, sharded), "weights, gradients and states sharded by FSDP2", sharded)
 
 
 def _several(plan: Plan) -> Iterator[Option]:
@@ -74,7 +81,7 @@ def _several(plan: Plan) -> Iterator[Option]:
     yield _option(plan, "smallest in full", small, rule, words)
     sharded = _sharded(lightest)
     if sharded is not None:
-        yield Option(" ".join(filter(None, (rule, f"--gpus {sharded.machine.gpus}"))), "sharded by FSDP2", sharded)
+        yield Option(" ".join(filter(None, (rule, _shards(lightest, sharded)))), "sharded by FSDP2", sharded)
     lora = "" if recipe.adapter else "adapter.r=8"
     for light in dict.fromkeys(("", rule)):
         base = lightest.recipe if light else recipe
@@ -113,6 +120,27 @@ def smaller_batches(recipe: Recipe) -> tuple[Recipe, str]:
     return dataclasses.replace(recipe, training=training, optimizer=optimizer), " ".join(words)
 
 
+def shardable(recipe: Recipe) -> tuple[Recipe, str]:
+    """Return the recipe without what sharded weights do not allow whatever else is chosen, and the settings."""
+    words = []
+    if recipe.stop.when != "never":
+        recipe = dataclasses.replace(recipe, stop=dataclasses.replace(recipe.stop, when="never"))
+        words.append("stop.when=never")
+    if recipe.training.compile:
+        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, compile=False))
+        words.append("training.compile=false")
+    if recipe.model.quantize != "none":
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, quantize="none"))
+        words.append("model.quantize=none")
+    return recipe, " ".join(words)
+
+
+def _shards(plan: Plan, sharded: Plan) -> str:
+    """Return the settings that lead from a plan to the one over several GPUs."""
+    _, words = shardable(plan.recipe)
+    return " ".join(filter(None, (words, f"--gpus {sharded.machine.gpus}")))
+
+
 def _again(plan: Plan, recipe: Recipe) -> Plan:
     work = resized(plan.work, recipe.training.batch_size / plan.recipe.training.batch_size)
     before, now = (getattr(r.optimizer, "curvature", None) for r in (plan.recipe, recipe))
@@ -147,8 +175,9 @@ def _sharded(plan: Plan) -> Plan | None:
     if plan.machine.device != "cuda" or plan.recipe.optimizer.needs_whole:
         return None
     gpus = max(2, 2 * plan.machine.gpus)
+    recipe, _ = shardable(plan.recipe)
     while gpus <= MOST_GPUS:
-        found = make_plan(plan.recipe, dataclasses.replace(plan.machine, gpus=gpus), plan.work, plan)
+        found = make_plan(recipe, dataclasses.replace(plan.machine, gpus=gpus), plan.work, plan)
         if found.fits:
             return found
         gpus *= 2
