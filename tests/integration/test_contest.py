@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -16,11 +17,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from soul.cli import main
+from soul.contest import trial
 from soul.contest.book import Book
-from soul.contest.jobs import Contest
-from soul.contest.matrix import matrix_from_tree, read_matrix
+from soul.contest.jobs import Contest, Job
+from soul.contest.matrix import Entry, matrix_from_tree, read_matrix
 from soul.contest.measure import Meter, load_sets
 from soul.contest.trial import Run, do
+from soul.curvature.picks import text_rows
+from soul.data.batches import VIEWS, collate_items
 from soul.evaluate import EvaluationSpec
 from soul.metrics.contest import Cell, choose, points_of
 from soul.metrics.frontier import lost_area
@@ -224,6 +228,32 @@ def test_a_retrained_model_that_is_on_record_need_not_be_there(done, matrix_file
     assert contest.work(lambda *_: None, phases=("tune",)) == 0
     with pytest.raises(ValueError, match=r"tasks.tiny.gold of second"):  # attacks are made on it again
         contest.work(lambda *_: None)
+
+
+def test_what_curvature_is_made_of_comes_beside_the_retain_examples(matrix_file):
+    tree = yaml.safe_load(matrix_file.read_text())
+    tree["optimizers"] = [{"name": "signum", "extra_batches": True}]
+    matrix = matrix_from_tree(tree)
+    contest = Contest(matrix, matrix_file.parent / "besides")
+    run = contest._run(
+        Job("pilot", "tiny", "first", Cell("tiny", "npo", "signum")), load_sets(matrix.tasks["tiny"], "first")
+    )
+    _, tokenizer = load_model(ModelSpec(run.task.model))
+    data, plain = (
+        trial._dataset(tokenizer, run),
+        trial._dataset(tokenizer, dataclasses.replace(run, entry=Entry({"name": "signum"}))),
+    )
+    keys = [(epoch, anchor, partner) for epoch in range(3) for anchor, partner in data.pairing.epoch(epoch)]
+    batch = collate_items([data[key] for key in keys[:2]])
+    assert [VIEWS[v] for v in batch["view"]] == ["forget"] * 2 + ["retain"] * 4
+    assert all({k: v for k, v in data[key].items() if k != "retain+1"} == plain[key] for key in keys)
+    more = [data[key]["retain+1"].key for key in keys]
+    known = {row.key for row in [*data.curvature, *text_rows(data)]}
+    assert len(data.curvature) == 3
+    assert set(more) <= known
+    assert len(set(more)) == len(more) == 12  # three epochs, and none of it twice
+    with pytest.raises(ValueError, match="extra_batches"):
+        Entry({"name": "signum"}, extra_batches=True, extra_retain=True)
 
 
 def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):

@@ -69,7 +69,10 @@ class Entry:
         order: ``first`` or ``second``: whose side it is on.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
         projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
-        extra_retain: Give it the curvature's examples as retain examples too (a control: the same data, no curvature).
+        extra_retain: Give it the curvature's examples as retain examples too (a control: they share the places of
+            the others in its batches).
+        extra_batches: Give it, beside its retain examples, as many in each batch of what Kronecker curvature is made
+            of: the curvature's examples and the built-in passages (a control: the same data, no curvature).
         reseed: Added to the contest's seed: the same data in another order (a control: how large noise is).
     """
 
@@ -80,6 +83,7 @@ class Entry:
     knob: Knob | None = None
     projected: bool = False
     extra_retain: bool = False
+    extra_batches: bool = False
     reseed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +91,8 @@ class Entry:
             raise ValueError(f"{self.label or 'an entry'}: name an optimizer, or a method: one of the two")
         if self.method and self.knob is None:
             raise ValueError(f"{self.name}: a method needs a knob, which is all that is tuned of it")
+        if self.extra_batches and (self.method or self.extra_retain):
+            raise ValueError(f"{self.name}: extra_batches is for optimizers, and without extra_retain")
 
     @property
     def name(self) -> str:

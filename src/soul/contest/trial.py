@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul.attacks.base import Attack
 from soul.contest.matrix import Entry, Task
 from soul.contest.measure import FURTHER, Meter, Sets, Values
-from soul.data.batches import UnlearnDataset
+from soul.curvature.picks import text_rows
+from soul.data.batches import Item, UnlearnDataset
 from soul.data.general import refusals
 from soul.data.sources import check_disjoint, load_examples
 from soul.evaluate import EvaluationSpec
@@ -245,7 +247,23 @@ def _dataset(tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:
     check_disjoint(forget, [*retain, *curvature])
     if run.entry.extra_retain or run.method:  # a method draws its curvature from what it keeps
         retain, curvature = [*retain, *curvature], []
-    return make_dataset(tokenizer, forget, retain, run.method or run.objective, run.training, refusals(), curvature)
+    dataset = make_dataset(tokenizer, forget, retain, run.method or run.objective, run.training, refusals(), curvature)
+    return _Besides(dataset) if run.entry.extra_batches else dataset
+
+
+class _Besides(UnlearnDataset):
+    """A dataset whose items have a further retain row, of what curvature is made of: each once before any again."""
+
+    def __init__(self, dataset: UnlearnDataset) -> None:
+        vars(self).update(vars(dataset))
+        if "retain" not in self.views:
+            raise ValueError("extra_batches is for objectives that look at retain examples")
+        more = [*self.curvature, *text_rows(self)]
+        self.more = [more[i] for i in np.random.default_rng([self.seed, 8]).permutation(len(more))]
+
+    def _item(self, epoch: int, anchor: int, partner: int) -> Item:
+        number = epoch * len(self) + anchor
+        return {**super()._item(epoch, anchor, partner), "retain+1": self.more[number % len(self.more)]}
 
 
 @torch.no_grad()

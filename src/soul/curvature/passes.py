@@ -177,6 +177,8 @@ class CurvaturePasses:
                 rule.scramble(self.seed)
         if file is not None:
             self._derive(rule, file, next(model.parameters()).device)
+        elif warm and rule.derivation():
+            rule.derived()  # kept by the rule; now, so that they count among what curvature takes
 
     def _derive(self, rule: Observer, file: Path, device: torch.device) -> None:
         """Let the rule begin with what it derived from the same curvature in an earlier run, or keep it for the next.

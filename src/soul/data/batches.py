@@ -62,9 +62,12 @@ def collate_rows(rows: Sequence[Encoded], views: Sequence[str] | None = None, pa
 def collate_items(items: Sequence[Item], pad_id: int = 0) -> Batch:
     """Collate paired items so that all views go through the model in one forward pass.
 
-    A batch of :class:`Idle` items has a further entry ``idle``.
+    An item may have further rows of a view, named ``retain+1``. A batch of :class:`Idle` items has a further entry
+    ``idle``.
     """
-    rows = [(item[view], view) for view in VIEWS for item in items if view in item]
+    rows = [
+        (row, view) for view in VIEWS for item in items for name, row in item.items() if name.partition("+")[0] == view
+    ]
     batch = collate_rows([row for row, _ in rows], [view for _, view in rows], pad_id)
     return batch | {"idle": torch.tensor(True)} if isinstance(items[0], Idle) else batch
 
