@@ -53,7 +53,7 @@ def nll(model, data, picked):
 
 def test_relearning_learns_its_share_and_nothing_is_left_behind(make_model, data):
     attack = Relearn(share=0.25, steps=8, lr=1e-3)
-    chosen = attack.chosen(8)
+    chosen = attack.known(8)
     assert len(chosen) == 2
     model = make_model()
     model.lm_head.weight.requires_grad_(False)

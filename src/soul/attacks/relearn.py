@@ -20,7 +20,7 @@ class Relearn(Attack):
     """Fine-tune on a share of the forget set for a fixed number of small steps (arXiv 2406.13356).
 
     AdamW without weight decay at a constant rate, whole share in each step, in the weights' own precision. Judge by the
-    examples that were not relearned as well as by all.
+    examples that the attacker did not have (:meth:`known`): the others are learned anew.
 
     Attributes:
         share: Share of the forget set that the attacker has; at least one example.
@@ -43,7 +43,7 @@ class Relearn(Attack):
         if self.steps < 1 or not self.lr > 0:
             raise ValueError("relearn.steps must be 1 or more and relearn.lr above 0")
 
-    def chosen(self, count: int) -> list[int]:
+    def known(self, count: int) -> list[int]:
         """Return which of ``count`` forget examples the attacker has."""
         order = np.random.default_rng([self.seed, 5]).permutation(count)
         return sorted(order[: max(1, round(self.share * count))].tolist())
@@ -52,7 +52,7 @@ class Relearn(Attack):
         """Return the model, trained in place."""
         rows = data.encoded["forget"]
         device = next(model.parameters()).device
-        batch = collate_rows([rows[i] for i in self.chosen(len(rows))], pad_id=data.template.pad)
+        batch = collate_rows([rows[i] for i in self.known(len(rows))], pad_id=data.template.pad)
         batch = {k: v.to(device) for k, v in batch.items()}
         was_training, free = model.training, [p for p in model.parameters() if p.requires_grad]
         for p in model.parameters():

@@ -22,7 +22,9 @@ from soul.metrics.tofu import answer_probability, log_truth_ratio, normalised_pr
 from soul.types import Example, Row
 
 Values = dict[str, Any]
-FURTHER = ("paraphrased_rougeL", "seen_probability", "log_truth_ratios")
+EACH = ("knowledge", "log_truth_ratios")
+"""What a full measurement has of each forget example: ``K`` (:func:`soul.metrics.contest.knowledge`), truth ratio."""
+FURTHER = ("paraphrased_rougeL", "seen_probability", *EACH)
 """What a full measurement has beside a thin one."""
 
 
@@ -82,36 +84,42 @@ class Meter:
         self.template = ChatTemplate(tokenizer, spec.max_length)
 
     def __call__(self, model: Any, *, full: bool, exact: bool = False) -> Values:
-        """Return the measurements: means over sets, and in full the log truth ratio of each forget example."""
+        """Return the measurements: means over sets, and in full some of each forget example (:data:`EACH`)."""
         was_training = model.training
         model.eval()
         try:
             with own_precision(model) if exact else self.fast(), _castable(model):
-                return self._thin(model) | (self._further(model) if full else {})
+                found, known = self._thin(model)
+                return found | (self._further(model, known) if full else {})
         finally:
             model.train(was_training)
 
     @torch.no_grad()
-    def _thin(self, model: Any) -> Values:
+    def _thin(self, model: Any) -> tuple[Values, list[list[float]]]:
+        """Return the means, and what is known of each forget example by each of two measures."""
         forget = [self.template.encode(e) for e in self.sets.forget]
         nll, strength = extraction_strength(model, forget, pad_id=self.template.pad, max_tokens=self.spec.max_tokens)
-        return {
-            "forget_probability": _mean(_probabilities(nll)),
+        paraphrased = self._probabilities(model, self.sets.forget, paraphrased=True)
+        found: Values = {
+            "forget_probability": _mean([math.exp(-value) for value in nll]),
             "extraction_strength": _mean(strength),
-            "paraphrased_probability": self._probability(model, self.sets.forget, paraphrased=True),
-            "unseen_probability": self._probability(model, self.sets.unseen),
+            "paraphrased_probability": _mean(paraphrased),
+            "unseen_probability": _mean(self._probabilities(model, self.sets.unseen)),
             **{f"{name}_probability": self._choice(model, examples) for name, examples in self.sets.facts.items()},
             "text_nll": self._text(model),
         }
+        return found, [paraphrased, list(strength)]
 
     @torch.no_grad()
-    def _further(self, model: Any) -> Values:
+    def _further(self, model: Any, known: list[list[float]]) -> Values:
         asked = [dataclasses.replace(e, prompt=e.paraphrased_prompt or e.prompt) for e in self.sets.forget]
         prompts = [self.template.prompt_ids(e) for e in asked]
         texts = generate(model, self.template, prompts, self.spec)
+        recalled = [rouge_l_recall(t, e.answer) for t, e in zip(texts, asked, strict=True)]
         found: Values = {
-            "paraphrased_rougeL": _mean([rouge_l_recall(t, e.answer) for t, e in zip(texts, asked, strict=True)]),
-            "seen_probability": self._probability(model, self.sets.seen),
+            "paraphrased_rougeL": _mean(recalled),
+            "seen_probability": _mean(self._probabilities(model, self.sets.seen)),
+            "knowledge": [round(_mean(each), 5) for each in zip(*known, recalled, strict=True)],
         }
         if all(e.wrong_answers for e in self.sets.forget):
             ratios = [log_truth_ratio(row) for row in self._rows(model, self.sets.forget)]
@@ -119,10 +127,10 @@ class Meter:
                 found["log_truth_ratios"] = [round(ratio, 5) for ratio in ratios]
         return found
 
-    def _probability(self, model: Any, examples: Sequence[Example], *, paraphrased: bool = False) -> float:
+    def _probabilities(self, model: Any, examples: Sequence[Example], *, paraphrased: bool = False) -> list[float]:
         rows = [self.template.encode(e, prompt=e.paraphrased_prompt if paraphrased else None) for e in examples]
         nll = sequence_nll(model, rows, pad_id=self.template.pad, max_tokens=self.spec.max_tokens)
-        return _mean(_probabilities(nll))
+        return [math.exp(-value) for value in nll]
 
     def _choice(self, model: Any, examples: Sequence[Example]) -> float:
         """Return the answer's mean probability; among the answers offered, where there are wrong ones."""
@@ -177,10 +185,6 @@ def own_precision(model: Any) -> Iterator[None]:
     finally:
         if wrapped is not None:
             model.__dict__["forward"] = wrapped
-
-
-def _probabilities(nll: Sequence[float]) -> list[float]:
-    return [math.exp(-value) for value in nll]
 
 
 def _mean(values: Sequence[float]) -> float:

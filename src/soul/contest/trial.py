@@ -124,12 +124,15 @@ def measured_under(
 
 
 def _attacked(model: Any, attacks: Mapping[str, Attack], meter: Meter) -> dict[str, Values]:
-    """Measure the model after each attack, each from the weights it has now, and leave these."""
+    """Measure the model after each attack, each from the weights it has now, and leave these.
+
+    Beside the values stands which of the forget examples the attacker ``had``.
+    """
     data = UnlearnDataset(meter.template, meter.sets.forget, (), ("forget",))
     kept = {name: value.detach().clone() for name, value in model.state_dict().items()} if attacks else {}
     found = {}
     for name, attack in attacks.items():
-        found[name] = rounded(meter(attack(model, data), full=True))
+        found[name] = {**rounded(meter(attack(model, data), full=True)), "had": attack.known(len(data))}
         model.load_state_dict(kept)
     return found
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from soul.metrics.stats import harmonic_mean
 
+_UNBOUNDED, _LARGEST = 1e300, 1e250  # what stands for infinity where quantiles interpolate, and what it leaves
 Point = tuple[float, float]
 """Forgetting and utility."""
 FLOOR = 0.5
@@ -130,8 +131,9 @@ def ratio_interval(
     """Return the ratio of two means over the same requests, with a paired bootstrap interval over requests.
 
     All ``n^n`` resamples are taken where they are no more than ``resamples`` (up to six requests), else that many with
-    a fixed seed. With few requests such intervals are short of their level: five cover about 82 % (a test
-    measures it), so read them as that.
+    a fixed seed. One in which both sides lose nothing says nothing about their ratio: it counts as 0 for the lower end
+    and as unbounded for the upper one. With few requests such intervals are short of their level: five cover about 82 %
+    (a test measures it), so read them as that.
 
     Raises:
         ValueError: The sides differ in length or are empty.
@@ -151,5 +153,8 @@ def ratio_interval(
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = a[picks].mean(axis=1) / b[picks].mean(axis=1)
         value = float(a.mean() / b.mean())
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2]) if len(draws) else (math.nan, math.nan)
-    return value, float(low), float(high)
+    ends = (1 - level) / 2, (1 + level) / 2
+    low = np.quantile(np.nan_to_num(draws, nan=0.0, posinf=_UNBOUNDED), ends[0])
+    high = np.quantile(np.nan_to_num(draws, nan=_UNBOUNDED, posinf=_UNBOUNDED), ends[1])
+    low, high = (math.inf if end > _LARGEST else float(end) for end in (low, high))
+    return value, low, high

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 
-from soul.metrics.contest import Cell, choose, knowledge, points_of, read_lines, references_of, runs_of
-from soul.metrics.frontier import FLOOR, Point, forgetting_at, lost_area, ratio_interval
-from soul.metrics.stats import ks_margin, ks_two_sided
+from soul.metrics.contest import Cell, points_of, references_of, runs_of, sides
+from soul.metrics.frontier import FLOOR, Point, ratio_interval
 from soul.report import plots
 from soul.report.page import frame
+from soul.report.standings import ContestRecord, Standing, rival
 from soul.stored import write_text
-from soul.strict import read_text, yaml_tree
 from soul.visible import clean, one_line
 
 TIE = 0.01
@@ -27,119 +25,6 @@ TIE = 0.01
 SATURATED = 0.03
 """A cell whose best first-order lost area is below this says little."""
 Table = tuple[str, list[str], list[list[str]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Standing:
-    """What one cell showed.
-
-    Attributes:
-        cell: The cell.
-        order: ``first`` or ``second``.
-        tuned: Trials by state.
-        tuning_loss: Lost area of the chosen trials on the tuning requests; of all trials so far, where none are chosen.
-        chosen: Numbers of the chosen trials; empty before tuning is done.
-        lost: Lost area by report request.
-        at95: Forgetting at a utility of .95 by report request.
-        seconds: Median seconds of a run but for the passes before its first step, which a cache may spare: of the runs
-            on report requests, which come last, and of trials before there are any.
-        cold: Seconds of the first curvature passes where the cache had nothing.
-        memory: Largest peak memory in bytes.
-    """
-
-    cell: Cell
-    order: str
-    tuned: dict[str, int]
-    tuning_loss: float
-    chosen: list[int]
-    lost: dict[str, float]
-    at95: dict[str, float]
-    seconds: float
-    cold: float
-    memory: int
-
-
-class ContestRecord:
-    """A contest's folder, read.
-
-    Raises:
-        ValueError: There is no contest in the folder, or its record is broken.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        file = folder / "matrix.yaml"
-        if not file.is_file():
-            raise ValueError(f"{folder} holds no matrix.yaml, so it is no contest: give the --out of `soul bench`")
-        try:
-            self.matrix: dict[str, Any] = yaml_tree(read_text(file), str(file))
-            self.label = str(self.matrix["label"])
-            self.entries = {
-                str(e["label"] or e.get("name") or e["method"]["name"]): e for e in self.matrix["optimizers"]
-            }
-            self.objectives = [str(o.get("label") or o["name"]) for o in self.matrix["objectives"]]
-            self.tasks: dict[str, Any] = self.matrix["tasks"]
-            self.budget: dict[str, Any] = self.matrix["budget"]
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not a contest's matrix ({error})") from error
-        self.lines = read_lines(folder / "trials.jsonl")
-
-    def standing(self, cell: Cell, *, relative: bool = False) -> Standing:
-        """Return what a cell showed so far, by either utility."""
-        task, budget = self.tasks[cell.task], self.budget
-        tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < budget["points"]]
-        sizes = budget["points"], budget["settings"]
-        chosen = choose(self.lines, cell, task["tune"], *sizes, relative=relative) or []
-        known = [r for r in task["tune"] if len(references_of(self.lines, cell.task, r, full=False)) == 2]
-        numbers = chosen or None
-        losses = [lost_area(points_of(self.lines, cell, "tune", r, numbers, relative=relative)) for r in known]
-        reported = {r: runs_of(self.lines, cell, "report", r) for r in task["report"]}
-        whole = {
-            r: points_of(self.lines, cell, "report", r, chosen, relative=relative)
-            for r, x in reported.items()
-            if chosen and {line["point"] for line in x}.issuperset(chosen)
-        }
-        runs = [x for x in [*tuned, *(x for many in reported.values() for x in many)] if x["state"] == "done"]
-        timed = [x for x in runs if x["kind"] == "report"] or runs
-        pilots = [x for r in task["tune"] for x in runs_of(self.lines, cell, "pilot", r)]
-        return Standing(
-            cell,
-            str(self.entries[cell.optimizer]["order"]),
-            {s: sum(x["state"] == s for x in tuned) for s in ("done", "stopped", "lost")},
-            float(np.mean(losses)) if losses else 1.0,
-            chosen,
-            {r: lost_area(points) for r, points in whole.items()},
-            {r: forgetting_at(points, 0.95) for r, points in whole.items()},
-            statistics.median([x["seconds"]["train"] - x["seconds"]["curvature"] for x in timed])
-            if timed
-            else float("nan"),
-            max((x["seconds"]["curvature"] for x in pilots), default=0.0),
-            max((x["peak_memory_bytes"] for x in runs), default=0),
-        )
-
-    def squares(self, *, relative: bool = False) -> list[tuple[str, str, list[Standing]]]:
-        """Return the standings of each (task, objective)."""
-        return [
-            (task, objective, [self.standing(Cell(task, objective, name), relative=relative) for name in self.entries])
-            for task in self.tasks
-            for objective in self.objectives
-        ]
-
-    def distances(self, cell: Cell, request: str) -> list[tuple[float, float]]:
-        """Return, for each run's final model, TOFU's KS statistic against the retrained one, and its margin."""
-        gold = references_of(self.lines, cell.task, request, full=True).get("gold", {}).get("log_truth_ratios")
-        found = []
-        for line in runs_of(self.lines, cell, "report", request):
-            final = [m["values"] for m in line["measures"] if m["share"] == 1.0]
-            if gold and final and final[-1].get("log_truth_ratios"):
-                mine = final[-1]["log_truth_ratios"]
-                found.append((ks_two_sided(mine, gold)[0], ks_margin(len(mine), len(gold))))
-        return found
-
-
-def rival(standings: Sequence[Standing], value: Callable[[Standing], float]) -> Standing | None:
-    """Return the best first-order side: the least mean of what ``value`` gives."""
-    first = [s for s in standings if s.order == "first"]
-    return min(first, key=value) if first else None
 
 
 def verdict(standings: Sequence[Standing]) -> list[list[str]]:
@@ -164,7 +49,7 @@ def verdict(standings: Sequence[Standing]) -> list[list[str]]:
             wins = f"{won} / {len(shared) - won - lost} / {lost}"
         name = s.cell.optimizer + (" (rival)" if s is best else "")
         spread = f"{mean(s):.3f} ({min(s.lost.values()):.3f} to {max(s.lost.values()):.3f})"
-        cost = [f"{s.seconds:.0f}", f"{s.cold:.0f}", f"{s.memory / 1e9:.1f}"]
+        cost = [f"{s.warm:.0f}", f"{s.cold:.0f}", f"{s.memory / 1e9:.1f}"]
         rows.append(
             [name, s.order, str(len(s.lost)), spread, ratio, wins, f"{statistics.mean(s.at95.values()):.2f}", *cost]
         )
@@ -174,7 +59,7 @@ def verdict(standings: Sequence[Standing]) -> list[list[str]]:
 def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:
     """Return a row for each cell: its trials, what they lose on the tuning requests, and the settings chosen."""
     rows = []
-    for s in sorted(standings, key=lambda s: s.tuning_loss):
+    for s in sorted(standings, key=lambda s: s.offered):
         if not sum(s.tuned.values()):
             continue
         requests = record.tasks[s.cell.task]["tune"]
@@ -188,9 +73,10 @@ def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[st
             [
                 s.cell.optimizer,
                 *states,
-                f"{s.tuning_loss:.3f}",
+                f"{s.offered:.3f}",
+                f"{s.tuning_loss:.3f}" if s.chosen else "-",
                 "; ".join(said) or "(tuning goes on)",
-                f"{s.seconds:.0f}",
+                f"{s.warm:.0f}",
             ]
         )
     return rows
@@ -203,11 +89,12 @@ def tables(record: ContestRecord) -> list[Table]:
         for task, objective, standings in record.squares(relative=relative):
             how = f"{task}, {objective}" + (", each part of utility by its own before" if relative else "")
             head = ["optimizer", "order", "requests", "lost area", "ratio to rival", "won / tied / lost"]
-            head += ["forgetting at .95", "s a run but curvature", "s cold curvature", "peak GB"]
+            head += ["forgetting at .95", "s a run, warm cache", "s a run, cold", "peak GB"]
             rows = verdict(standings)
             if rows:
-                found.append((f"{how}: on the report requests", head, rows))
-            head = ["optimizer", "whole", "stopped", "lost", "lost area", "chosen", "s a run but curvature"]
+                found.append((f"{how}: on the report requests{'' if relative else _saturated(standings)}", head, rows))
+            head = ["optimizer", "whole", "stopped", "lost", "lost area, all trials", "the chosen", "chosen"]
+            head += ["s a run, warm cache"]
             rows = tuning(record, standings)
             if rows:
                 found.append((f"{how}: tuning", head, rows))
@@ -215,7 +102,7 @@ def tables(record: ContestRecord) -> list[Table]:
         rows = distances(record, standings)
         if rows:
             title = f"{task}, {objective}: KS statistic to the retrained model"
-            found.append((title, ["optimizer", "mean", "runs"], rows))
+            found.append((title, ["optimizer", "mean", "runs", "of these told apart (p < .05)"], rows))
         head, rows = attacked(record, task, objective)
         if any(not row[0].startswith("(") for row in rows):
             found.append((f"{task}, {objective}: knowledge of the forget set after attacks", head, rows))
@@ -224,6 +111,16 @@ def tables(record: ContestRecord) -> list[Table]:
         head = ["measure", "models", "mean difference", "largest difference"]
         found.append(("Measured in training's precision, against the weights' own", head, rows))
     return found
+
+
+def _saturated(standings: Sequence[Standing]) -> str:
+    """Return what to add to a title where the best first-order side leaves too little to tell."""
+    losses = [statistics.mean(s.lost.values()) for s in standings if s.order == "first" and s.lost]
+    return (
+        f" (saturated: the best first-order side loses less than {SATURATED})"
+        if min(losses, default=1.0) < SATURATED
+        else ""
+    )
 
 
 def precision(record: ContestRecord) -> list[list[str]]:
@@ -248,32 +145,59 @@ def distances(record: ContestRecord, standings: Sequence[Standing]) -> list[list
         requests = record.tasks[s.cell.task]["report"]
         found = [d for r in requests for d in record.distances(s.cell, r)]
         if found:
-            mean, margin = statistics.mean(d for d, _ in found), max(m for _, m in found)
-            rows.append([s.cell.optimizer, f"{mean:.3f} (one run's: +- {margin:.2f})", str(len(found))])
+            rejected = sum(p < 0.05 for _, p in found)
+            rows.append(
+                [s.cell.optimizer, f"{statistics.mean(d for d, _ in found):.3f}", str(len(found)), str(rejected)]
+            )
     return rows
 
 
 def attacked(record: ContestRecord, task: str, objective: str) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of what attacks bring back: knowledge ``K`` of the forget set, mean over report requests.
+    """Return head and rows of what attacks bring back: knowledge ``K`` of the forget set, before -> after.
 
-    A row for the model before, the retrained one and each side's best cell; a column without attack, then one for each.
+    A row for the model before, the retrained one and each side's best setting; means over the report requests that all
+    of these were attacked on. Examples that an attacker had are left out, before and after: they are learned, not
+    recovered.
     """
-    found: dict[str, list[dict[str, float]]] = {}
+    titles = {("before", -1): "(before)", ("gold", -1): "(retrained)", **_sides(record, task, objective)}
+    known: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for x in record.lines:
         if x["kind"] == "attack" and x["task"] == task and x.get("objective") in (None, objective):
+            name = titles.get((x.get("optimizer") or x["which"], x.get("point", -1)))
             whole = x["measures"][-1]["values"] if x.get("measures") else None
-            if whole is None and "which" in x:
+            if "which" in x:
                 whole = references_of(record.lines, task, x["request"], full=True).get(x["which"])
-            values = {name: knowledge(v, full=True) for name, v in x.get("attacked", {}).items()}
-            if whole is not None and values:
-                name = x.get("optimizer") or {"before": "(before)", "gold": "(retrained)"}[x["which"]]
-                found.setdefault(name, []).append({"none": knowledge(whole, full=True), **values})
-    names = sorted({name for many in found.values() for one in many for name in one} - {"none"})
+            if name and whole and "knowledge" in whole:  # records of earlier versions lack it
+                known.setdefault(name, {})[x["request"]] = {k: _others(whole, v) for k, v in x["attacked"].items()}
+    shared = set.intersection(*(set(many) for many in known.values())) if known else set()
+    names = sorted({name for many in known.values() for one in many.values() for name in one})
     rows = []
-    for who in sorted(found, key=lambda name: (not name.startswith("("), name)):
-        means = [statistics.mean(one[name] for one in found[who] if name in one) for name in ("none", *names)]
-        rows.append([who, str(len(found[who])), *(f"{m:.3f}" for m in means)])
-    return ["model", "requests", "no attack", *names], rows
+    for who in sorted(known if shared else (), key=lambda name: (not name.startswith("("), name)):
+        pairs = [[known[who][r][name] for r in sorted(shared)] for name in names]
+        means = [tuple(statistics.mean(side) for side in zip(*many, strict=True)) for many in pairs]
+        rows.append([who, str(len(shared)), *(f"{before:.3f} -> {after:.3f}" for before, after in means)])
+    return ["model", "requests", *names], rows
+
+
+def _sides(record: ContestRecord, task: str, objective: str) -> dict[tuple[str, int], str]:
+    """Return each side's best setting, as (optimizer, point), with what tables call it."""
+    standings = [record.standing(Cell(task, objective, name)) for name in record.entries]
+    whole = {s.cell: s.chosen for s in standings if s.lost}
+    requests = record.tasks[task]["report"]
+    if len(whole) < len(standings) or any(len(s.lost) < len(requests) for s in standings):
+        return {}
+    best = sides(record.lines, whole, {name: str(e["order"]) for name, e in record.entries.items()}, requests)
+    return {(cell.optimizer, number): cell.optimizer for cell, number in best.values()}
+
+
+def _others(untouched: Mapping[str, Any], attacked: Mapping[str, Any]) -> tuple[float, float]:
+    """Return knowledge of the examples that the attacker did not have, before and after."""
+    had = set(attacked["had"])
+    before, after = (
+        statistics.mean(value for i, value in enumerate(side["knowledge"]) if i not in had)
+        for side in (untouched, attacked)
+    )
+    return before, after
 
 
 @contextlib.contextmanager

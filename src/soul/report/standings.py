@@ -1,0 +1,135 @@
+"""A contest's folder read: what each cell showed, by either utility."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from soul.metrics.contest import Cell, choose, points_of, read_lines, references_of, runs_of
+from soul.metrics.frontier import forgetting_at, lost_area
+from soul.metrics.stats import ks_two_sided
+from soul.strict import read_text, yaml_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What one cell showed.
+
+    Attributes:
+        cell: The cell.
+        order: ``first`` or ``second``.
+        tuned: Trials by state.
+        tuning_loss: Lost area of the chosen trials on the tuning requests; nan where none are chosen yet.
+        offered: Lost area of all trials together there.
+        chosen: Numbers of the chosen trials; empty before tuning is done.
+        lost: Lost area by report request.
+        at95: Forgetting at a utility of .95 by report request.
+        warm: Median seconds of a run where the cache has its curvature: of the runs on report requests, which come
+            last, and of trials before there are any.
+        cold: The same and the seconds of the pilot's curvature, which the cache had not.
+        memory: Largest peak memory in bytes.
+    """
+
+    cell: Cell
+    order: str
+    tuned: dict[str, int]
+    tuning_loss: float
+    offered: float
+    chosen: list[int]
+    lost: dict[str, float]
+    at95: dict[str, float]
+    warm: float
+    cold: float
+    memory: int
+
+
+class ContestRecord:
+    """A contest's folder, read.
+
+    Raises:
+        ValueError: There is no contest in the folder, or its record is broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        file = folder / "matrix.yaml"
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no matrix.yaml, so it is no contest: give the --out of `soul bench`")
+        try:
+            self.matrix: dict[str, Any] = yaml_tree(read_text(file), str(file))
+            self.label = str(self.matrix["label"])
+            self.entries = {
+                str(e["label"] or e.get("name") or e["method"]["name"]): e for e in self.matrix["optimizers"]
+            }
+            self.objectives = [str(o.get("label") or o["name"]) for o in self.matrix["objectives"]]
+            self.tasks: dict[str, Any] = self.matrix["tasks"]
+            self.budget: dict[str, Any] = self.matrix["budget"]
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not a contest's matrix ({error})") from error
+        self.lines = read_lines(folder / "trials.jsonl")
+
+    def standing(self, cell: Cell, *, relative: bool = False) -> Standing:
+        """Return what a cell showed so far, by either utility."""
+        task, budget = self.tasks[cell.task], self.budget
+        tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < budget["points"]]
+        sizes = budget["points"], budget["settings"]
+        chosen = choose(self.lines, cell, task["tune"], *sizes, relative=relative) or []
+        known = [r for r in task["tune"] if len(references_of(self.lines, cell.task, r, full=False)) == 2]
+
+        def tuning(numbers: list[int] | None) -> float:
+            losses = [lost_area(points_of(self.lines, cell, "tune", r, numbers, relative=relative)) for r in known]
+            return float(np.mean(losses)) if losses else float("nan")
+
+        reported = {r: runs_of(self.lines, cell, "report", r) for r in task["report"]}
+        whole = {
+            r: points_of(self.lines, cell, "report", r, chosen, relative=relative)
+            for r, x in reported.items()
+            if chosen and {line["point"] for line in x}.issuperset(chosen)
+        }
+        runs = [x for x in [*tuned, *(x for many in reported.values() for x in many)] if x["state"] == "done"]
+        timed = [x for x in runs if x["kind"] == "report"] or runs
+        pilots = [x for r in task["tune"] for x in runs_of(self.lines, cell, "pilot", r)]
+        took = [x["seconds"]["train"] - x["seconds"]["curvature"] for x in timed]
+        warm = statistics.median(took) if took else float("nan")
+        return Standing(
+            cell=cell,
+            order=str(self.entries[cell.optimizer]["order"]),
+            tuned={s: sum(x["state"] == s for x in tuned) for s in ("done", "stopped", "lost")},
+            tuning_loss=tuning(chosen) if chosen else float("nan"),
+            offered=tuning(None),
+            chosen=chosen,
+            lost={r: lost_area(points) for r, points in whole.items()},
+            at95={r: forgetting_at(points, 0.95) for r, points in whole.items()},
+            warm=warm,
+            cold=warm + max((x["seconds"]["curvature"] for x in pilots), default=0.0),
+            memory=max((x["peak_memory_bytes"] for x in runs), default=0),
+        )
+
+    def squares(self, *, relative: bool = False) -> list[tuple[str, str, list[Standing]]]:
+        """Return the standings of each (task, objective)."""
+        return [
+            (task, objective, [self.standing(Cell(task, objective, name), relative=relative) for name in self.entries])
+            for task in self.tasks
+            for objective in self.objectives
+        ]
+
+    def distances(self, cell: Cell, request: str) -> list[tuple[float, float]]:
+        """Return, for each run's final model, TOFU's KS statistic against the retrained one, and its p-value."""
+        gold = references_of(self.lines, cell.task, request, full=True).get("gold", {}).get("log_truth_ratios")
+        found = []
+        for line in runs_of(self.lines, cell, "report", request):
+            final = [m["values"] for m in line["measures"] if m["share"] == 1.0]
+            if gold and final and final[-1].get("log_truth_ratios"):
+                mine = final[-1]["log_truth_ratios"]
+                found.append(ks_two_sided(mine, gold))
+        return found
+
+
+def rival(standings: Sequence[Standing], value: Callable[[Standing], float]) -> Standing | None:
+    """Return the best first-order side: the least mean of what ``value`` gives."""
+    first = [s for s in standings if s.order == "first"]
+    return min(first, key=value) if first else None
