@@ -14,6 +14,7 @@ from soul.types import LossOut
 
 Combine = Literal["sum", "projected", "dual"]
 Gradients = dict[torch.Tensor, torch.Tensor]
+_NOISE = 1e-3  # length of a retain gradient, as a share of the forget gradient's, that may be rounding alone
 
 
 class Combination:
@@ -71,7 +72,8 @@ class _Apart(Combination):
 class Projected(_Apart):
     """The part along the retain gradient is taken out: ``g = r + f - (f.r / r.r) r``, products over all parameters.
 
-    A control that protects one direction where curvature protects all.
+    A control that protects one direction where curvature protects all. Where ``|r| <= .001 |f|`` nothing is taken out:
+    a KL from the model before has no gradient at the first step, and what rounding leaves of it points anywhere.
     """
 
     name = "projected"
@@ -88,7 +90,8 @@ class Projected(_Apart):
         pairs = [(p.grad, r) for p, r in self.taken().items() if p.grad is not None]
         along = sum(float(((g - r) * r).sum()) for g, r in pairs)
         length = sum(float(r.square().sum()) for _, r in pairs)
-        for g, r in pairs if length > 0 else ():
+        forget = sum(float((g - r).square().sum()) for g, r in pairs)
+        for g, r in pairs if length > _NOISE**2 * forget else ():
             g.sub_(r, alpha=along / length)
 
 

@@ -32,6 +32,7 @@ class Reference:
         states: Cached outputs (n, D) of decoder block ``layer`` at answer positions by content key.
         layer: That block.
         live: Asks a model (adapters off, or a frozen copy) instead of the caches.
+        precision: The context in which a head or a copy is asked: what training runs in.
     """
 
     logps: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -40,6 +41,7 @@ class Reference:
     live: Callable[[], Any] | None = None
     states: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     layer: int | None = None
+    precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def sequence_logps(self, answers: Answers) -> torch.Tensor:
         """Return ``log p_ref`` summed over each row's answer tokens, (B,); nan for rows that were not asked about."""
@@ -51,10 +53,12 @@ class Reference:
         """Return the reference's logits at the answer positions of ``view``, (n, V)."""
         if self.live is not None:
             with self.asking(model) as reference:
-                return forward_answers(reference, batch).logits_NV[answers.select(view)]
-        assert self.head is not None, "the objective did not declare that it needs distributions"
-        with torch.no_grad():
-            return self.head(_cached(self.hidden, answers, view))
+                found = forward_answers(reference, batch).logits_NV[answers.select(view)]
+        else:
+            assert self.head is not None, "the objective did not declare that it needs distributions"
+            with torch.no_grad(), self.precision():
+                found = self.head(_cached(self.hidden, answers, view))
+        return found.to(answers.logits_NV.dtype)
 
     def block_states(
         self, model: nn.Module, batch: dict[str, torch.Tensor], answers: Answers, view: str
@@ -69,7 +73,7 @@ class Reference:
     def asking(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yield the reference as a model: ``model`` with its adapters off, or a frozen copy of what it was."""
         assert self.live is not None, "the objective did not declare that it needs the reference as a model"
-        with torch.no_grad(), self.live() as reference, _evaluating(reference or model):
+        with torch.no_grad(), self.precision(), self.live() as reference, _evaluating(reference or model):
             yield reference or model
 
 
@@ -181,7 +185,7 @@ def build_reference(
     """
     if mode not in ("cache", "adapter_off", "copy"):
         raise ValueError(f"reference mode must be cache, adapter_off or copy, not {mode!r}")
-    reference = Reference(layer=layer)
+    reference = Reference(layer=layer, precision=autocast)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

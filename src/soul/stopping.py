@@ -172,7 +172,7 @@ class Stopping(TrainerCallback):
             answers=spec.answers,
             seed=trainer.training_spec.seed,
             mode=trainer.training_spec.reference,
-            autocast=trainer.compute_loss_context_manager,
+            autocast=trainer.as_in_training,
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape

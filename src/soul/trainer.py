@@ -259,8 +259,12 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
             lambda view: self.unlearn_data.rows(view, epochs),
             mode=self.training_spec.reference,
             pad_id=self.pad_id,
-            autocast=self.compute_loss_context_manager,
+            autocast=self.as_in_training,
         )
+
+    def as_in_training(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the precision of training steps, for what is asked before accelerate puts it into the model."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def get_train_dataloader(self) -> DataLoader[Item]:
         """Return pairs in length buckets, a function of (seed, epoch) alone."""

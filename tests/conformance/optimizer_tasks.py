@@ -30,7 +30,10 @@ DOES_NOT_APPLY: dict[str, tuple[Callable[[OptimizerSpec], bool], str]] = {
         "is not told of curvature by a diagonal estimate",
     ),
     "second_order": (
-        lambda spec: not isinstance(spec, CurvatureOptimizerSpec) or spec.curvature.estimator == "empirical",
+        lambda spec: (
+            not isinstance(spec, CurvatureOptimizerSpec)
+            or spec.curvature.estimator in ("empirical", "squared_gradient")
+        ),
         "does not claim to use curvature",
     ),
 }
@@ -194,6 +197,8 @@ class LeastSquares(Problem):
         signs = torch.randint(2, outputs_NV.shape, generator=generator).double() * 2 - 1
         if estimator == "empirical":
             signs = signs[:, :1] * (outputs_NV - self.y).detach()
+        if estimator == "squared_gradient":
+            signs = (outputs_NV - self.y).detach() / len(outputs_NV) ** 0.5
         outputs_NV.backward(gradient=signs / len(outputs_NV) ** 0.5)
 
     def steps_to(self, spec: OptimizerSpec, target: float, limit: int) -> int:

@@ -263,9 +263,27 @@ def test_dtypes_and_determinism(cotangent: Any) -> None:
     torch.testing.assert_close(exact.sum(-1), torch.zeros(4), atol=1e-6, rtol=0)  # softmax ignores a common shift
 
 
+@pytest.mark.parametrize("weights", [WEIGHTS, torch.full((3,), 1 / 3, dtype=torch.float64)])
+def test_squared_gradients_of_micro_batches_add_up_to_their_mean(weights: torch.Tensor) -> None:
+    model = TinyModel()
+    total = torch.zeros(())
+    for part in ([0], [1, 2]):  # two micro-batches of one refresh
+        backward_curvature(model.logits()[part], weights[part], "squared_gradient", generator(), LABELS[part])
+        total = total + model.squared_gradient()
+    expected = torch.zeros(())
+    for part in ([0], [1, 2]):
+        share = weights[part].sum()
+        nll = -(model.logits()[part].log_softmax(-1)[range(len(part)), LABELS[part]])
+        ((weights[part] / share) * nll).sum().backward()
+        expected = expected + share * model.squared_gradient()
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-15)
+
+
 def test_wrong_input_is_refused() -> None:
     logits = torch.zeros(2, 3, requires_grad=True)
-    with pytest.raises(ValueError, match="unknown curvature estimator 'fisher'; give one of: ggn, gnb, empirical"):
+    with pytest.raises(
+        ValueError, match="unknown curvature estimator 'fisher'; give one of: ggn, gnb, empirical, squared_gradient"
+    ):
         backward_curvature(logits, torch.ones(2), "fisher", generator())
     with pytest.raises(ValueError, match="no single backward pass gives the estimator 'hutchinson'"):
         backward_curvature(logits, torch.ones(2), "hutchinson", generator())
@@ -278,5 +296,10 @@ def test_wrong_input_is_refused() -> None:
 
 
 def test_the_table_says_what_estimators_need() -> None:
-    assert {name for name, kind in ESTIMATORS.items() if kind.cotangent} == {"ggn", "gnb", "empirical"}
+    assert {name for name, kind in ESTIMATORS.items() if kind.cotangent} == {
+        "ggn",
+        "gnb",
+        "empirical",
+        "squared_gradient",
+    }
     assert {name for name, kind in ESTIMATORS.items() if not kind.needs_pass} == {"objective_squared"}

@@ -9,6 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from soul import config
+from soul.data.batches import VIEWS
+from soul.forward import forward_answers
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
 
@@ -28,9 +30,9 @@ class KillAt(TrainerCallback):
 
 @pytest.fixture
 def make_trainer(tokenizer, make_model, forget_set, retain_set, refusals):
-    def make(folder, objective, optimizer, *, dtype=torch.float32, callbacks=(), log=None, **settings):
-        training = TrainingSpec(precision="float32", **settings)
-        loss = OBJECTIVES.get(objective)()
+    def make(folder, objective, optimizer, *, dtype=torch.float32, callbacks=(), log=None, retain=None, **settings):
+        training = TrainingSpec(**{"precision": "float32", **settings})
+        loss = OBJECTIVES.get(objective)(**({"retain": retain} if retain else {}))
         rule = config.component(OPTIMIZERS, optimizer, "adamw")
         trainer = UnlearnTrainer(
             make_model(0, dtype),
@@ -271,6 +273,47 @@ def test_projection_takes_the_retain_direction_out_of_the_forget_gradient(tmp_pa
     expected = retain + forget - (forget @ retain) / (retain @ retain) * retain
     torch.testing.assert_close(projected, expected, rtol=0, atol=1e-9)
     assert abs(float((projected - retain) @ retain)) < 1e-9 < abs(float(forget @ retain))
+
+
+def test_a_retain_gradient_that_is_rounding_alone_protects_nothing(tmp_path, make_trainer, make_model):
+    """At the first step a KL from the model before has no gradient; only its rounding is not 0."""
+    ends = []
+    for combine in ("sum", "projected"):
+        trainer = make_trainer(
+            tmp_path / combine, "kl", {"name": "sgd", "lr": 1e-2, "momentum": 0.0}, combine=combine, batch_size=8,
+            epochs=1, warmup=0.0, schedule="constant",
+        )  # fmt: skip
+        trainer.train()
+        ends.append(trainer.model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("retain", ["kl", "nll"])
+@pytest.mark.parametrize("reference", ["cache", "copy"])
+def test_the_reference_is_rounded_as_training_is(tmp_path, make_trainer, monkeypatch, retain, reference):
+    """Of unchanged weights log-ratios and KL are 0 in bf16 too."""
+    seen = []
+    kind = OBJECTIVES.get("npo")
+    plain = kind.__call__
+
+    def watched(self, model, batch, asked):
+        out = plain(self, model, batch, asked)
+        answers = forward_answers(model, batch)
+        ratios = answers.sum_rows(answers.token_logps()) - asked.sequence_logps(answers)
+        seen.append(ratios[answers.view_B == VIEWS.index("forget")].detach())
+        return out
+
+    monkeypatch.setattr(kind, "__call__", watched)
+    trainer = make_trainer(
+        tmp_path, "npo", ADAMW, retain=retain, precision="bfloat16", reference=reference, batch_size=8,
+        max_steps=1, warmup=0.0,
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen) == 1
+    assert float(seen[0].abs().max()) < 1e-3  # .13 where the reference was asked in fp32
+    if retain == "kl":
+        assert trainer.last_terms["retain"] < 1e-5
 
 
 def test_projection_needs_something_to_project_off(tmp_path, make_trainer):

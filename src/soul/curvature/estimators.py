@@ -27,6 +27,7 @@ name                 diagonal of                             by
 ``gnb``              Gauss-Newton matrix                     :func:`gnb_cotangent`: labels the model draws
 ``empirical``        empirical Fisher matrix of the tokens   :func:`empirical_cotangent`: the true labels
 ``hutchinson``       Hessian; may be negative                :func:`~soul.curvature.hutchinson.hutchinson_diagonal`
+``squared_gradient``  none: the squared mean gradient         :func:`gradient_cotangent`: what Adam averages
 ``objective_squared`` none: the squared training gradient    what SOUL's released code does; needs no pass
 ==================== ======================================= ==============================================
 """
@@ -41,7 +42,7 @@ import torch
 
 from soul.curvature.hutchinson import hutchinson_diagonal
 
-EstimatorName = Literal["ggn", "gnb", "empirical", "hutchinson", "objective_squared"]
+EstimatorName = Literal["ggn", "gnb", "empirical", "hutchinson", "squared_gradient", "objective_squared"]
 
 
 class Cotangent(Protocol):
@@ -204,21 +205,66 @@ def empirical_cotangent(
         >>> empirical_cotangent(logits, torch.ones(1), torch.Generator().manual_seed(0), torch.tensor([1])).abs()
         tensor([[0.5000, 0.5000]])
     """
+    cotangent_NV, scale_N = _errors(logits_NV, weights_N, targets_N, "empirical")
+    signs_N = torch.copysign(scale_N, _random_signs(scale_N, generator))
+    return cotangent_NV.mul_(signs_N[:, None]).to(logits_NV.dtype)
+
+
+@torch.no_grad()
+def gradient_cotangent(
+    logits_NV: torch.Tensor,
+    weights_N: torch.Tensor,
+    generator: torch.Generator,
+    targets_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``r = w (p - onehot(y)) / sqrt(W)`` with the true labels ``y`` and ``W = sum w``: the gradient itself.
+
+    With ``g`` the gradient of the micro-batch's mean loss the square is ``W g * g``, and those of a refresh add up to
+    their mean, as Adam's second moment (arXiv 1412.6980) averages squared gradients of batches. It holds the products
+    of different tokens that :func:`empirical_cotangent` removes, so it depends on the batch's size and is no curvature.
+
+    Args:
+        logits_NV: Logits of the answer tokens that count, and of no others.
+        weights_N: Weight of each token in the mean loss, 0 or more; they sum to 1 over the window.
+        generator: Not asked.
+        targets_N: The true labels.
+
+    Returns:
+        ``[N, V]``, in the dtype of the logits; computed in fp32 at least.
+
+    Raises:
+        ValueError: Shapes that do not fit, a negative weight, or no labels.
+
+    Example:
+        >>> logits = torch.zeros(1, 2)
+        >>> gradient_cotangent(logits, torch.ones(1), torch.Generator(), torch.tensor([1]))
+        tensor([[ 0.5000, -0.5000]])
+    """
+    del generator
+    cotangent_NV, scale_N = _errors(logits_NV, weights_N, targets_N, "squared_gradient")
+    total = scale_N.square().sum().clamp(min=torch.finfo(scale_N.dtype).tiny)
+    return cotangent_NV.mul_((scale_N.square() / total.sqrt())[:, None]).to(logits_NV.dtype)
+
+
+def _errors(
+    logits_NV: torch.Tensor, weights_N: torch.Tensor, targets_N: torch.Tensor | None, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``p - onehot(y)``, ``[N, V]``, and the ``[N]`` roots of the weights."""
     if targets_N is None or targets_N.shape != weights_N.shape:
         raise ValueError(
-            f"the empirical estimator needs the labels [N] of {len(logits_NV)} tokens, not "
+            f"the {name} estimator needs the labels [N] of {len(logits_NV)} tokens, not "
             f"{'none' if targets_N is None else list(targets_N.shape)}"
         )
     cotangent_NV, scale_N = _prepare(logits_NV, weights_N)
     cotangent_NV[torch.arange(len(targets_N), device=targets_N.device), targets_N] -= 1
-    signs_N = torch.copysign(scale_N, _random_signs(scale_N, generator))
-    return cotangent_NV.mul_(signs_N[:, None]).to(logits_NV.dtype)
+    return cotangent_NV, scale_N
 
 
 ESTIMATORS: dict[str, Estimator] = {
     "ggn": Estimator(cotangent=ggn_cotangent),
     "gnb": Estimator(cotangent=gnb_cotangent),
     "empirical": Estimator(cotangent=empirical_cotangent),
+    "squared_gradient": Estimator(cotangent=gradient_cotangent),
     "hutchinson": Estimator(diagonal=hutchinson_diagonal),
     "objective_squared": Estimator(),
 }

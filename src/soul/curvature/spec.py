@@ -23,7 +23,7 @@ class CurvatureSpec:
             tensor, Kronecker factors turned to random bases, spectra kept. What wins so does not win by curvature.
     """
 
-    estimator: Literal["ggn", "gnb", "hutchinson", "empirical", "objective_squared"] = "ggn"
+    estimator: Literal["ggn", "gnb", "hutchinson", "empirical", "squared_gradient", "objective_squared"] = "ggn"
     source: Literal["retain", "retain+forget", "forget"] = "retain"
     interval: int = 10
     batch: int = 8

@@ -155,7 +155,7 @@ class AdamWRetainSpec(CurvatureOptimizerSpec, StoredSpec):
         relative_damping: Further floor under the root, as a share of the parameter group's mean second moment.
     """
 
-    curvature: CurvatureSpec = dataclasses.field(default_factory=lambda: CurvatureSpec(estimator="empirical"))
+    curvature: CurvatureSpec = dataclasses.field(default_factory=lambda: CurvatureSpec(estimator="squared_gradient"))
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     relative_damping: float = 0.1
