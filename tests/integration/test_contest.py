@@ -256,6 +256,25 @@ def test_what_curvature_is_made_of_comes_beside_the_retain_examples(matrix_file)
         Entry({"name": "signum"}, extra_batches=True, extra_retain=True)
 
 
+def test_an_entry_that_comes_back_as_another_is_refused(done, matrix_file, tmp_path):
+    """Also where the matrix that stood between knew nothing of it."""
+    out, _ = done
+    tree = yaml.safe_load(matrix_file.read_text())
+    contest = Contest(matrix_from_tree(tree), tmp_path)
+    for line in Book(out).lines():
+        contest.book.append(line)
+    assert contest.work(lambda *_: None) == 0
+    kfac = tree["optimizers"][1]
+    Contest(matrix_from_tree({**tree, "optimizers": [tree["optimizers"][0]]}), tmp_path)
+    changed = matrix_from_tree({**tree, "optimizers": [tree["optimizers"][0], {**kfac, "every": 2}]})
+    with pytest.raises(ValueError, match=r"kfac.* was run with optimizer.every 1, and would be run with 2 now"):
+        Contest(changed, tmp_path).work(lambda *_: None)
+    moved = {**tree, "tasks": {"tiny": {**tree["tasks"]["tiny"], "text": "general:text"}}}
+    (tmp_path / "matrix.yaml").unlink()
+    with pytest.raises(ValueError, match=r"was run with data '\w+'"):
+        Contest(matrix_from_tree(moved), tmp_path).work(lambda *_: None)
+
+
 def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
     out, _ = done
     with pytest.raises(ValueError, match=r"another contest \(training"):

@@ -9,6 +9,8 @@ import yaml
 
 from soul import config
 from soul.contest.matrix import Knob, matrix_from_tree, read_matrix
+from soul.curvature.spec import CurvatureSpec
+from soul.optim.sophia import SophiaSpec
 
 FOLDER = Path(__file__).parents[2] / "recipes/contests"
 TREE = {
@@ -111,12 +113,15 @@ def test_a_bad_matrix_is_told(path, value, message):
 
 
 def test_the_same_seconds_are_more_steps_for_who_takes_less():
-    slow = {"seconds": {"curvature": 20.0, "first": 8.0, "step": 4.0}}
-    quick = {"seconds": {"curvature": 0.0, "first": 2.0, "step": 2.0}}
+    # twelve steps, every fourth of which takes 10 s and the others 2 s: the median says nothing of the former
+    slow = {"steps": 12, "seconds": {"curvature": 20.0, "refreshes": 0.0, "first": 8.0, "train": 72.0, "step": 2.0}}
+    quick = {"steps": 3, "seconds": {"curvature": 0.0, "refreshes": 0.0, "first": 2.0, "train": 6.0, "step": 2.0}}
     matrix = matrix_from_tree({**TREE, "budget": {"points": 5, "checkpoints": 3, "seconds": 80}})
     assert (matrix.steps(slow), matrix.steps(quick)) == (19, 40)
     cold = matrix_from_tree({**TREE, "budget": {"points": 5, "checkpoints": 3, "seconds": 80, "cold": True}})
     assert (cold.steps(slow), cold.steps(quick)) == (14, 40)
     assert matrix_from_tree(TREE).steps(slow) == matrix_from_tree(TREE).steps(quick) == 12
+    sophia = SophiaSpec(curvature=CurvatureSpec(interval=5, warm_start=8, micro_batches=2))
+    assert matrix.steps(slow, sophia) == 1 + int(72 / (4 + 20 * 2 / 8 / 5))  # a refresh is a quarter of the warm start
     none = matrix_from_tree({**TREE, "budget": {"points": 5, "checkpoints": 3, "seconds": 1}})
     assert none.steps(slow) == 3

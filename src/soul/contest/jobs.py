@@ -121,7 +121,8 @@ class Contest:
                 cells = {c: n for c, n in chosen.items() if (c.task, c.objective) == (name, objective) and n}
                 reports = [Job("report", name, r, c, i).key for r in task.report for c, n in cells.items() for i in n]
                 if known.issuperset(reports):
-                    best = sides(lines, cells, {e.name: e.order for e in m.optimizers}, task.report)
+                    first = {c: choose(lines, c, task.tune, m.budget.points, m.budget.settings) or [] for c in cells}
+                    best = sides(lines, first, {e.name: e.order for e in m.optimizers}, task.report)
                     for request, (cell, number) in itertools.product(task.report, best.values()):
                         yield Job("attack", name, request, cell, number)
 
@@ -154,6 +155,7 @@ class Contest:
             ValueError: A model or data of a request to come cannot be found; or as the jobs do.
         """
         self._check_sources(phases)
+        self._check_record()
         began, done = time.perf_counter(), 0
         elsewhere: set[str] = set()
         while time.perf_counter() - began < seconds:
@@ -190,6 +192,25 @@ class Contest:
                         raise ValueError(f"tasks.{name}.{source} of {request}: {error}") from error
                 self._sets_of(Job("reference", name, request))
 
+    def _check_record(self) -> None:
+        """Make sure that what is on record is what would be run now, as far as both say what they are.
+
+        Raises:
+            ValueError: A run had other settings, or other data.
+        """
+        lines = {line["key"]: line for line in self.book.lines() if "of" in line}
+        for job in self.jobs():
+            if job.key in lines:
+                was, now = (
+                    config.flat(x) for x in (lines[job.key]["of"], self._run(job, self._sets_of(job)).identity())
+                )
+                for name in was.keys() & now.keys():  # of a setting that only one version has nothing is known
+                    if config.plain(was[name]) != config.plain(now[name]):
+                        raise ValueError(
+                            f"{self.book.file}: {job.key} was run with {name} {was[name]!r}, and would be run with "
+                            f"{now[name]!r} now: choose another --out, or give the entry another label"
+                        )
+
     def left(self) -> int:
         """Return how many of the jobs known by now are not done."""
         known = {line["key"] for line in self.book.lines()}
@@ -213,7 +234,7 @@ class Contest:
         run = self._run(job, sets)
         stop = self._stopper(job) if job.kind == "tune" else never
         line = do(run, lambda _what, d, n: tick(title, d, n), stop)
-        where = {"objective": job.cell.objective, "optimizer": job.cell.optimizer}
+        where = {"objective": job.cell.objective, "optimizer": job.cell.optimizer, "of": run.identity()}
         settings = self._settings(job)
         if job.kind == "pilot":
             assert run.optimizer is not None
@@ -259,7 +280,7 @@ class Contest:
                 optimizer = dataclasses.replace(optimizer, curvature=apart)
         else:
             if not entry.method:
-                training = dataclasses.replace(training, max_steps=m.steps(self._pilot(job)))
+                training = dataclasses.replace(training, max_steps=m.steps(self._pilot(job), optimizer))
             checkpoints = m.checkpoints(training.max_steps)
             if job.kind == "attack":
                 checkpoints = checkpoints[-1:]

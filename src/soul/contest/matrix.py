@@ -261,13 +261,22 @@ class Matrix:
         parts = self.budget.checkpoints
         return [round(steps * (i + 1) / parts) for i in range(parts)]
 
-    def steps(self, pilot: Mapping[str, Any]) -> int:
-        """Return the steps of a cell's runs, whose pilot's seconds are given; at least one for each checkpoint."""
+    def steps(self, pilot: Mapping[str, Any], optimizer: OptimizerSpec | None = None) -> int:
+        """Return the steps of a cell's runs, whose pilot is given; at least one for each checkpoint.
+
+        A step takes the mean of the pilot's after the first, moves of a rule that makes one only at times included, and
+        its share of the refreshes to come, each priced by the pilot's curvature pass.
+        """
         budget, took = self.budget, pilot["seconds"]
         if not budget.seconds:
             return self.training.max_steps
+        later = took["train"] - took["curvature"] - took.get("refreshes", 0.0) - took["first"]
+        each = later / max(1, pilot["steps"] - 1)
+        spec = getattr(optimizer, "curvature", None)
+        if spec is not None and spec.interval:
+            each += took["curvature"] * spec.passes(spec.interval) / spec.passes(0) / spec.interval
         left = budget.seconds - took["first"] - (took["curvature"] if budget.cold else 0.0)
-        return max(budget.checkpoints, 1 + int(left / took["step"]))
+        return max(budget.checkpoints, 1 + int(left / each))
 
     def tree(self) -> dict[str, Any]:
         """Return the plain tree that :func:`matrix_from_tree` reads back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import statistics
 import tempfile
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from soul import config
 from soul.attacks.base import Attack
 from soul.contest.matrix import Entry, Task
 from soul.contest.measure import FURTHER, Meter, Sets, Values
@@ -71,6 +73,16 @@ class Run:
     full: bool = False
     attacks: Mapping[str, Attack] = dataclasses.field(default_factory=dict)
     method: Method | None = None
+
+    def identity(self) -> Line:
+        """Return what the run is, defaults of the library included, beside what the whole contest has in common."""
+        rule = {"method": config.plain(self.method)} if self.method else {"optimizer": config.plain(self.optimizer)}
+        names = ("forget", "retain", "curvature", "seen", "unseen", "text")
+        sources = [self.task.source(name, self.request) for name in names if getattr(self.task, name)]
+        read = [load_examples(source) for source in (*sources, *self.task.facts.values())]
+        data = hashlib.blake2b(repr(read).encode(), digest_size=8).hexdigest()
+        flags = {name: getattr(self.entry, name) for name in ("projected", "extra_retain", "extra_batches", "reseed")}
+        return {**rule, "objective": config.plain(self.objective), **flags, "data": data}
 
 
 class _Measuring(TrainerCallback):
