@@ -235,9 +235,7 @@ def test_what_curvature_is_made_of_comes_beside_the_retain_examples(matrix_file)
     tree["optimizers"] = [{"name": "signum", "extra_batches": True}]
     matrix = matrix_from_tree(tree)
     contest = Contest(matrix, matrix_file.parent / "besides")
-    run = contest._run(
-        Job("pilot", "tiny", "first", Cell("tiny", "npo", "signum")), load_sets(matrix.tasks["tiny"], "first")
-    )
+    run = contest.run_of(Job("pilot", "tiny", "first", Cell("tiny", "npo", "signum")))
     _, tokenizer = load_model(ModelSpec(run.task.model))
     data, plain = (
         trial._dataset(tokenizer, run),
@@ -254,6 +252,22 @@ def test_what_curvature_is_made_of_comes_beside_the_retain_examples(matrix_file)
     assert len(set(more)) == len(more) == 12  # three epochs, and none of it twice
     with pytest.raises(ValueError, match="extra_batches"):
         Entry({"name": "signum"}, extra_batches=True, extra_retain=True)
+
+
+def test_what_curvature_costs_is_measured_in_turns(done, matrix_file, tmp_path):
+    out, _ = done
+    for name in ("matrix.yaml", "trials.jsonl"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    script = Path(__file__).parents[2] / "experiments/contest_cost.py"
+    words = [sys.executable, str(script), str(matrix_file), str(tmp_path), "--rounds", "1", "--sides", "signum", "kfac"]
+    printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in printed.splitlines()]
+    assert [row[:3] for row in rows[2:]] == [["signum", "none", "1"], ["kfac", "cold", "1"], ["kfac", "warm", "1"]]
+    assert rows[2][5] == "1.00 (1.00 to 1.00)"
+    lines = [json.loads(line) for line in (tmp_path / "cost.jsonl").read_text().splitlines()]
+    (cold, warm) = (x["seconds"]["curvature"] for x in lines if x["side"] == "kfac")
+    assert cold > warm > 0
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == printed  # nothing was left to do
 
 
 def test_an_entry_that_comes_back_as_another_is_refused(done, matrix_file, tmp_path):

@@ -201,9 +201,7 @@ class Contest:
         lines = {line["key"]: line for line in self.book.lines() if "of" in line}
         for job in self.jobs():
             if job.key in lines:
-                was, now = (
-                    config.flat(x) for x in (lines[job.key]["of"], self._run(job, self._sets_of(job)).identity())
-                )
+                was, now = (config.flat(x) for x in (lines[job.key]["of"], self.run_of(job).identity()))
                 for name in was.keys() & now.keys():  # of a setting that only one version has nothing is known
                     if config.plain(was[name]) != config.plain(now[name]):
                         raise ValueError(
@@ -220,8 +218,8 @@ class Contest:
         m, task = self.matrix, self.matrix.tasks[job.task]
         head: Line = {"kind": job.kind, "task": job.task, "request": job.request}
         title = job.key.replace("/", " ")
-        sets = self._sets_of(job)
         if job.cell is None:
+            sets = self._sets_of(job)
             path = task.source("model" if job.which == "before" else "gold", job.request)
             tick(title, 0, 1)
             if job.kind == "attack":
@@ -231,7 +229,7 @@ class Contest:
                 found = measured(path, sets, m.training, m.evaluation)
             tick(title, 1, 1)
             return {**head, "which": job.which, **found}
-        run = self._run(job, sets)
+        run = self.run_of(job)
         stop = self._stopper(job) if job.kind == "tune" else never
         line = do(run, lambda _what, d, n: tick(title, d, n), stop)
         where = {"objective": job.cell.objective, "optimizer": job.cell.optimizer, "of": run.identity()}
@@ -263,9 +261,10 @@ class Contest:
         key = self._pilot_of(job.cell).key
         return next(line for line in self.book.lines() if line["key"] == key)
 
-    def _run(self, job: Job, sets: Sets) -> Run:
+    def run_of(self, job: Job) -> Run:
+        """Return what a job of a cell does."""
         assert job.cell is not None
-        m, settings = self.matrix, self._settings(job)
+        m, settings, sets = self.matrix, self._settings(job), self._sets_of(job)
         entry = m.entry(job.cell.optimizer)
         optimizer = None if entry.method else entry.spec(settings)
         combine = "projected" if entry.projected else m.training.combine
