@@ -145,10 +145,9 @@ def distances(record: ContestRecord, standings: Sequence[Standing]) -> list[list
         requests = record.tasks[s.cell.task]["report"]
         found = [d for r in requests for d in record.distances(s.cell, r)]
         if found:
-            rejected = sum(p < 0.05 for _, p in found)
-            rows.append(
-                [s.cell.optimizer, f"{statistics.mean(d for d, _ in found):.3f}", str(len(found)), str(rejected)]
-            )
+            rejected = sum(p < 0.05 for _, _, p in found)
+            mean, margin = statistics.mean(d for d, _, _ in found), max(m for _, m, _ in found)
+            rows.append([s.cell.optimizer, f"{mean:.3f} (one run's: +- {margin:.2f})", str(len(found)), str(rejected)])
     return rows
 
 

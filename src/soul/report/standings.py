@@ -12,7 +12,7 @@ import numpy as np
 
 from soul.metrics.contest import Cell, choose, points_of, read_lines, references_of, runs_of
 from soul.metrics.frontier import forgetting_at, lost_area
-from soul.metrics.stats import ks_two_sided
+from soul.metrics.stats import ks_margin, ks_two_sided
 from soul.strict import read_text, yaml_tree
 
 
@@ -117,15 +117,16 @@ class ContestRecord:
             for objective in self.objectives
         ]
 
-    def distances(self, cell: Cell, request: str) -> list[tuple[float, float]]:
-        """Return, for each run's final model, TOFU's KS statistic against the retrained one, and its p-value."""
+    def distances(self, cell: Cell, request: str) -> list[tuple[float, float, float]]:
+        """Return, for each run's final model, TOFU's KS statistic against the retrained one, its margin and p-value."""
         gold = references_of(self.lines, cell.task, request, full=True).get("gold", {}).get("log_truth_ratios")
         found = []
         for line in runs_of(self.lines, cell, "report", request):
             final = [m["values"] for m in line["measures"] if m["share"] == 1.0]
             if gold and final and final[-1].get("log_truth_ratios"):
                 mine = final[-1]["log_truth_ratios"]
-                found.append(ks_two_sided(mine, gold))
+                statistic, p = ks_two_sided(mine, gold)
+                found.append((statistic, ks_margin(len(mine), len(gold)), p))
         return found
 
 
