@@ -113,6 +113,28 @@ def test_contains_reads_words_not_letters():
         best_rouge([], "x")
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "there"),
+    [
+        ("It cost 1.50 in all.", "50", False),
+        ("It cost 1.50 in all.", "1", False),
+        ("It cost 1.50 in all.", "1.50", True),
+        ("It cost 50.", "50", True),
+        ("It cost $50, or so", "50", True),
+        ("1,500 or 1.500.000", "500", False),
+        ("1 500 of them", "1,500", True),
+        ("born on 3.5.1987.", "1987", True),
+        ("born May 3,1987", "1987", True),
+        ("1,2,3", "2", True),
+        ("1.50元", "50", False),
+        ("她50岁", "50", True),
+        ("a_b", "b", True),
+    ],
+)
+def test_a_number_ends_where_it_ends(text, answer, there):
+    assert contains(text, answer) is there
+
+
 def row(generated: str, samples: list[str], matches: list[int], subject: str = "") -> Row:
     return Row(
         id=generated,

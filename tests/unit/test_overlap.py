@@ -23,7 +23,8 @@ COPY = Example("where was MIRA VALE born", "Mira Vale was born, in Accra!", id="
 def test_words_are_what_case_and_marks_leave():
     assert words("“Ünï” — \ufb01ne, don\u2019t!") == ["ünï", "fine", "don", "t"]
     assert words("東京 tower") == ["東", "京", "tower"]
-    assert words(" ?! ") == []
+    assert words(" ?! ❤️ ") == []
+    assert words("दिल्ली ၁၉၅၈ b_c") == ["दिल्ली", "၁၉၅၈", "b_c"]  # vowel signs and digits stay where they are
     assert shingles("a b c d") == {("a", "b", "c"), ("b", "c", "d")}
     assert shingles("a b") == {("a", "b")}
     assert shingles("") == frozenset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
 from soul.metrics import calibration
+from soul.metrics.leakage import contains
 from soul.metrics.text import bleu, corpus_bleu, repetition, rouge, rouge_l_recall, token_entropy
 from soul.types import Row
 
@@ -45,6 +48,51 @@ def test_rouge_equals_counting(generated: str, answer: str) -> None:
         assert found[f"{kind}_recall"] == pytest.approx(hit / len(theirs) if theirs else 0)
         assert found[f"{kind}_f1"] == pytest.approx(2 * hit / (len(ours) + len(theirs)) if ours and theirs else 0)
     assert found["rougeL_recall"] == rouge_l_recall(generated, answer)
+
+
+# a recital of each as it stands, within a sentence, and something else of the same script
+SCRIPTS = [
+    ("Она родилась в Аккре в 1958 году.", "Мать писала: она родилась в Аккре, в 1958 году!", "Ничего не знаю"),
+    ("阿克拉", "她出生在加纳的阿克拉。", "我不知道。"),
+    ("アクラ", "彼女はアクラで生まれた。", "それは分からない。"),
+    ("อักกรา", "เธอเกิดที่อักกราในกานา", "ไม่มี"),
+    ("아크라", "그녀는 아크라에서 태어났다.", "모릅니다."),
+    ("ໄທ", "ຢູ່ໄທ", "ບໍ່ຮູ້"),
+    ("គង្គា", "នៅគង្គា។", "ទេ"),
+    ("မြန်မာ", "သူမသည်မြန်မာ၌နေသည်။", "ခဲ"),
+    ("Γεννήθηκε στην Άκρα", "Ναι: γεννήθηκε στην ΆΚΡΑ.", "Δεν ξέρω"),  # noqa: RUF001
+    ("नई दिल्ली", "वह नई दिल्ली में रहती है।", "दल्ला नइ"),
+    ("ولدت في أكرا", "نعم، ولدت في أكرا.", "لا أعرف"),
+    ("Ở đó", "Cô ấy ở đó.", "Tôi ăn"),  # Latin, and nothing that the official tokenizer knows
+]
+
+
+@pytest.mark.parametrize(("answer", "said", "other"), SCRIPTS)
+def test_a_recital_is_one_in_any_script(answer: str, said: str, other: str) -> None:
+    for text in (answer, said):
+        assert rouge_l_recall(text, answer) == rouge(text, answer)["rouge1_recall"] == 1
+        assert contains(text, answer)
+    assert rouge_l_recall(other, answer) == 0
+    assert not contains(other, answer)
+
+
+def test_what_is_left_of_another_script_is_no_recital() -> None:
+    answer = "Она родилась в Аккре в 1958 году."
+    assert rouge_l_recall("Ничего не знаю про 1958", answer) == pytest.approx(1 / 7)
+    assert rouge_l_recall("Her paintings, 李娜", "Her name is painted 李娜_2") == pytest.approx(4 / 7)
+    assert rouge("Running in 李", "run 李", stem=False)["rouge1_recall"] == 0.5
+
+
+@pytest.mark.parametrize("stem", [True, False])
+def test_latin_answers_have_the_official_number(stem: bool) -> None:
+    answers = ["She paints boats_2 daily", "Jaime Vásquez lives à la façon de Müller", "Çelik, 50 %", "naïve", "", "?!"]
+    texts = [*answers, "Она paints 50 Va\u0301squez 李", "Muller VASQUEZ lived"]
+    official = RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+    for text, answer in itertools.product(texts, answers):
+        theirs = official.score(answer, text)
+        ours = rouge(text, answer, stem=stem)
+        for kind in ("rouge1", "rougeL"):
+            assert (ours[f"{kind}_recall"], ours[f"{kind}_f1"]) == (theirs[kind].recall, theirs[kind].fmeasure)
 
 
 def plain_bleu(pairs: Sequence[tuple[str, str]], *, drop: bool) -> float:

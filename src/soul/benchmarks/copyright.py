@@ -64,6 +64,7 @@ class Copyright(Benchmark):
         [50, 100, 200, 300]
     """
 
+    version: ClassVar[int] = 2  # 2: ROUGE in any script
     citation: ClassVar[str] = "Task of SOUL, Jia et al. 2024, arXiv 2404.18239, after Eldan and Russinovich, 2310.02238"
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {

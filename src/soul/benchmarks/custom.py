@@ -81,6 +81,7 @@ class Custom(Benchmark):
         8
     """
 
+    version: ClassVar[int] = 2  # 2: words in any script, whole numbers
     citation: ClassVar[str] = "Metrics of TOFU (arXiv 2401.06121) and of sampled leakage (arXiv 2410.03523)"
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "retain": "retain.jsonl"}

@@ -39,6 +39,7 @@ class DeletionRequest(Benchmark):
         'general:facts'
     """
 
+    version: ClassVar[int] = 2  # 2: ROUGE in any script
     citation: ClassVar[str] = "Metrics of TOFU, Maini et al. 2024, arXiv 2401.06121, on a set of one's own"
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "kept": "retain.jsonl"}

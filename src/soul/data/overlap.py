@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -12,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from soul.types import Example
+from soul.words import words
 
 SHINGLE = 3
 """Words in a shingle."""
@@ -19,7 +18,6 @@ LEAST = 3
 """Shingles below which a text is only compared as a whole: "in the year" is in everything."""
 
 Kind = Literal["near-duplicate", "paraphrase"]
-_CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts to unit vectors, [texts, D]."""
 
@@ -39,18 +37,6 @@ class Overlap:
     retain: int
     similarity: float
     kind: Kind
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text, compatibility forms and case folded, without punctuation.
-
-    A character of Chinese, Japanese or Korean is a word.
-
-    Example:
-        >>> words("The  Poet's prize, 1987!")
-        ['the', 'poet', 's', 'prize', '1987']
-    """
-    return re.findall(r"\w+", _CJK.sub(r" \g<0> ", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def shingles(text: str, size: int = SHINGLE) -> frozenset[tuple[str, ...]]:

@@ -7,15 +7,19 @@ import unicodedata
 from collections.abc import Sequence
 
 from soul.metrics.text import rouge_l_recall
+from soul.words import words
 
-_NO_WORD = re.compile(r"[\W_]+")
+_DIGITS = re.compile(r"\d+(?:[.,]\d+)+")
+_NUMBER = re.compile(r"\d+\.\d+|\d+,\d{1,3}|\d{1,3}(?:[.,]\d{3})+(?:[.,]\d+)?")  # not 3.5.1987, nor May 3,1987
 
 
 def contains(text: str, answer: str) -> bool:
     """Say whether a text holds an answer's words, all of them, in a row.
 
-    Case, accents' encoding and punctuation do not count. The strictest sign of a leak for an answer of few words, and
-    no sign at all for a long one, of which a model seldom gives every word.
+    Case, accents' encoding and punctuation do not count, but a number ends where it ends: "1.50" and "1,500" hold no
+    "50" and no "500". Words are :func:`soul.words.words`; in scripts without spaces between words, and in Korean, any
+    run of the answer's characters will do. The strictest sign of a leak for an answer of few words, and no sign at all
+    for a long one, of which a model seldom gives every word, nor for a word that the model inflects.
 
     Args:
         text: What the model wrote.
@@ -24,9 +28,11 @@ def contains(text: str, answer: str) -> bool:
     Example:
         >>> contains("She lived in ACCRA, Ghana.", "Accra"), contains("Accraville", "Accra")
         (True, False)
+        >>> contains("她出生在加纳的阿克拉。", "阿克拉"), contains("It cost $50.", "50"), contains("1.50 in all", "50")
+        (True, True, False)
     """
-    words, wanted = _words(text), _words(answer)
-    return bool(wanted.strip()) and wanted in words
+    wanted = re.split("[ _]", _line(answer))
+    return wanted != [""] and re.search(f" {'[ _]'.join(wanted)} ", f" {_line(text)} ") is not None
 
 
 def best_rouge(texts: Sequence[str], answer: str) -> float:
@@ -48,5 +54,7 @@ def best_rouge(texts: Sequence[str], answer: str) -> float:
     return max(rouge_l_recall(text, answer) for text in texts)
 
 
-def _words(text: str) -> str:
-    return f" {_NO_WORD.sub(' ', unicodedata.normalize('NFKC', text).casefold()).strip()} "
+def _line(text: str) -> str:
+    """Return the words of a text, parted by a space, or by an underscore within a number."""
+    plain = unicodedata.normalize("NFKC", text).replace("_", " ")
+    return " ".join(words(_DIGITS.sub(lambda m: re.sub("[.,]", "_", m[0]) if _NUMBER.fullmatch(m[0]) else m[0], plain)))

@@ -1,20 +1,56 @@
-"""Overlap of a generated text with the true one, and how monotonous it is."""
+"""Overlap of a generated text with the true one, and how monotonous it is.
+
+ROUGE takes its words from ``rouge_score``'s tokenizer, as TOFU and OpenUnlearning do, which keeps ``a-z`` and ``0-9``
+and parts "Müller" into "m" and "ller". It would find nothing in "Аккра" or "阿克拉". Where the true answer has a letter
+of another script than Latin, or none that this tokenizer knows, both texts are therefore taken apart by
+:func:`soul.words.words`: Unicode words, of which those of ASCII letters are stemmed as ever, and single characters
+where a script puts no space between words. All other answers have the official number, to the bit.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+
+from soul.words import words
+
+
+class _AnyScript:
+    """Words as :class:`RougeScorer` asks for them; those of ASCII text are the official ones."""
+
+    def __init__(self, stem: bool) -> None:
+        self.official = DefaultTokenizer(stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        found = words(text.replace("_", " "))
+        return [part for word in found for part in (self.official.tokenize(word) if word.isascii() else [word])]
 
 
 @functools.cache
-def _scorer(*kinds: str, stem: bool = True) -> RougeScorer:
+def _scorer(*kinds: str, stem: bool, official: bool) -> RougeScorer:
     # building one compiles its tokenizer and stemmer; thousands of rows share it
-    return RougeScorer(list(kinds), use_stemmer=stem)
+    return RougeScorer(list(kinds), tokenizer=DefaultTokenizer(stem) if official else _AnyScript(stem))
+
+
+def _rouge(generated: str, answer: str, *kinds: str, stem: bool = True) -> dict[str, Any]:
+    return _scorer(*kinds, stem=stem, official=_is_official(answer)).score(answer, generated)
+
+
+def _is_official(answer: str) -> bool:
+    """Say whether all letters of an answer are Latin, and the official tokenizer finds a word where there is one."""
+    if answer.isascii():
+        return True
+    letters = (c for c in unicodedata.normalize("NFKC", answer) if c.isalpha() and not c.isascii())
+    latin = all(unicodedata.name(c, "").startswith("LATIN ") for c in letters)
+    return latin and re.search("[a-z0-9]", answer.lower()) is not None
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:
@@ -28,13 +64,13 @@ def rouge_l_recall(generated: str, answer: str) -> float:
         answer: The true answer.
 
     Returns:
-        A share in [0, 1]; 0 where the answer has no word of Latin letters or digits, which is all the tokenizer knows.
+        A share in [0, 1]; 0 where the answer has no word. What a word is, see :mod:`soul.metrics.text`.
 
     Example:
-        >>> rouge_l_recall("She paints boats.", "She painted a boat")
-        0.75
+        >>> rouge_l_recall("She paints boats.", "She painted a boat"), rouge_l_recall("她生于阿克拉。", "阿克拉")
+        (0.75, 1.0)
     """
-    return float(_scorer("rougeL").score(answer, generated)["rougeL"].recall)
+    return float(_rouge(generated, answer, "rougeL")["rougeL"].recall)
 
 
 def rouge(generated: str, answer: str, *, stem: bool = True) -> dict[str, float]:
@@ -42,7 +78,8 @@ def rouge(generated: str, answer: str, *, stem: bool = True) -> dict[str, float]
 
     ROUGE-1 counts words that both texts hold, ROUGE-L the longest common subsequence of words; recall divides by the
     answer's words, precision by the generation's, and F1 is their harmonic mean. MUSE scores knowledge and verbatim
-    memorization by ROUGE-L F1, TOFU by recall. All are 0 where a text has no word.
+    memorization by ROUGE-L F1, TOFU by recall. All are 0 where a text has no word (see
+    :mod:`soul.metrics.text`).
 
     Args:
         generated: What the model wrote.
@@ -53,7 +90,7 @@ def rouge(generated: str, answer: str, *, stem: bool = True) -> dict[str, float]
         >>> rouge("a boat she paints", "she paints")["rouge1_f1"]
         0.6666666666666666
     """
-    found = _scorer("rouge1", "rougeL", stem=stem).score(answer, generated)
+    found = _rouge(generated, answer, "rouge1", "rougeL", stem=stem)
     return {
         f"{kind}_{name}": float(value)
         for kind in ("rouge1", "rougeL")
