@@ -177,8 +177,20 @@ def test_scores_are_the_means_they_say(tmp_path):
         theirs["rougeL_recall"] = 0.25
     over = {s.metric: s.value for s in Custom(forget="x").score(rows, reference)}["rougeL_recall_over_reference"]
     assert over == pytest.approx(1 / 3 - 0.25)
-    with pytest.raises(ValueError, match="no row of forget's questions"):
-        Custom(forget="x").score(rows, {"forget": []})
+    others: list[list[Row]] = [[], reference["forget"][:2], reference["forget"][::-1]]
+    for other in others:
+        with pytest.raises(ValueError, match="rows of forget are not of the same questions"):
+            Custom(forget="x").score(rows, {"forget": other})
+
+
+def test_rows_that_share_their_last_turn_are_paired_one_by_one():
+    """The same question after other turns, or about someone else, is another row."""
+    rows = {"forget": [row(text, [], [1]) for text in ("In Accra.", "Accra", "No.")]}
+    for found in rows["forget"]:
+        found["prompt"], found["wrong_nll"] = "And where was she born?", [1.0, 2.0]
+    scores = {s.metric: s.value for s in Custom(forget="x").score(rows, rows)}
+    assert scores["rougeL_recall_over_reference"] == 0
+    assert scores["forget_quality"] == 1
 
 
 def test_an_audit_of_questions_measures_all_ways_of_asking(tmp_path, make_model, tokenizer, forget_set, retain_set):

@@ -81,7 +81,7 @@ class Custom(Benchmark):
         8
     """
 
-    version: ClassVar[int] = 2  # 2: words in any script, whole numbers
+    version: ClassVar[int] = 2  # 2: words in any script, whole numbers; pairs by position
     citation: ClassVar[str] = "Metrics of TOFU (arXiv 2401.06121) and of sampled leakage (arXiv 2410.03523)"
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
@@ -147,7 +147,7 @@ class Custom(Benchmark):
         """Aggregate rows; ``reference`` holds the rows of a model that never learned the forget split.
 
         Raises:
-            ValueError: There are no rows of any split, or the reference shares no forget question with them.
+            ValueError: There are no rows of any split, or the reference's forget rows are of other questions.
         """
         scores: list[Score] = []
         for split, items in rows.items():
@@ -169,11 +169,15 @@ class Custom(Benchmark):
 
     def _against(self, rows: Rows, reference: Rows) -> list[Score]:
         scores: list[Score] = []
-        for split in (name for name in rows if name.startswith("forget")):
-            theirs = {row["prompt"]: row for row in reference.get(split, ())}
-            pairs = [(row, theirs[row["prompt"]]) for row in rows[split] if row["prompt"] in theirs]
-            if not pairs:
-                raise ValueError(f"the reference has no row of {split}'s questions: evaluate it on the same request")
+        for split in (name for name, of in rows.items() if name.startswith("forget") and of):
+            theirs = reference.get(split, ())
+            # the last turn alone names no row: it may follow other turns, or be asked about someone else
+            if [_name(row) for row in rows[split]] != [_name(row) for row in theirs]:
+                raise ValueError(
+                    f"the reference's rows of {split} are not of the same questions in the same order: evaluate it on "
+                    "the same request"
+                )
+            pairs = list(zip(rows[split], theirs, strict=True))
             if all("rougeL_recall" in row for pair in pairs for row in pair):
                 scores.append(
                     bootstrap_mean(
@@ -185,7 +189,7 @@ class Custom(Benchmark):
                     )
                 )
             if split == "forget" and all(row.get("wrong_nll") for pair in pairs for row in pair):
-                scores += forget_quality_scores(rows[split], reference[split])
+                scores += forget_quality_scores(rows[split], theirs)
         return scores
 
     def _ask(self) -> Ask:
@@ -215,6 +219,10 @@ class Custom(Benchmark):
 
 def _named(examples: Iterable[Example], name: str) -> list[Example]:
     return numbered(list(examples), name)
+
+
+def _name(row: Row) -> tuple[str, str, str]:
+    return row["id"], row["prompt"], row["answer"]
 
 
 def _scores(rows: Sequence[Row], split: str, measures: Mapping[str, Measure], better: str, seed: int) -> list[Score]:
