@@ -32,27 +32,27 @@ def continue_prompts(
 ) -> list[str]:
     """Return an answer to each prompt, in batches of similar length.
 
+    A prompt near the end of the model's positions leaves room for a shorter answer, and shares a batch only with those
+    that leave as much: the company a row is in takes nothing from it.
+
     Args:
         model: A causal language model.
         template: How its text becomes tokens.
         prompts: Tokens of each prompt.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer, where the model has positions for it.
         rows: Prompts in a batch.
         chooser: From the prompts of a batch (positions in ``prompts``) to what leaves one token to choose at each
             position; the most likely one by default.
         progress: Called with (done, of).
+
+    Raises:
+        ValueError: A prompt fills the model's positions.
     """
     texts = [""] * len(prompts)
     device = next(model.parameters()).device
     done = 0
-    for group in length_batches([len(p) for p in prompts], 1 << 30, rows):
+    for room, group in _batches(template, prompts, max_new_tokens, rows):
         width = max(len(prompts[i]) for i in group)
-        room = template.tokenizer.model_max_length - width  # a model that learned its positions has no more
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {width} tokens leaves no room for an answer in the model's "
-                f"{template.tokenizer.model_max_length} positions; shorten it"
-            )
         pad = template.pad
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=device)
@@ -61,7 +61,7 @@ def continue_prompts(
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(max_new_tokens, room),
+                max_new_tokens=room,
                 do_sample=False,
                 eos_token_id=template.end_of_turn,
                 pad_token_id=pad,
@@ -75,6 +75,23 @@ def continue_prompts(
         if progress:
             progress(done, len(prompts))
     return texts
+
+
+def _batches(
+    template: ChatTemplate, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield positions of prompts that leave equal room for an answer, and that room, the longest prompts first."""
+    limit = template.tokenizer.model_max_length  # a model that learned its positions has no more
+    rooms = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    if min(rooms, default=1) < 1:
+        raise ValueError(
+            f"a prompt of {max(map(len, prompts))} tokens leaves no room for an answer in the model's {limit} "
+            "positions; shorten it"
+        )
+    for room in sorted(set(rooms)):
+        alike = [i for i, found in enumerate(rooms) if found == room]
+        for group in length_batches([len(prompts[i]) for i in alike], 1 << 30, rows):
+            yield room, [alike[k] for k in group]
 
 
 @contextlib.contextmanager

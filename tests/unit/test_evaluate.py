@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from soul import evaluate as module
 from soul.benchmarks.base import Benchmark
@@ -272,6 +272,25 @@ def test_an_answer_ends_where_learned_positions_do(
     tokenizer.model_max_length = len(prompt)
     with pytest.raises(ValueError, match="leaves no room for an answer"):
         module.generate(model, template, [prompt], EvaluationSpec())
+
+
+def test_an_answer_is_as_long_beside_a_long_prompt_as_alone(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer(template=False)
+    tokenizer.model_max_length = 64
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, vocab_size=len(tokenizer))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = GPT2LMHeadModel(config).eval()
+    template = ChatTemplate(tokenizer)
+    monkeypatch.setattr(ChatTemplate, "end_of_turn", len(tokenizer) + 1)  # none ends before its limit
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens, **_: " ".join(map(str, tokens)))
+    prompts = [[7 + i] * n for i, n in enumerate((10, 60, 32, 63, 12, 60))]
+    spec = EvaluationSpec(max_new_tokens=32)
+    together = module.generate(model, template, prompts, spec)
+    assert [len(text.split()) for text in together] == [32, 4, 32, 1, 32, 4]
+    assert together == [module.generate(model, template, [prompt], spec)[0] for prompt in prompts]
 
 
 def test_a_benchmark_of_long_texts_lifts_the_limit(
