@@ -1,10 +1,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from soul.attacks.quantize import Quantize
 from soul.attacks.relearn import Relearn
@@ -43,6 +56,66 @@ def test_layers_of_gpt2_are_rounded_by_output_too(data):
     Quantize(3)(model, data)
     step = before.abs().amax(dim=0) / 3
     torch.testing.assert_close(weight.detach(), (before / step).round() * step)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+MIXTURES = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, num_experts=3, moe_intermediate_size=12)),
+    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)),
+    "llama4": lambda: Llama4ForCausalLM(Llama4TextConfig(**SIZES, num_local_experts=3, interleave_moe_layer_step=1)),
+}
+"""Experts are held as (expert, out, in) in the first two and as (expert, in, out) in the others."""
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_rounded_by_expert_and_output(data, kind):
+    torch.manual_seed(0)
+    model = MIXTURES[kind]()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()  # no two rows with one largest weight, and no empty experts
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Quantize(4)(model, data)
+    stacked = 0
+    for name, p in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stacked += 1
+            for e in range(3):
+                old, new = before[name][e], p.detach()[e]
+                if kind in ("gpt-oss", "llama4"):
+                    old, new = old.T, new.T
+                assert len(old) == (16 if "down" in name else 24)  # what is looped over is outputs
+                for row, rounded in zip(old, new, strict=True):
+                    step = row.abs().max() / 7
+                    torch.testing.assert_close(rounded, (row / step).round() * step)
+                    assert not torch.equal(rounded, row)
+        elif "proj" not in name or name.endswith("bias"):  # routers, norms, embeddings, the head
+            assert torch.equal(p, before[name]), name
+    assert stacked == 4
+
+
+class FlatExperts(nn.Module):
+    """Experts one below the other, as DBRX has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.ones(6, 4))
+
+
+def test_experts_of_unknown_form_are_no_pass(make_model, data):
+    model = make_model()
+    model.experts = FlatExperts()
+    with pytest.raises(ValueError, match=r"cannot tell the rows of FlatExperts\.w1"):
+        Quantize(4)(model, data)
 
 
 def nll(model, data, picked):

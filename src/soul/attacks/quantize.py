@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,21 +15,27 @@ from soul.attacks.base import Attack
 from soul.data.batches import UnlearnDataset
 from soul.registry import ATTACKS
 
+_ROUTER = re.compile(r"(.*\.)?(router(\.\w+)?|gate|shared_expert_gate)")
+
 
 @ATTACKS.register("quantize")
 @dataclasses.dataclass(frozen=True)
 class Quantize(Attack):
-    """Round the weights of linear layers to so many bits, as deployment does (arXiv 2410.16454).
+    """Round the weights of linear layers and of experts to so many bits, as deployment does (arXiv 2410.16454).
 
-    Symmetric, to nearest, with a scale for each output row: ``W <- s round(W / s)``,
-    ``s = max|W_row| / (2^(bits-1) - 1)``. The language-model head is left out, as usual, and so is a tied embedding.
-    Arithmetic stays as it is: what is tested is what rounding does to the weights.
+    Symmetric, to nearest, with a scale for each output row, of each expert where there are several:
+    ``W <- s round(W / s)``, ``s = max|W_row| / (2^(bits-1) - 1)``. The language-model head is left out, as usual, and
+    so are a tied embedding and what routes to experts (as llama.cpp leaves it). Arithmetic stays as it is: what is
+    tested is what rounding does to the weights.
+
+    8 bits are the mild case. The paper's recovery, of 83 % of what was to be forgotten on average after 21 % in full
+    precision, is at 4 bits.
 
     Attributes:
         bits: Bits of a weight.
 
     Raises:
-        ValueError: Fewer than 2 bits or more than 16.
+        ValueError: Fewer than 2 bits or more than 16; or, when called, experts that are stored in an unknown way.
     """
 
     bits: int = 8
@@ -38,13 +46,34 @@ class Quantize(Attack):
 
     @torch.no_grad()
     def __call__(self, model: Any, data: UnlearnDataset) -> Any:
-        """Return the model with its linear layers rounded in place."""
+        """Return the model with its linear layers and experts rounded in place."""
         del data
         head = model.get_output_embeddings()
         most = 2 ** (self.bits - 1) - 1
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-                weight = module.weight.T if isinstance(module, Conv1D) else module.weight  # GPT-2's is transposed
-                scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / most
+        for name, module in model.named_modules():
+            if module is head or _ROUTER.fullmatch(name):
+                continue
+            for weight in _matrices(module):
+                scale = weight.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / most
                 weight.copy_((weight / scale).round() * scale)
         return model
+
+
+def _matrices(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the weights that a module multiplies by, as views of shape ``(..., out, in)``.
+
+    In transformers the experts of a layer are stacked in modules named so, ``(expert, out, in)``, or
+    ``(expert, in, out)`` where ``is_transposed`` says so (and in Llama 4, which does not say).
+    """
+    kind = type(module).__name__
+    if isinstance(module, Conv1D):  # GPT-2's is transposed
+        yield module.weight.T
+    elif isinstance(module, nn.Linear):
+        yield module.weight
+    elif "Expert" in kind:
+        transposed = getattr(module, "is_transposed", kind.startswith("Llama4"))
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 3 and weight.is_floating_point():  # integers are rounded already
+                yield weight.mT if transposed else weight
+            elif weight.ndim == 2 and "bias" not in name:  # DBRX: experts one below the other, some transposed
+                raise ValueError(f"quantize cannot tell the rows of {kind}.{name}: leave this attack out")
