@@ -46,9 +46,13 @@ class Known:
     def share(self, before: Known) -> float:
         """Return the share of what was known that is left, ``max(0, true - false) / (before.true - before.false)``.
 
-        0 where true answers are no likelier than false ones; 0, too, where they never were by :data:`LEAST`.
+        0 where true answers are no likelier than false ones; 0, too, where they never were by :data:`LEAST`. nan, which
+        is below no bound, where a probability is not a number.
         """
-        return max(0.0, self.true - self.false) / (before.true - before.false) if before.knows else 0.0
+        left, knew = self.true - self.false, before.true - before.false
+        if math.isnan(left) or math.isnan(knew):
+            return math.nan
+        return max(0.0, left) / knew if before.knows else 0.0
 
     @property
     def knows(self) -> bool:
@@ -102,7 +106,7 @@ class Gauge:
         autocast: The precision that training runs in.
 
     Raises:
-        ValueError: There is nothing to forget.
+        ValueError: There is nothing to forget, or the model is broken as it is.
     """
 
     def __init__(
@@ -145,6 +149,11 @@ class Gauge:
                 autocast=autocast,
             )
         self.before = self.known()
+        if math.isnan(self.before.share(self.before)):
+            raise ValueError(
+                f"before training the answers to forget have probability {self.before.true:.3g} and false ones "
+                f"{self.before.false:.3g}: the model is broken; load it in another dtype, or copy it again"
+            )
 
     def known(self, near: float = math.inf) -> Known:
         """Measure the probability of true answers and, where it has come near that of false ones, theirs.

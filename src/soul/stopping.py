@@ -15,7 +15,7 @@ from soul.gauge import Gauge, Known, worst
 if TYPE_CHECKING:
     from soul.trainer import UnlearnTrainer
 
-Why = Literal["forgotten", "budget", "steps"]
+Why = Literal["forgotten", "lost", "budget", "steps"]
 T = TypeVar("T")
 TRIES = 6
 """Times that a step which leaves the budget is shortened, before it is taken back whole."""
@@ -79,7 +79,8 @@ class Stopped:
     """How a run ended.
 
     Attributes:
-        why: ``forgotten``, ``budget`` (spent before that) or ``steps`` (taken before either).
+        why: ``forgotten``, ``lost`` (no number any more), ``budget`` (spent before that) or ``steps`` (taken before
+            either).
         step: Number of the last step.
         known: Share of what was known that is left.
         true: Probability of the answers to forget.
@@ -89,6 +90,7 @@ class Stopped:
         recited: Share of the answers in what the model writes greedily; None where that was not asked.
         moved: KL from the model before, nats a token, by set.
         budget: The budget of KL.
+        lost: What was no finite number at the last step, before weights were given back; empty where all was.
     """
 
     why: Why
@@ -101,11 +103,14 @@ class Stopped:
     recited: float | None
     moved: dict[str, float]
     budget: float
+    lost: str = ""
 
     def sentence(self) -> str:
         """Say it."""
         heads = {
             "forgotten": f"Stopped after {self.step} steps: forgotten, within the budget.",
+            "lost": f"Stopped after {self.step} steps, where {self.lost} was no finite number any more: not all is "
+            "forgotten, and the last weights within the budget are kept.",
             "budget": f"Stopped after {self.step} steps: the budget is spent, and not all is forgotten.",
             "steps": f"All {self.step} steps are taken: not all is forgotten, and the budget is not spent.",
         }
@@ -114,6 +119,7 @@ class Stopped:
         moved = " and ".join(f"{value:.3f} on {_SETS[name]}" for name, value in self.moved.items())
         ways = {
             "forgotten": "",
+            "lost": " To go further, lower optimizer.lr, or set training.precision=float32 where it is lower.",
             "budget": " To go further, raise stop.kl_budget.",
             "steps": " To go further, raise stop.steps or training.epochs.",
         }
@@ -138,7 +144,9 @@ class Stopping(TrainerCallback):
     trained, on the CPU), and how much is known is measured; where that is little enough, questions are answered
     greedily, and where these answers recite little enough the run ends: *forgotten*. Beyond the budget the way from the
     kept weights to the present ones is shortened until it fits, by the quadratic ``KL ~ s^2`` as a trust region does
-    it, at worst to nothing, and the run ends there: *budget* spent, or *forgotten* if it is.
+    it, at worst to nothing, and the run ends there: *budget* spent, or *forgotten* if it is. Where the loss, the KL or
+    a probability is no finite number the model is *lost*: what is within the budget and can be measured is kept, and
+    the run ends there, unless that has *forgotten*.
 
     A look is also taken before each checkpoint, so that what is kept at a checkpoint is the checkpoint's weights: a run
     that goes on from one looks at the same weights at the same steps and ends where it would have ended.
@@ -182,39 +190,49 @@ class Stopping(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
         """Look, and stop where it is time to."""
         self.last = {}
-        ends = state.global_step >= state.max_steps or not all(map(math.isfinite, self.trainer.last_terms.values()))
-        if not (ends or control.should_save or state.global_step % self.spec.every == 0):
+        lost = "" if all(map(math.isfinite, self.trainer.last_terms.values())) else "the loss"
+        ends = state.global_step >= state.max_steps
+        if not (lost or ends or control.should_save or state.global_step % self.spec.every == 0):
             return
         moved = self._moved()
         over = not worst(moved) <= self.spec.kl_budget
         if over:
+            lost = lost or ("" if math.isfinite(worst(moved)) else "the KL from the model before")
             moved = self._back(moved)
-        else:
+        known, left = self._known()
+        if math.isnan(left):
+            lost = lost or "the probability of the answers"
+            moved = self._give_back()
+            known, left = self._known()
+        elif not over:
             self._keep(worst(moved))
-        known = self._agreed(self.gauge.known(near=2 * self.spec.known))
-        left = known.share(self.gauge.before)
         recited = self._agreed(self.gauge.recited()) if left <= self.spec.known else None
         forgotten = recited is not None and recited <= self.spec.recited
         self.last = {"known": left, "forget_probability": known.true, "false_probability": known.false}
         self.last |= {f"kl_{name}": value for name, value in moved.items()}
         self.last |= {} if recited is None else {"recited": recited}
-        if forgotten or over or ends:
-            why: Why = "forgotten" if forgotten else "budget" if over else "steps"
-            self._stop(why, state.global_step, known, left, recited, moved)
+        if forgotten or lost or over or ends:
+            why: Why = "forgotten" if forgotten else "lost" if lost else "budget" if over else "steps"
+            self._stop(why, state.global_step, known, left, recited, moved, lost)
             control.should_training_stop = True
             control.should_save = False  # what goes on from an earlier checkpoint ends here again
 
     def _stop(
-        self, why: Why, step: int, known: Known, left: float, recited: float | None, moved: dict[str, float]
+        self, why: Why, step: int, known: Known, left: float, recited: float | None, moved: dict[str, float], lost: str
     ) -> None:
-        was = self.gauge.before
+        was, budget = self.gauge.before, self.spec.kl_budget
         self.stopped = Stopped(
-            why, step, left, known.true, known.false, was.true, was.knows, recited, moved, self.spec.kl_budget
+            why, step, left, known.true, known.false, was.true, was.knows, recited, moved, budget, lost
         )
         self._kept = []
 
     def _moved(self) -> dict[str, float]:
         return self._agreed(self.gauge.moved())
+
+    def _known(self) -> tuple[Known, float]:
+        """Return what is known, and which share of what was."""
+        known = self._agreed(self.gauge.known(near=2 * self.spec.known))
+        return known, known.share(self.gauge.before)
 
     def _keep(self, kl: float) -> None:
         """Copy what is trained to the CPU, into the copy that is there already."""
@@ -225,6 +243,13 @@ class Stopping(TrainerCallback):
         else:
             params = (p for group in self.trainer.update_rule.param_groups for p in group["params"] if p.requires_grad)
             self._kept = [(p.detach(), p.detach().to("cpu", copy=True)) for p in params]
+
+    @torch.no_grad()
+    def _give_back(self) -> dict[str, float]:
+        """Return to the kept weights, and return the KL there."""
+        for p, kept in self._kept:
+            p.copy_(kept)
+        return self._moved()
 
     @torch.no_grad()
     def _back(self, moved: dict[str, float]) -> dict[str, float]:

@@ -138,8 +138,7 @@ def test_the_budget_is_kept_and_used(train, measured):
 def test_a_model_that_a_step_loses_is_given_back(train, learned):
     """However bad the step: the weights are finite, within the budget, and those before it."""
     trainer, _, end = train({"kl_budget": 0.1, "every": 1}, {"name": "signum", "lr": 1e30})
-    assert end.why == "budget"
-    assert end.step == 1
+    assert (end.why, end.lost, end.step) == ("lost", "the KL from the model before", 1)
     assert all(torch.equal(v, learned[k]) for k, v in trainer.model.state_dict().items())
     assert worst(end.moved) == pytest.approx(0, abs=1e-6)
 
@@ -151,11 +150,57 @@ def test_a_loss_that_is_no_number_between_two_looks_ends_within_the_budget(train
                 with torch.no_grad():
                     kwargs["model"].model.layers[0].mlp.up_proj.weight.fill_(math.nan)
 
-    trainer, _, end = train({"kl_budget": 100.0}, callbacks=[Lose()])
-    assert (end.why, end.step) == ("budget", 3)
+    trainer, _, end = train({"kl_budget": 100.0}, callbacks=[Lose()], max_steps=100)
+    assert (end.why, end.lost, end.step) == ("lost", "the loss", 3)
+    said = end.sentence()
+    assert "after 3 steps, where the loss was no finite number" in said
+    assert "weights within the budget are kept" in said
+    assert "lower optimizer.lr" in said
+    assert "raise" not in said
+    assert "nan" not in said
     assert all(bool(v.isfinite().all()) for v in trainer.model.state_dict().values())
     with pytest.raises(LostModelError):
         train({"when": "never"}, callbacks=[Lose()], folder="unruled")
+
+
+def test_a_loss_alone_that_is_no_number_is_no_end_of_the_steps(make_trainer):
+    trainer, _ = make_trainer({"kl_budget": 100.0}, max_steps=100)
+
+    class Lose(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer.last_terms["forget"] = math.nan
+
+    trainer.add_callback(Lose())
+    trainer.train()
+    end = trainer.stopping.stopped
+    assert (end.why, end.lost, end.step) == ("lost", "the loss", 3)
+    assert "steps are taken" not in end.sentence()
+    assert "stop.steps" not in end.sentence()
+
+
+def test_a_probability_that_is_no_number_is_not_forgotten(make_trainer):
+    """KL does not see it where only a word of the answers to forget is lost: the weights before it are given back."""
+    trainer, log = make_trainer({"kl_budget": 100.0, "every": 1}, {"name": "kfac", "lr": 0.01}, max_steps=100)
+
+    class Lose(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                gauge = trainer.stopping.gauge
+                kept = {i for rows in gauge.kept.values() for row in rows for i in row.input_ids}
+                word = min({i for row in gauge._true for i in row.input_ids} - kept)
+                with torch.no_grad():
+                    trainer.model.model.embed_tokens.weight[word] = math.nan
+                assert math.isfinite(worst(gauge.moved()))
+                assert math.isnan(gauge.known().true)
+
+    trainer.add_callback(Lose())
+    trainer.train()
+    end = trainer.stopping.stopped
+    assert (end.why, end.lost, end.step) == ("lost", "the probability of the answers", 3)
+    assert end.known == log.records[1]["known"] > 0.1  # of the look before
+    assert "forgotten, within" not in end.sentence()
+    assert all(bool(v.isfinite().all()) for v in trainer.model.state_dict().values())
 
 
 def test_all_steps_taken_is_neither(train):

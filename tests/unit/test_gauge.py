@@ -143,6 +143,21 @@ def test_who_never_knew_has_nothing_left():
     assert Known(0.1, 0.01).share(Known(0.1, 0.1)) == 0
 
 
+@pytest.mark.parametrize(("true", "false"), [(math.nan, 0.1), (0.5, math.nan), (math.nan, math.nan)])
+def test_a_share_of_no_number_is_none_and_below_no_bound(true, false):
+    for share in (Known(true, false).share(Known(0.9, 0.1)), Known(0.9, 0.1).share(Known(true, false))):
+        assert math.isnan(share)
+        assert not share <= 1
+
+
+def test_a_model_that_is_broken_to_begin_with_is_refused(make_model, tokenizer, forget_set, retain_set):
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"before training .* have probability nan .*: the model is broken"):
+        Gauge(model, dataset(tokenizer, forget_set, retain_set))
+
+
 def test_a_kl_that_is_no_number_fits_no_budget():
     assert worst({"retained": 0.1, "general": math.nan}) == math.inf
     assert worst({"retained": 0.1, "general": 0.2}) == 0.2
