@@ -207,9 +207,10 @@ def curvature_of(bench: Bench, seed: int, *, temperature: float = 1.0, eigen: bo
 
     def correct(g: Vector) -> None:
         for name, value in g.items():
-            corrected.correct(name, value)
+            corrected.add(name, value)
 
     sweep(correct, 1)
+    corrected.absorb()
     return Curvature(diagonal, factors, corrected)
 
 

@@ -180,7 +180,8 @@ def test_eigenvalue_correction_beats_the_product(layer: nn.Sequential) -> None:
         logits = layer(x)
         weights = torch.full((len(x),), 1 / len(x), dtype=x.dtype)
         logits.backward(gradient=cotangent(logits, weights, 10_000 + seed))
-        corrected.correct("0", layer[0].weight.grad)  # type: ignore[arg-type]
+        corrected.add("0", layer[0].weight.grad)  # type: ignore[arg-type]
+        corrected.absorb(1 / (seed + 1))
     q_g, q_a = corrected.basis("0")
     basis = torch.kron(q_g, q_a)
     exact = (basis.T @ true @ basis).diagonal().view(3, 4)

@@ -129,8 +129,8 @@ class EigenInverse:
     """EK-FAC (arXiv 1806.03884): K-FAC's eigenbases with the true second moments along them.
 
     With ``A = Q_A diag(.) Q_A^T`` and ``G`` likewise, ``D -> Q_G [(Q_G^T D Q_A) / (L + damping mean(L))] Q_A^T``, where
-    ``L[o, i] = E[(Q_G^T g a^T Q_A)[o, i]^2]`` is estimated by :meth:`correct`. Until then ``L`` is K-FAC's own, the
-    outer product of the eigenvalues.
+    ``L[o, i] = E[(Q_G^T g a^T Q_A)[o, i]^2]`` is estimated by :meth:`add` and :meth:`absorb`. Until then ``L`` is
+    K-FAC's own, the outer product of the eigenvalues.
 
     Args:
         factors: The factors; both sides.
@@ -144,7 +144,7 @@ class EigenInverse:
         self._bases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._kfac: dict[str, torch.Tensor] = {}
         self.moments: dict[str, torch.Tensor] = {}
-        self.corrections: dict[str, int] = {}
+        self._squares: dict[str, torch.Tensor] = {}
 
     @property
     def ready(self) -> bool:
@@ -152,12 +152,11 @@ class EigenInverse:
         return self.factors.version > 0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return bases, K-FAC's moments, the corrected ones and their number, by layer; nothing is copied."""
+        """Return bases, K-FAC's moments and the corrected ones, by layer; nothing is copied."""
         parts = {f"{n}.g_basis": q for n, (q, _) in self._bases.items()}
         parts |= {f"{n}.a_basis": q for n, (_, q) in self._bases.items()}
         parts |= {f"{n}.kfac": v for n, v in self._kfac.items()}
-        parts |= {f"{n}.moments": v for n, v in self.moments.items()}
-        return parts | {f"{n}.corrections": torch.tensor(v) for n, v in self.corrections.items()}
+        return parts | {f"{n}.moments": v for n, v in self.moments.items()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over another's :meth:`state`, as copies."""
@@ -168,7 +167,6 @@ class EigenInverse:
         sides = found.get("g_basis", {}), found.get("a_basis", {})
         self._bases = {name: (sides[0][name], sides[1][name]) for name in sides[0]}
         self._kfac, self.moments = found.get("kfac", {}), found.get("moments", {})
-        self.corrections = {name: int(v) for name, v in found.get("corrections", {}).items()}
 
     @torch.no_grad()
     def basis(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,26 +185,26 @@ class EigenInverse:
         return q_g.T @ matrix_OI.to(q_a.dtype) @ q_a
 
     @torch.no_grad()
-    def correct(self, name: str, gradient_OI: torch.Tensor, decay: float = 1.0) -> None:
-        """Take in one curvature gradient, whose square along the eigenvectors is an unbiased estimate of ``L``.
-
-        Several processes take in each other's, in the order of their ranks.
+    def add(self, name: str, gradient_OI: torch.Tensor) -> None:
+        """Add a micro-batch's square along the eigenvectors to the estimate of ``L`` that is being made.
 
         Args:
             name: The layer.
-            gradient_OI: Gradient of a random cotangent (a whole curvature pass, terms between positions included).
-            decay: 1 averages all that came; below 1, an exponential average, debiased.
+            gradient_OI: Gradient of a random cotangent (a whole curvature pass, terms between positions included). The
+                cotangents' weights sum to 1 over the micro-batches of all processes, so that squares add up to an
+                unbiased estimate (:mod:`soul.curvature.estimators`).
         """
         squared = self.rotate(name, gradient_OI).square_()
-        parts = [squared]
-        if processes.count() > 1:
-            parts = [torch.empty_like(squared) for _ in range(processes.count())]
-            dist.all_gather(parts, squared)
-        for part in parts:
-            n = self.corrections.get(name, 0) + 1
-            share = 1 / n if decay == 1 else (1 - decay) / (1 - decay**n)
-            self.corrections[name] = n
-            blend(self.moments, name, part, share)
+        self._squares[name] = self._squares[name].add_(squared) if name in self._squares else squared
+
+    @torch.no_grad()
+    def absorb(self, share: float = 1.0) -> None:
+        """Take in what was added, in all processes: ``L <- L + share (L_new - L)``; share 1 replaces the old."""
+        for name, squared in sorted(self._squares.items()):  # in the same order everywhere
+            if processes.count() > 1:
+                dist.all_reduce(squared)
+            blend(self.moments, name, squared, share)
+        self._squares = {}
 
     @torch.no_grad()
     def __call__(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:

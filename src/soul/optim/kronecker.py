@@ -124,9 +124,7 @@ class KroneckerRule(UpdateRule):
             for name, layer in self.factors.layers.items():
                 if layer.weight.grad is not None:
                     bias = layer.bias.grad if layer.bias is not None else None
-                    self.preconditioner.correct(
-                        name, pack(layer, layer.weight.grad, bias), self.param_groups[0]["decay"]
-                    )
+                    self.preconditioner.add(name, pack(layer, layer.weight.grad, bias))
 
     @torch.no_grad()
     def update_curvature(self, estimate: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
@@ -136,6 +134,8 @@ class KroneckerRule(UpdateRule):
         first = self.param_groups[0]
         share = (1 - first["decay"]) / (1 - first["decay"] ** first["refreshes"])
         self.preconditioner.damping = self._damping
+        if isinstance(self.preconditioner, EigenInverse):  # the first refresh found the bases and corrects nothing
+            self.preconditioner.absorb((1 - first["decay"]) / (1 - first["decay"] ** max(1, first["refreshes"] - 1)))
         self.factors.absorb(share)
         for _, p in self._others():
             if estimate is None and p.grad is None:

@@ -96,9 +96,10 @@ class EkFac(KFac):
             if p.requires_grad
         }
         rank = self.spec.draws * len(self.batches)
-        for g in curvature_gradients(self.model, self.batches, rank, self.seed, wanted):
+        for n, g in enumerate(curvature_gradients(self.model, self.batches, rank, self.seed, wanted), 1):
             for name, matrix in self.matrices(g).items():
-                solve.correct(name, matrix)
+                solve.add(name, matrix)
+            solve.absorb(1 / n)  # each is an estimate of its own
         return solve
 
 
