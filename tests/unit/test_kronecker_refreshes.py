@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from soul.curvature.inverses import EigenInverse
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.spec import CurvatureSpec
 from soul.data.templates import ChatTemplate
 from soul.optim.ekfac import EKFACSpec
+from soul.registry import OPTIMIZERS
 
 
 @pytest.fixture
@@ -32,5 +35,47 @@ def test_moments_are_those_of_a_whole_refresh(passes: Any, make_model: Any, batc
     diagonal = source.estimate(model, rule, source.plan(1))  # the same picks and noise once more
     assert diagonal is not None
     for name, layer in rule.factors.layers.items():
-        total = float(rule.preconditioner.moments[name].sum())  # type: ignore[union-attr]
+        assert isinstance(rule.preconditioner, EigenInverse)
+        total = float(rule.preconditioner.moments[name].sum())
         assert total == pytest.approx(float(diagonal[layer.weight].sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "whiten"])
+def test_a_warm_start_weighs_as_many_refreshes_as_it_is_worth(passes: Any, make_model: Any, name: str) -> None:
+    spec = CurvatureSpec(batch=4, warm_start=9, micro_batches=2, interval=1, cache=False)
+    model = make_model()
+    source = passes(spec)
+
+    def known(decay: float) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what a rule knows after the warm start and after one more refresh."""
+        rule = OPTIMIZERS.get(name)(curvature=spec, decay=decay).build(model.parameters(), model)
+        for step in range(2):
+            source.refresh(model, rule, step)
+            for layer in rule.factors.layers if name == "ekfac" else ():
+                rule.preconditioner.basis(layer)
+            yield {key: value.clone() for key, value in rule.curvature_state().items() if value.is_floating_point()}
+
+    (warm, both), (_, new) = known(0.9), known(0.0)
+    share = (1 - 0.9) / (1 - 0.9**5)  # the fifth, after a warm start worth four
+    for key, value in both.items():
+        torch.testing.assert_close(value, warm[key].lerp(new[key], share), rtol=1e-4, atol=1e-7)
+    assert ("moments" in {key.rpartition(".")[2] for key in both}) == (name == "ekfac")
+
+
+def test_states_of_older_runs_load(passes: Any, make_model: Any) -> None:
+    """They kept K-FAC's moments beside the corrected ones, and the number of corrections."""
+    model = make_model()
+    rule = EKFACSpec().build(model.parameters(), model)
+    passes(CurvatureSpec(interval=1, cache=False)).refresh(model, rule, 0)
+    inverse = rule.preconditioner
+    assert isinstance(inverse, EigenInverse)
+    for name in rule.factors.layers:
+        inverse.basis(name)
+    state = inverse.state()
+    old = {key.replace(".moments", ".kfac"): value for key, value in state.items()}
+    inverse.load_state(old)
+    assert inverse.state().keys() == state.keys()
+    corrected = {key: value + 1 for key, value in state.items() if key.endswith(".moments")}
+    counts = {f"{name}.corrections": torch.tensor(2) for name in rule.factors.layers}
+    inverse.load_state(old | corrected | counts)
+    assert all(torch.equal(inverse.state()[key], value) for key, value in corrected.items())

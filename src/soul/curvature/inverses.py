@@ -129,7 +129,7 @@ class EigenInverse:
     """EK-FAC (arXiv 1806.03884): K-FAC's eigenbases with the true second moments along them.
 
     With ``A = Q_A diag(.) Q_A^T`` and ``G`` likewise, ``D -> Q_G [(Q_G^T D Q_A) / (L + damping mean(L))] Q_A^T``, where
-    ``L[o, i] = E[(Q_G^T g a^T Q_A)[o, i]^2]`` is estimated by :meth:`add` and :meth:`absorb`. Until then ``L`` is
+    ``L[o, i] = E[(Q_G^T g a^T Q_A)[o, i]^2]`` is estimated by :meth:`add` and :meth:`absorb`. ``L`` begins as
     K-FAC's own, the outer product of the eigenvalues.
 
     Args:
@@ -142,7 +142,6 @@ class EigenInverse:
             raise ValueError(f"damping must be above 0, not {damping}")
         self.factors, self.damping = factors, damping
         self._bases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._kfac: dict[str, torch.Tensor] = {}
         self.moments: dict[str, torch.Tensor] = {}
         self._squares: dict[str, torch.Tensor] = {}
 
@@ -152,10 +151,9 @@ class EigenInverse:
         return self.factors.version > 0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return bases, K-FAC's moments and the corrected ones, by layer; nothing is copied."""
+        """Return bases and moments, by layer; nothing is copied."""
         parts = {f"{n}.g_basis": q for n, (q, _) in self._bases.items()}
         parts |= {f"{n}.a_basis": q for n, (_, q) in self._bases.items()}
-        parts |= {f"{n}.kfac": v for n, v in self._kfac.items()}
         return parts | {f"{n}.moments": v for n, v in self.moments.items()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -166,7 +164,7 @@ class EigenInverse:
             found.setdefault(part, {})[name] = value.to(self.factors.layers[name].weight.device, copy=True)
         sides = found.get("g_basis", {}), found.get("a_basis", {})
         self._bases = {name: (sides[0][name], sides[1][name]) for name in sides[0]}
-        self._kfac, self.moments = found.get("kfac", {}), found.get("moments", {})
+        self.moments = found.get("kfac", {}) | found.get("moments", {})  # older states keep K-FAC's own beside them
 
     @torch.no_grad()
     def basis(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +174,7 @@ class EigenInverse:
             a_values, a_vectors = torch.linalg.eigh(a)
             g_values, g_vectors = torch.linalg.eigh(g)
             self._bases[name] = (g_vectors, a_vectors)
-            self._kfac[name] = torch.outer(g_values.clamp(min=0), a_values.clamp(min=0))
+            self.moments[name] = torch.outer(g_values.clamp(min=0), a_values.clamp(min=0))
         return self._bases[name]
 
     def rotate(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:
@@ -211,7 +209,7 @@ class EigenInverse:
         """Return the preconditioned matrix of a layer, in its dtype."""
         q_g, q_a = self.basis(name)
         rotated = self.rotate(name, matrix_OI)
-        moments = self.moments.get(name, self._kfac[name])
+        moments = self.moments[name]
         mean = float(moments.mean())
         if mean > 0:
             rotated = rotated / (moments + self.damping * mean)

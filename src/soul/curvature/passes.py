@@ -169,8 +169,7 @@ class CurvaturePasses:
             if keep and not watches:  # before the rule gets it, which may compute in place
                 cache.write(keep, _named(model, estimate or {}), self._describe(plan))
             given = self._given(model, estimate)
-            for _ in range(self._worth(step, watches)):
-                rule.update_curvature(given)
+            self._tell(rule, given, step, watches)
             if keep and watches:
                 cache.write(keep, rule.curvature_state() or {}, self._describe(plan))
             if self.spec.shuffled:
@@ -212,14 +211,13 @@ class CurvaturePasses:
             found[p] = value.flatten()[order].view_as(value)
         return found
 
-    def _worth(self, step: int, watches: bool) -> int:
-        """Return how many refreshes an estimate is worth.
+    def _tell(self, rule: Observer, estimate: Estimate | None, step: int, watches: bool) -> None:
+        """Give a rule an estimate, as many times as it is worth: an average stays what it is and weighs what it should.
 
-        An average of estimates that took a warm start for one refresh would give half of its weight to the next one,
-        many times as noisy. Told several times of the same, it remains what it is and weighs what it should. A rule
-        that watches passes takes in what it saw once.
+        A rule that watches passes takes in what it saw once, and knows what the first refresh is worth from its spec.
         """
-        return 1 if watches else max(1, self.spec.passes(step) // self.spec.micro_batches)
+        for _ in range(1 if watches else self.spec.worth(step)):
+            rule.update_curvature(estimate)
 
     def _check(self, model: nn.Module, watches: bool) -> None:
         if watches and self.spec.shuffled and self.spec.interval:
@@ -253,8 +251,7 @@ class CurvaturePasses:
                 rule.scramble(self.seed)
             return
         estimate = self._given(model, {p: found[name] for name, p in _trainable(model).items()})
-        for _ in range(self._worth(0, watches)):
-            rule.update_curvature(estimate)
+        self._tell(rule, estimate, 0, watches)
 
     def estimate(self, model: nn.Module, rule: Observer, plan: Plan, *, explicit: bool = True) -> Estimate | None:
         """Return the estimate for each trainable parameter, in fp32 at least; None where it is the gradients' square.

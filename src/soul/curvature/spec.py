@@ -55,3 +55,14 @@ class CurvatureSpec:
     def passes(self, step: int) -> int:
         """Return how many micro-batches the pass before ``step`` has."""
         return self.warm_start if step == 0 and self.warm_start else self.micro_batches
+
+    def worth(self, step: int) -> int:
+        """Return how many refreshes the pass before ``step`` counts as in an average over refreshes.
+
+        One that took a warm start for one refresh would give half of its weight to the next, many times as noisy.
+
+        Example:
+            >>> CurvatureSpec(warm_start=8, micro_batches=2).worth(0)
+            4
+        """
+        return max(1, self.passes(step) // self.micro_batches)

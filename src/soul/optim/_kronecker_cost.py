@@ -30,10 +30,10 @@ def kronecker_cost(
 
     Kept: momentum ``O I`` of each layer; ``A`` (``I^2``, one for all layers with the same input) and ``G`` (``O^2``);
     and what is derived from them. ``inputs`` keeps the inverse of ``A``; ``both`` the inverses of both, in bf16 where
-    they are multiplied in it; ``eigen`` two bases a layer and two sets of ``O I`` moments.
+    they are multiplied in it; ``eigen`` two bases a layer and ``O I`` moments.
 
     A step holds the moves of all layers at once, since their common length decides how far each goes: ``O I``. A pass
-    holds a second set of factors while it sums them up.
+    holds a second set of factors, and of moments, while it sums them up.
 
     Args:
         params: The trainable parameters.
@@ -56,14 +56,14 @@ def kronecker_cost(
     derived = {
         "inputs": 4 * squares,
         "both": sum(width**2 * (2 if rounded and width >= WIDE else 4) for width in inputs + outputs),
-        "eigen": 4 * sum(i * i + o * o + 2 * o * i for o, i in shapes),
+        "eigen": 4 * sum(i * i + o * o + o * i for o, i in shapes),
     }[kind]
     one_side, both_sides = sum(2 * o * i * i for o, i in shapes), sum(2 * o * i * (o + i) for o, i in shapes)
     return RuleCost(
         state=4 * weights + (8 * rest if diagonal else 0),
         whole=4 * squares + derived,
         step=4 * weights + 16 * max(o * i for o, i in shapes),
-        refresh=4 * squares,
+        refresh=4 * (squares + (weights if kind == "eigen" else 0)),
         traffic=sum(3 * p.numel() * p.itemsize for p in params) + 24 * weights,
         products={"inputs": one_side, "both": both_sides, "eigen": 2 * both_sides}[kind] // every,
         per_position=2 * squares,

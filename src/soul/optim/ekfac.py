@@ -23,8 +23,8 @@ from soul.registry import OPTIMIZERS
 class EKFACSpec(KFACSpec):
     """Natural gradient by Kronecker factors with corrected eigenvalues (EK-FAC, arXiv 1806.03884).
 
-    The eigenbases are found at the first refresh and kept; every later refresh corrects the moments along them. There
-    must be later ones: until the first correction the moments are K-FAC's own.
+    The eigenbases are found at the first refresh and kept. The moments along them begin as K-FAC's own, which count as
+    many refreshes as the warm start is worth, and every later refresh corrects them. There must be later ones.
     """
 
     curvature: CurvatureSpec = dataclasses.field(

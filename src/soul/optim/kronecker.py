@@ -66,6 +66,7 @@ class KroneckerRule(UpdateRule):
         newton: Largest share of the full Newton step; 0 for no bound.
         others: What to do with parameters without factors.
         every: Calls of ``step`` from one move to the next; gradients in between go into the average only.
+        worth: Refreshes that the first one, a warm start, counts as.
         weight_decay: Decoupled weight decay.
 
     Raises:
@@ -84,6 +85,7 @@ class KroneckerRule(UpdateRule):
         newton: float = 1.0,
         others: Others = "frozen",
         every: int = 1,
+        worth: int = 1,
         weight_decay: float = 0.0,
     ) -> None:
         check_common(lr, weight_decay, momentum=momentum, decay=decay)
@@ -94,6 +96,7 @@ class KroneckerRule(UpdateRule):
             raise ValueError(f"every must be 1 or more, not {every}")
         self.factors, self.preconditioner = factors, preconditioner
         self._damping = self._damping_begun = preconditioner.damping
+        self._worth = worth
         self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
         defaults = {"lr": lr, "momentum": momentum, "decay": decay, "newton": newton, "weight_decay": weight_decay}
         counts = {"every": every, "calls": 0, "refreshes": 0}
@@ -132,11 +135,11 @@ class KroneckerRule(UpdateRule):
         for group in self.param_groups:
             group["refreshes"] += 1
         first = self.param_groups[0]
-        share = (1 - first["decay"]) / (1 - first["decay"] ** first["refreshes"])
+        share = (1 - first["decay"]) / (1 - first["decay"] ** (first["refreshes"] + self._worth - 1))
         self.preconditioner.damping = self._damping
-        if isinstance(self.preconditioner, EigenInverse):  # the first refresh found the bases and corrects nothing
-            self.preconditioner.absorb((1 - first["decay"]) / (1 - first["decay"] ** max(1, first["refreshes"] - 1)))
         self.factors.absorb(share)
+        if isinstance(self.preconditioner, EigenInverse):  # its moments began as what the first refresh says
+            self.preconditioner.absorb(share)
         for _, p in self._others():
             if estimate is None and p.grad is None:
                 continue
@@ -393,7 +396,8 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
     ) -> KroneckerRule:
         """Return the rule over ``params`` with the preconditioner a subclass chose."""
         settings = {k: v for k, v in self.settings().items() if k not in ("damping", "newton", "products")}
-        return KroneckerRule(params, factors, preconditioner, newton=newton, **settings)
+        worth = self.curvature.worth(0)
+        return KroneckerRule(params, factors, preconditioner, newton=newton, worth=worth, **settings)
 
     def factors_of(self, model: nn.Module | None, *, outputs: bool) -> KroneckerFactors:
         """Return the factors of ``model``.
