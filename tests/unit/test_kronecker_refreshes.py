@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from soul.curvature.inverses import EigenInverse
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.spec import CurvatureSpec
 from soul.data.templates import ChatTemplate
 from soul.optim.ekfac import EKFACSpec
+from soul.optim.kronecker import KroneckerRule
 from soul.registry import OPTIMIZERS
 
 
@@ -79,3 +82,40 @@ def test_states_of_older_runs_load(passes: Any, make_model: Any) -> None:
     counts = {f"{name}.corrections": torch.tensor(2) for name in rule.factors.layers}
     inverse.load_state(old | corrected | counts)
     assert all(torch.equal(inverse.state()[key], value) for key, value in corrected.items())
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_a_damping_that_waits_for_a_refresh_waits_after_a_resume_too(name: str) -> None:
+    def step(layer: nn.Module, rule: KroneckerRule, seed: int) -> None:
+        layer.weight.grad = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+        rule.step()
+
+    def begin() -> tuple[nn.Module, KroneckerRule]:
+        layer = nn.Linear(5, 4, bias=False)
+        nn.init.ones_(layer.weight)
+        model = nn.Sequential(layer)
+        return layer, OPTIMIZERS.get(name)(lr=0.1).build(model.parameters(), model)
+
+    layer, rule = begin()
+    with rule.observing():
+        layer(torch.randn(9, 5, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    rule.update_curvature()
+    step(layer, rule, 1)
+    rule.feedback(1.0, 10.0)  # far more than predicted
+    assert rule.metrics()["damping"] == 0.1
+    other, resumed = begin()
+    other.load_state_dict(layer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(rule.state_dict()))
+    step(layer, rule, 2)
+    step(other, resumed, 2)
+    assert torch.equal(layer.weight, other.weight)
+    assert resumed.metrics() == rule.metrics()
+    state = copy.deepcopy(rule.state_dict())
+    del state["kronecker"]["damping_in_use"]  # an older one
+    resumed.load_state_dict(state)
+    assert resumed.preconditioner.damping == pytest.approx(0.15)
+    for either in (rule, resumed):
+        with either.observing():
+            (layer if either is rule else other)(torch.ones(2, 5)).square().sum().backward()
+        either.update_curvature()
+        assert either.preconditioner.damping == pytest.approx(0.15)

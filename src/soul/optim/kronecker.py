@@ -95,7 +95,7 @@ class KroneckerRule(UpdateRule):
         if every < 1:
             raise ValueError(f"every must be 1 or more, not {every}")
         self.factors, self.preconditioner = factors, preconditioner
-        self._damping = self._damping_begun = preconditioner.damping
+        self._damping = self._damping_begun = preconditioner.damping  # wanted from the next refresh on
         self._worth = worth
         self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
         defaults = {"lr": lr, "momentum": momentum, "decay": decay, "newton": newton, "weight_decay": weight_decay}
@@ -269,15 +269,15 @@ class KroneckerRule(UpdateRule):
         self._damping = min(max(self._damping * factor, begun / _DAMPING_RANGE), begun * _DAMPING_RANGE)
 
     def metrics(self) -> dict[str, float]:
-        """Return the length of the last step in the metric, its share of the Newton step, and the damping."""
+        """Return the length of the last step in the metric, its share of the Newton step, and the damping of its inverses."""
         last = getattr(self, "_last", None)
-        return {k: float(v) for k, v in last.items()} | {"damping": self._damping} if last else {}
+        return {k: float(v) for k, v in last.items()} | {"damping": self.preconditioner.damping} if last else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state and, under ``kronecker``, the factors and what was derived from them over time."""
-        return super().state_dict() | {
-            "kronecker": self.curvature_state() | {"damping": torch.tensor(self._damping, dtype=torch.float64)}
-        }
+        numbers = {"damping": self._damping, "damping_in_use": self.preconditioner.damping}
+        kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        return super().state_dict() | {"kronecker": self.curvature_state() | kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over ``state_dict``, as copies and in the precision of the state."""
@@ -288,7 +288,9 @@ class KroneckerRule(UpdateRule):
                 if isinstance(value, torch.Tensor) and value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.to(p.device, copy=True)  # torch rounded it to the parameter's dtype
         kept = dict(state_dict["kronecker"])
-        self._damping = self.preconditioner.damping = float(kept.pop("damping"))
+        wanted = kept.pop("damping")
+        self._damping = float(wanted)
+        self.preconditioner.damping = float(kept.pop("damping_in_use", wanted))  # which older states do not have
         if kept:
             self._load_factors(kept)
 
