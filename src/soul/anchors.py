@@ -136,7 +136,7 @@ def samples(
     wanted = [e for pool, part in ((asked, count - count // 2), (begun, count // 2)) for e in _cycle(pool, part)]
     model.eval()
     try:
-        texts = sample_answers(
+        answers = sample_answers(
             model,
             template,
             [template.prompt_ids(e) for e in wanted],
@@ -148,7 +148,7 @@ def samples(
         )
     finally:
         model.train(was_training)
-    made = [_example(e, text[0], tokenizer) for e, text in zip(wanted, texts, strict=True)]
+    made = [_example(e, found[0].text, tokenizer) for e, found in zip(wanted, answers, strict=True)]
     kept = [e for e in made if e is not None]
     said = {p.retain for p in near_duplicates([text_of(e) for e in forget], [text_of(e) for e in kept], SAME)}
     return [e for i, e in enumerate(kept) if i not in said]

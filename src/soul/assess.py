@@ -24,6 +24,7 @@ from soul.report.card import hidden
 from soul.run import read_reference
 from soul.rundir import add_scores, claim_evaluation, write_evaluation
 from soul.stored import write_json, write_lines, write_text
+from soul.truncation import truncation_warnings
 from soul.types import Example
 
 ALL = "all"
@@ -251,7 +252,8 @@ class Assessment:
             if self.reference and reference is None:
                 left_out["reference"] = f"{self.reference} holds no {benchmark.name}"
             model = self.model.path
-            write_evaluation(folder, model, benchmark, scores, left_out=left_out, versions=_versions(rows))
+            about = {"left_out": left_out, "versions": _versions(rows), "warnings": truncation_warnings(rows)}
+            write_evaluation(folder, model, benchmark, scores, **about)
         if self.publish:
             _publish(benchmark, rows, folder, keep=bool(precision))
 

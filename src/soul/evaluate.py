@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from soul import processes
 from soul.benchmarks.base import Benchmark, Measures
 from soul.data.templates import ChatTemplate, Encoded
-from soul.generation import continue_prompts, sample_answers
+from soul.generation import Written, continue_prompts, sample_answers, write
 from soul.likelihood import sequence_nll
 from soul.metrics.text import rouge_l_recall
 from soul.stored import read_lines, write_lines
 from soul.token_scores import gradient_norms, token_scores
+from soul.truncation import mark
 from soul.types import Ask, Example, Row
 
 Progress = Callable[[str, int, int], None]
@@ -31,11 +32,12 @@ class EvaluationSpec:
     """How to measure.
 
     Attributes:
-        max_new_tokens: Longest generated answer.
+        max_new_tokens: Longest generated answer, where the benchmark asks for no other length.
         generate: Generate greedy answers (for ROUGE-L) and samples where they are asked for (:class:`soul.types.Ask`).
         max_tokens: Padded tokens in a likelihood batch, at most; a CPU takes what its caches hold (1,024 or more).
         generation_batch: Rows in a generation batch.
-        max_length: Longest sequence.
+        max_length: Longest sequence; what a row loses beyond it, or beyond ``max_new_tokens``, it says
+            (``Row.truncated``).
     """
 
     max_new_tokens: int = 128
@@ -122,8 +124,8 @@ def evaluate(
     unknown = [name for name in asks or {} if name not in splits]
     if unknown:
         raise ValueError(f"asked about {', '.join(unknown)}, but the splits are {', '.join(splits) or 'none'}")
-    asks = {name: (asks or {}).get(name, _PLAIN) for name in splits}
     template = ChatTemplate(tokenizer, spec.max_length)
+    asks = {name: _lifted((asks or {}).get(name, _PLAIN), of, template, spec) for name, of in splits.items()}
     report = progress or _silent
     was_training = model.training
     model.eval()
@@ -162,6 +164,14 @@ def _by_shares(
 
 def _new_tokens(spec: EvaluationSpec, ask: Ask) -> int:
     return ask.max_new_tokens or spec.max_new_tokens
+
+
+def _lifted(ask: Ask, examples: Sequence[Example], template: ChatTemplate, spec: EvaluationSpec) -> Ask:
+    """Return what is asked with the limit of its answers, where it is to be that of the longest true one."""
+    if not ask.whole or not spec.generate:
+        return ask
+    longest = max((len(template.answer_ids(e)) for e in examples if e.prompt), default=0)
+    return dataclasses.replace(ask, max_new_tokens=max(longest, _new_tokens(spec, ask)))
 
 
 def _groups(splits: Mapping[str, Sequence[Example]], spec: EvaluationSpec, asks: Asks | None = None) -> list[list[str]]:
@@ -234,12 +244,26 @@ def _measure(
         return rows
     prompts = [template.prompt_ids(splits[name][i]) for name, i in asked]
     what = ", ".join(dict.fromkeys(name for name, _ in asked))
-    own = dataclasses.replace(spec, max_new_tokens=_new_tokens(spec, asks[asked[0][0]]))  # a group has one limit
-    answers = generate(model, template, prompts, own, _part(report, f"{what}: answers"))
-    for (name, i), text in zip(asked, answers, strict=True):
-        rows[name][i]["generated"] = text
-        rows[name][i]["rougeL_recall"] = rouge_l_recall(text, splits[name][i].answer)
+    answers = write(
+        model,
+        template,
+        prompts,
+        max_new_tokens=_new_tokens(spec, asks[asked[0][0]]),  # a group has one limit
+        rows=spec.generation_batch,
+        progress=_part(report, f"{what}: answers"),
+    )
+    for (name, i), answer in zip(asked, answers, strict=True):
+        row, example = rows[name][i], splits[name][i]
+        row["generated"] = answer.text
+        row["rougeL_recall"] = rouge_l_recall(answer.text, example.answer)
+        mark(row, "generated", _is_short(template, example, asks[name], [answer]))
     return rows
+
+
+def _is_short(template: ChatTemplate, example: Example, ask: Ask, found: Sequence[Written]) -> bool:
+    """Say whether one of the answers was cut off before it had the tokens of the true one that it is compared with."""
+    tokens = len(template.answer_ids(example)) if ask.compared else 0
+    return any(0 < answer.cut < tokens for answer in found)
 
 
 def _part(report: Progress, what: str) -> Callable[[int, int], None]:
@@ -286,6 +310,7 @@ def _likelihoods(
         progress=_part(report, f"{name}: likelihoods"),
     )
     for (i, kind, encoded), value in zip(texts, nll, strict=True):
+        mark(rows[i], "likelihood", encoded.lost > 0)
         if kind == "answer":
             rows[i]["nll"], rows[i]["tokens"] = value, encoded.answer_length
         elif kind == "paraphrase":
@@ -304,14 +329,16 @@ def _tokens(
     spec: EvaluationSpec,
     report: Progress,
 ) -> None:
+    encoded = [template.encode(example) for example in examples]
     found = token_scores(
         model,
-        [template.encode(example) for example in examples],
+        encoded,
         pad_id=template.pad,
         max_tokens=spec.max_tokens,
         progress=_part(report, f"{name}: tokens"),
     )
-    for row, scores in zip(rows, found, strict=True):
+    for row, text, scores in zip(rows, encoded, found, strict=True):
+        mark(row, "likelihood", text.lost > 0)
         row["nll"], row["tokens"] = -math.fsum(scores.logps) / len(scores.logps), len(scores.logps)
         row["token_logps"], row["token_matches"], row["token_z"] = scores
 
@@ -337,8 +364,9 @@ def _sample(
         rows=spec.generation_batch,
         progress=_part(report, f"{name}: samples"),
     )
-    for i, texts in zip(asked, answers, strict=True):
-        rows[i]["samples"] = texts
+    for i, found in zip(asked, answers, strict=True):
+        rows[i]["samples"] = [answer.text for answer in found]
+        mark(rows[i], "samples", _is_short(template, examples[i], ask, found))
 
 
 def generate(

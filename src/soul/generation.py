@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,34 @@ Count = Callable[[int, int], None]
 Chooser = Callable[[Sequence[int]], LogitsProcessor]
 
 
-@torch.no_grad()
+class Written(NamedTuple):
+    """What a model wrote.
+
+    Attributes:
+        text: The text.
+        cut: Tokens after which it was cut off; 0 where the model ended it.
+    """
+
+    text: str
+    cut: int
+
+
 def continue_prompts(
+    model: Any,
+    template: ChatTemplate,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    rows: int,
+    progress: Count | None = None,
+) -> list[str]:
+    """Return the text of :func:`write`, greedy."""
+    found = write(model, template, prompts, max_new_tokens=max_new_tokens, rows=rows, progress=progress)
+    return [answer.text for answer in found]
+
+
+@torch.no_grad()
+def write(
     model: Any,
     template: ChatTemplate,
     prompts: Sequence[Sequence[int]],
@@ -29,7 +55,7 @@ def continue_prompts(
     rows: int,
     chooser: Chooser | None = None,
     progress: Count | None = None,
-) -> list[str]:
+) -> list[Written]:
     """Return an answer to each prompt, in batches of similar length.
 
     A prompt near the end of the model's positions leaves room for a shorter answer, and shares a batch only with those
@@ -48,7 +74,7 @@ def continue_prompts(
     Raises:
         ValueError: A prompt fills the model's positions.
     """
-    texts = [""] * len(prompts)
+    answers = [Written("", 0)] * len(prompts)
     device = next(model.parameters()).device
     done = 0
     for room, group in _batches(template, prompts, max_new_tokens, rows):
@@ -68,13 +94,15 @@ def continue_prompts(
                 **chosen,
             )
         for i, tokens in zip(group, out[:, width:].tolist(), strict=True):
-            if template.end_of_turn in tokens:
+            ended = template.end_of_turn in tokens
+            if ended:
                 tokens = tokens[: tokens.index(template.end_of_turn)]
-            texts[i] = str(template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            text = str(template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            answers[i] = Written(text, 0 if ended else room)
         done += len(group)
         if progress:
             progress(done, len(prompts))
-    return texts
+    return answers
 
 
 def _batches(
@@ -118,7 +146,7 @@ def sample_answers(
     max_new_tokens: int,
     rows: int,
     progress: Count | None = None,
-) -> list[list[str]]:
+) -> list[list[Written]]:
     """Return ``ask.samples`` sampled answers to each prompt.
 
     Every draw inverts the cumulative distribution at a number that depends on (seed, name, sample, position) alone.
@@ -141,10 +169,8 @@ def sample_answers(
     def chooser(group: Sequence[int]) -> LogitsProcessor:
         return _Draw(np.stack([draws[i] for i in group]), ask.temperature, ask.top_p)
 
-    texts = continue_prompts(
-        model, template, many, max_new_tokens=max_new_tokens, rows=rows, chooser=chooser, progress=progress
-    )
-    return [texts[i : i + ask.samples] for i in range(0, len(texts), ask.samples)]
+    found = write(model, template, many, max_new_tokens=max_new_tokens, rows=rows, chooser=chooser, progress=progress)
+    return [found[i : i + ask.samples] for i in range(0, len(found), ask.samples)]
 
 
 def _draws(seed: int, name: str, sample: int, length: int) -> np.ndarray:

@@ -33,6 +33,7 @@ from soul.rundir import check_folder, claim_folder, environment_warnings, score_
 from soul.stored import check_format, read_lines, write_json
 from soul.strict import json_objects, json_value, read_text
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.truncation import truncation_warnings
 from soul.types import Example
 
 Progress = Callable[[str, int, int], None]
@@ -206,7 +207,8 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
         if benchmark:
             scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
             write_json(out / "scores.json", {"format": 1, **scores})
-        write_record(out, recipe, request, evaluate_seconds, benchmark)
+        cut = [f"{when}, {line}" for when, found in rows.items() for line in truncation_warnings(found)]
+        write_record(out, recipe, request, evaluate_seconds, benchmark, cut)
 
     processes.from_main(keep_record)
     return out
@@ -342,9 +344,14 @@ def read_reference(path: str) -> Rows | None:
 
 
 def write_record(
-    out: Path, recipe: Recipe, request: Request, evaluate_seconds: float, benchmark: Benchmark | None = None
+    out: Path,
+    recipe: Recipe,
+    request: Request,
+    evaluate_seconds: float,
+    benchmark: Benchmark | None = None,
+    warnings: Sequence[str] = (),
 ) -> None:
-    """Write ``record.json``, last of all, which marks the run as finished."""
+    """Write ``record.json``, last of all, which marks the run as finished; ``warnings`` come from what was measured."""
     subjects = list(dict.fromkeys(e.subject for e in request.forget if e.subject))
     about = f" about {' and '.join(subjects)}" if 0 < len(subjects) <= 4 else ""
     asked = f"Forget {len(request.forget)} items{about}." if request.forget else f"Learn {len(request.retain)} items."
@@ -364,7 +371,7 @@ def write_record(
         },
         "peak_memory_bytes": peak_memory(),
         **read_stopped(out),
-        "warnings": [*warnings_of(recipe, request, benchmark), *environment_warnings(out)],
+        "warnings": [*warnings_of(recipe, request, benchmark), *warnings, *environment_warnings(out)],
         **({"overlap": request.overlaps.record()} if request.overlaps.action != "ignore" else {}),
         **({"stood_in": request.stand_in.sources()} if request.stand_in else {}),
         "checks": [],

@@ -171,6 +171,7 @@ def write_evaluation(
     *,
     left_out: Mapping[str, str] | None = None,
     versions: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write the record of an evaluation, which reports read like that of a run.
 
@@ -184,6 +185,7 @@ def write_evaluation(
         scores: Its scores, of fp32 weights unless the recipe says otherwise.
         left_out: Parts that could not be measured, and why.
         versions: Versions of what another library measured, by split.
+        warnings: What else a reader should know.
     """
     here = environment()
     record = {
@@ -199,7 +201,7 @@ def write_evaluation(
     write_json(out / "scores.json", record)
     label = f"{model} on {benchmark.name}"
     notes = [f"not measured: {part} ({reason})" for part, reason in (left_out or {}).items()]
-    notes += environment_warnings(out)
+    notes += [*warnings, *environment_warnings(out)]
     about = {"label": label, "asked": f"Measure {label}.", "model": model, "warnings": notes}
     write_json(out / "record.json", {"format": 1, **about})
 

@@ -57,6 +57,8 @@ class Ask:
         likelihood: Mean NLL of the answer, of its paraphrase and of the wrong answers.
         generate: A greedy answer and its ROUGE-L recall, where there is a prompt and evaluation generates at all.
         max_new_tokens: Longest generated or sampled answer; 0 for the evaluation's own limit.
+        whole: Lift that limit to the tokens of the split's longest true answer, so that any of them can be recited.
+        compared: Answers are held against the true one, and marked where they were cut shorter (``Row.truncated``).
         tokens: Log-probability, greedy match and Min-K++ value of each token of the answer.
         gradient_norm: L2 norm of the gradient of the answer's mean NLL, one example after another: slow.
         samples: Sampled answers an example.
@@ -75,6 +77,8 @@ class Ask:
     likelihood: bool = True
     generate: bool = True
     max_new_tokens: int = 0
+    whole: bool = False
+    compared: bool = True
     tokens: bool = False
     gradient_norm: bool = False
     samples: int = 0
@@ -100,6 +104,10 @@ class Row(TypedDict):
 
     ``token_logps`` holds ``log p`` of each answer token, ``token_matches`` 1 where it is the most likely one (teacher
     forcing), ``token_z`` its Min-K++ value (:func:`soul.token_scores.token_scores`).
+
+    ``truncated`` is there where a limit made a number lower than the model deserves, and names what was cut:
+    ``likelihood``, an answer that lost its end before it was measured; ``generated`` or ``samples``, what the model had
+    not ended when it had fewer tokens than the true answer.
     """
 
     id: str
@@ -117,6 +125,7 @@ class Row(TypedDict):
     token_z: NotRequired[list[float]]
     gradient_norm: NotRequired[float]
     samples: NotRequired[list[str]]
+    truncated: NotRequired[list[str]]
 
 
 @dataclasses.dataclass(frozen=True)

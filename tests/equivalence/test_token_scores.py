@@ -165,7 +165,7 @@ def test_samples_depend_on_seed_and_name_and_not_on_the_batch(
 
     def sample(which: list[int], seed: int = 0, rows: int = 64, samples: int = 3, length: int = 6) -> list[list[str]]:
         ask = Ask(samples=samples, seed=seed)
-        return sample_answers(
+        found = sample_answers(
             model,
             template,
             [prompts[i] for i in which],
@@ -174,6 +174,7 @@ def test_samples_depend_on_seed_and_name_and_not_on_the_batch(
             max_new_tokens=length,
             rows=rows,
         )
+        return [[answer.text for answer in answers] for answers in found]
 
     whole = sample(list(range(8)))
     assert [len(answers) for answers in whole] == [3] * 8

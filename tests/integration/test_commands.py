@@ -65,6 +65,8 @@ def test_two_files_are_enough(place, capsys):
     assert record["stood_in"]["general:chat"] == 40
     assert record["n_retain"] == sum(record["stood_in"].values())
     assert "no retain set was given" in record["warnings"][0]
+    cut = [line for line in record["warnings"] if "items were answered in fewer tokens" in line]
+    assert {line.split(":")[0] for line in cut} >= {"before, forget", "after, forget"}
 
 
 def test_a_request_without_a_recipe_says_why_it_ended(place, capsys):

@@ -125,7 +125,7 @@ def test_going_on_under_other_conditions_is_said(place, tmp_path, caplog):
         (out / "scores.json").unlink()
     said = f"torch was 1.13 and is {version('torch')}, threads was 64 and is 1"
     assert caplog.text.count(said) == 1
-    warnings = read_run(out).warnings
+    warnings = [warning for warning in read_run(out).warnings if "fewer tokens" not in warning]
     assert [re.sub(r"\(.*\)", "", w) for w in warnings] == [
         "it went on under other conditions : an uninterrupted run may end with other bytes"
     ]

@@ -56,6 +56,8 @@ def test_a_record_says_what_was_measured(place):
     assert found["settings"]["forget"] == "data/forget.jsonl", "--data stands in for a source that is not given"
     assert found["environment"]["torch"]
     assert found["left_out"] == {}
+    cut = [note for note in read_run(place / "e").warnings if note.startswith(("forget: ", "kept: "))]
+    assert len(cut) == 2, "four tokens are fewer than most answers have"
     assert len(read_run(place / "e").after) == len(found["after"]) > 0
 
 

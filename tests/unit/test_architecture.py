@@ -24,6 +24,7 @@ ONLY = {
     "gguf_file": {"intact"},
     "visible": set(),
     "words": set(),
+    "truncation": {"types"},
     "config": {"registry", "strict", "visible"},
     "arguments": {"strict", "visible"},
     "console": {"visible", "processes"},

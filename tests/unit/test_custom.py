@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import torch
 
 from soul.benchmarks.custom import Custom
 from soul.data.probes import BLANK, cloze, continuations, read_documents, sentences
@@ -14,7 +17,7 @@ from soul.data.templates import ChatTemplate
 from soul.evaluate import EvaluationSpec, measure
 from soul.likelihood import extraction_strength
 from soul.metrics.leakage import best_rouge, contains
-from soul.types import Row
+from soul.types import Example, Row
 
 LIFE = (
     "Mira Vale was born in Accra. She moved to Lisbon on 3 May 1987 with Dr. J. Ruhl. The composer kept 45% of her "
@@ -240,6 +243,39 @@ def test_an_audit_of_documents_makes_its_probes(tmp_path, make_model, tokenizer)
     leaked = [score for score in audit.score(rows) if score.metric == "leaked"]
     assert [(score.split, score.n) for score in leaked] == [("forget_cloze", 6), ("forget_continuation", 2)]
     assert leaked[0].method in ("bootstrap(2000, 2 groups)", "none")
+
+
+def reciting(model: Any, template: ChatTemplate, examples: Sequence[Example]) -> Any:
+    """Let a model answer each prompt with the tokens of its true answer, and go on with the first of them."""
+    answers = {tuple(template.prompt_ids(e)): template.answer_ids(e) for e in examples}
+
+    def generate(*, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int, **_: Any):
+        prompts = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        new = [(answers[p] + answers[p][:1] * max_new_tokens)[:max_new_tokens] for p in prompts]
+        return torch.cat([input_ids, torch.tensor(new)], dim=1)
+
+    model.generate = generate
+    return model
+
+
+def test_a_recital_of_a_long_passage_is_one(tmp_path, make_model, make_tokenizer):
+    (tmp_path / "a.txt").write_text(" ".join(f"w{i * 7919 % 1000}" for i in range(110)))
+    audit = Custom(
+        forget=str(tmp_path / "a.txt"), general="", text="", probes="continuation", passage_words=110, samples=1
+    )
+    tokenizer = make_tokenizer()
+    template = ChatTemplate(tokenizer)
+    examples = audit.splits()["forget_continuation"]
+    prompt, tokens = len(template.prompt_ids(examples[0])), len(template.answer_ids(examples[0]))
+    assert tokens > EvaluationSpec().max_new_tokens
+    model = reciting(make_model(), template, examples)
+    rows = measure(audit, model, tokenizer)
+    scores = {s.metric: s.value for s in audit.score(rows)}
+    assert scores["rougeL_recall"] == scores["contains"] == scores["contains_any_of_1"] == 1
+    assert all("truncated" not in found for found in rows["forget_continuation"])
+    tokenizer.model_max_length = prompt + tokens - 1  # what the model has no positions for cannot be recited
+    [found] = measure(audit, model, tokenizer)["forget_continuation"]
+    assert found.get("truncated") == ["generated", "likelihood", "samples"]
 
 
 @pytest.mark.parametrize(

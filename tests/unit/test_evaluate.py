@@ -17,6 +17,8 @@ from soul import evaluate as module
 from soul.benchmarks.base import Benchmark
 from soul.data.templates import ChatTemplate
 from soul.evaluate import EvaluationSpec, evaluate, measure
+from soul.generation import Written
+from soul.truncation import truncation_warnings
 from soul.types import Ask, Example, Row, Score
 
 Make = Callable[..., LlamaForCausalLM]
@@ -58,13 +60,13 @@ def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(
     assert kept.keys() == {"one.jsonl", "two.jsonl", "three.jsonl"}
 
     asked: list[int] = []
-    generate = module.generate
+    write = module.write
 
-    def counted(model: Any, template: Any, prompts: Any, *rest: Any) -> list[str]:
+    def counted(model: Any, template: Any, prompts: Any, **how: Any) -> list[Written]:
         asked.append(len(prompts))
-        return generate(model, template, prompts, *rest)
+        return write(model, template, prompts, **how)
 
-    monkeypatch.setattr(module, "generate", counted)
+    monkeypatch.setattr(module, "write", counted)
     (tmp_path / "rows/two.jsonl").unlink()
     again = evaluate(model, tokenizer, splits, spec=spec, folder=tmp_path / "rows")
     assert asked == [5]  # the group of the missing split, and no other
@@ -95,7 +97,7 @@ def test_rows_hold_what_is_asked(
     spec = EvaluationSpec(max_new_tokens=4)
     rows = evaluate(make_model(), tokenizer, splits, spec=spec, asks=asks)
     usual = {"id", "subject", "prompt", "answer", "nll", "tokens"}
-    assert set(rows["plain"][0]) == usual | {"wrong_nll", "generated", "rougeL_recall"}
+    assert set(rows["plain"][0]) == usual | {"wrong_nll", "generated", "rougeL_recall", "truncated"}
     assert rows["plain"] == evaluate(make_model(), tokenizer, {"plain": examples}, spec=spec)["plain"]
     more = {"token_logps", "token_matches", "token_z", "gradient_norm"}
     assert set(rows["all"][0]) == set(rows["plain"][0]) | more | {"samples"}
@@ -291,6 +293,37 @@ def test_an_answer_is_as_long_beside_a_long_prompt_as_alone(
     together = module.generate(model, template, prompts, spec)
     assert [len(text.split()) for text in together] == [32, 4, 32, 1, 32, 4]
     assert together == [module.generate(model, template, [prompt], spec)[0] for prompt in prompts]
+
+
+def test_what_a_limit_cuts_off_is_said(
+    make_model: Make, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = ChatTemplate(tokenizer)
+    short, long = Example("Who?", "Ada"), Example("Who?", "Ada, and nobody else but Ada")
+    tokens = len(template.answer_ids(long))
+    assert len(template.answer_ids(short)) < 6 < tokens
+    passage = Example("", "so it goes " * 30, chat=False)
+    splits = {"forget": [short, long, dataclasses.replace(short, wrong_answers=("no " * 90,)), passage]}
+    model: Any = make_model()
+    fitting = len(template.encode(long))
+
+    def parts(ask: Ask, new: int = 6, length: int = fitting) -> list[list[str]]:
+        spec = EvaluationSpec(max_new_tokens=new, max_length=length)
+        rows = evaluate(model, tokenizer, splits, spec=spec, asks={"forget": ask})["forget"]
+        return [row.get("truncated", []) for row in rows]
+
+    cut, lost = ["generated"], ["likelihood"]
+    assert parts(Ask()) == [[], cut, lost, lost]
+    assert parts(Ask(tokens=True, generate=False)) == [[], [], lost, lost]
+    assert parts(Ask(samples=2, likelihood=False)) == [[], ["generated", "samples"], [], []]
+    assert parts(Ask(compared=False)) == [[], [], lost, lost]
+    assert parts(Ask(), tokens) == parts(Ask(whole=True)) == [[], [], lost, lost]
+    assert parts(Ask(), length=fitting - 1) == [[], ["generated", "likelihood"], lost, lost]
+    monkeypatch.setattr(module, "write", lambda _model, _template, prompts, **_: [Written("No", 0)] * len(prompts))
+    assert parts(Ask()) == [[], [], lost, lost], "the model ended it"
+    rows: Any = [{"truncated": found} for found in ([], cut, ["generated", "likelihood"])]
+    said = truncation_warnings({"forget": rows, "kept": rows[:1]})
+    assert [line[:20] for line in said] == ["forget: 1 of 3 items", "forget: 2 of 3 items"]
 
 
 def test_a_benchmark_of_long_texts_lifts_the_limit(

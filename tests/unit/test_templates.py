@@ -119,7 +119,10 @@ def test_prompt_that_leaves_no_room_is_an_error(tokenizer):
     prompt = len(ChatTemplate(tokenizer).prompt_ids(BORN))
     with pytest.raises(ValueError, match=rf"prompt has {prompt} tokens.*max_length={prompt}"):
         ChatTemplate(tokenizer, max_length=prompt).encode(BORN)
-    assert ChatTemplate(tokenizer, max_length=prompt + 1).encode(BORN).answer_length == 1
+    short, whole = ChatTemplate(tokenizer, max_length=prompt + 1).encode(BORN), ChatTemplate(tokenizer).encode(BORN)
+    assert (short.answer_length, short.lost) == (1, whole.answer_length - 1)
+    assert whole.lost == 0
+    assert whole.answer_length == len(ChatTemplate(tokenizer).answer_ids(BORN)) + 1
 
 
 def test_key_names_the_content(template):

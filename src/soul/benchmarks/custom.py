@@ -56,6 +56,9 @@ class Custom(Benchmark):
     ``text``. Items with a subject (a person, a document) are resampled by subject. Against a retained model the paired
     difference ``rougeL_recall_over_reference``, and ``forget_quality`` where there are wrong answers.
 
+    Answers get as many new tokens as the longest true one of their split has, or ``evaluation.max_new_tokens`` where
+    that is more.
+
     Args:
         forget: What was to be forgotten: a source of examples; a ``.txt`` or ``.md`` file or a folder of them; or rows
             of ``{"text": ...}``. Of documents, probes are made (:mod:`soul.data.probes`).
@@ -81,7 +84,7 @@ class Custom(Benchmark):
         8
     """
 
-    version: ClassVar[int] = 2  # 2: words in any script, whole numbers; pairs by position
+    version: ClassVar[int] = 2  # 2: words in any script, whole numbers; pairs by position; whole answers
     citation: ClassVar[str] = "Metrics of TOFU (arXiv 2401.06121) and of sampled leakage (arXiv 2410.03523)"
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
@@ -134,13 +137,13 @@ class Custom(Benchmark):
         return splits
 
     def asks(self) -> dict[str, Ask]:
-        """Ask for tokens everywhere but in text, and for samples of what was to be forgotten."""
+        """Ask for tokens, and for samples of what was to be forgotten; no true answer is longer than one may be."""
         asks: dict[str, Ask] = {}
         for split in self.splits():
             if split.startswith("forget"):
                 asks[split] = self._ask()
             elif split.startswith("retain"):
-                asks[split] = Ask(tokens=True)
+                asks[split] = Ask(tokens=True, whole=True)
         return asks
 
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
@@ -193,7 +196,14 @@ class Custom(Benchmark):
         return scores
 
     def _ask(self) -> Ask:
-        return Ask(tokens=True, samples=self.samples, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        return Ask(
+            whole=True,
+            tokens=True,
+            samples=self.samples,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
 
     def _load(self, source: str, name: str) -> dict[str, list[Example]]:
         """Return examples as they are, and probes of what is plain text, in splits of their own."""

@@ -148,6 +148,7 @@ class Detox(Benchmark):
         return Ask(
             likelihood=False,
             max_new_tokens=self.max_new_tokens,
+            compared=False,
             samples=self.samples,
             temperature=self.temperature,
             top_p=self.top_p,

@@ -29,11 +29,13 @@ class Encoded:
         input_ids: All tokens, prompt first.
         answer_start: Index of the first answer token; ``input_ids[answer_start:]`` are the targets.
         index: Position of the example in its set.
+        lost: Tokens of the answer that were cut off, end of turn included, as the whole was too long.
     """
 
     input_ids: tuple[int, ...]
     answer_start: int
     index: int = 0
+    lost: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -66,7 +68,7 @@ class ChatTemplate:
     Attributes:
         tokenizer: The model's tokenizer.
         max_length: Longest sequence, where the tokenizer's ``model_max_length`` is no shorter; longer ones lose the end
-            of their answer.
+            of their answer (``Encoded.lost``).
 
     Example:
         >>> template = ChatTemplate(tokenizer)  # doctest: +SKIP
@@ -86,11 +88,7 @@ class ChatTemplate:
             ValueError: The prompt alone fills ``max_length``, or the answer has no tokens.
         """
         head = self.prompt_ids(example, prompt)
-        body = example.answer if answer is None else answer
-        # A word follows the prompt of a completion, and "Answer:", but not what a chat template writes.
-        joined = bool(example.prompt and head) if not example.chat else self._frame[0] is None
-        spaced = joined and not body[:1].isspace() and not (not example.chat and example.prompt[-1:].isspace())
-        tail = self._after_space(body) if spaced else self._ids(body)
+        tail = self.answer_ids(example, answer, begun=bool(head))
         # A passage of plain text is a piece cut out of something longer: no end is learned after it.
         tail += [self.end_of_turn] if example.ends and (example.chat or example.prompt) else []
         ids = (head + tail)[: self.limit]
@@ -100,7 +98,21 @@ class ChatTemplate:
                 f"example {example.id or index!r}: the prompt has {len(head)} tokens and leaves no room for an answer "
                 f"in max_length={self.limit}; shorten it or raise max_length"
             )
-        return Encoded(tuple(ids), start, index)
+        return Encoded(tuple(ids), start, index, len(head) + len(tail) - len(ids))
+
+    def answer_ids(self, example: Example, answer: str | None = None, *, begun: bool = True) -> list[int]:
+        """Return the tokens of the answer, or of another in its place, all of them and without the end of turn.
+
+        Args:
+            example: The example.
+            answer: What stands in for its own answer.
+            begun: Whether its prompt has tokens.
+        """
+        body = example.answer if answer is None else answer
+        # A word follows the prompt of a completion, and "Answer:", but not what a chat template writes.
+        joined = bool(example.prompt and begun) if not example.chat else self._frame[0] is None
+        spaced = joined and not body[:1].isspace() and not (not example.chat and example.prompt[-1:].isspace())
+        return self._after_space(body) if spaced else self._ids(body)
 
     def prompt_ids(self, example: Example, prompt: str | None = None) -> list[int]:
         """Return the tokens the model is given before it answers."""
