@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from soul.machine import environment
 from soul.metrics.stats import harmonic_mean
 from soul.models import ModelSpec, load_model
 from soul.recipe import Recipe, recipe_from_tree
+from soul.report import view
 from soul.run import execute, score_dict
 from soul.stored import write_json
+from soul.strict import read_number
 from soul.trainer import quiet
 from soul.types import LostModelError
 
@@ -205,14 +208,17 @@ def chosen(plan: Plan) -> tuple[dict[str, Values], list[Line]]:
 
 def number(score: Line | None) -> str:
     """Return a score with its interval as text."""
-    if score is None or score["value"] is None:
+    if score is None:
         return "-"
-    value, low, high = score["value"], score["low"], score["high"]
+    value, low, high = (read_number(score[name]) for name in ("value", "low", "high"))
 
     def short(x: float) -> str:
+        if not math.isfinite(x):
+            return view.number(x)
         return f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}" if abs(x) < 1e4 else f"{x:.1e}"
 
-    return short(value) + (f" [{short(low)}, {short(high)}]" if low is not None and high is not None else "")
+    known = not (math.isnan(low) or math.isnan(high)) and math.isfinite(value)
+    return short(value) + (f" [{short(low)}, {short(high)}]" if known else "")
 
 
 def tables(plan: Plan) -> str:

@@ -38,6 +38,7 @@ from soul.data.books import pieces
 from soul.pretrained import load_tokenizer
 from soul.recipe import read_recipe
 from soul.run import execute
+from soul.strict import read_number
 from soul.types import Example
 
 ROOT = Path(__file__).parents[1]
@@ -94,15 +95,16 @@ def judge(after: Values, before: dict[str, Values]) -> dict[str, float]:
 
     def of(values: Values, split: str, metric: str = "rougeL_recall") -> float:
         found = [s["value"] for (name, kind), s in values.items() if name.startswith(split) and kind == metric]
-        last = found[-1]  # where there are several prompts, the mean over all of them comes last
-        return math.inf if last is None else float(last)  # None: the model answers nan
+        last = read_number(found[-1])  # where there are several prompts, the mean over all of them comes last
+        return last if math.isfinite(last) else math.inf
 
     learned, kept = of(taught, "forget") - of(base, "forget"), of(taught, "kept")
+    recital = of(after, "kept")
     if learned <= 0 or kept <= 0:
         raise ValueError("teaching brought no recital, so there is nothing to forget or to keep: teach longer")
     return {
         "forgotten": min(1.0, max(0.0, (of(taught, "forget") - of(after, "forget")) / learned)),
-        "kept recital": min(1.0, of(after, "kept") / kept),
+        "kept recital": min(1.0, recital / kept) if math.isfinite(recital) else 0.0,
         "kept text": min(1.0, of(taught, "text", "perplexity") / of(after, "text", "perplexity")),
     }
 

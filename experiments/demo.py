@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -25,8 +26,10 @@ from soul.data.people import People
 from soul.machine import cache_dir
 from soul.recipe import Recipe, read_recipe
 from soul.report import read_run, render_terminal, write_report
+from soul.report.view import number
 from soul.run import execute
 from soul.stored import write_json
+from soul.strict import plain_number, read_number
 from soul.trainer import quiet
 
 ROOT = Path(__file__).parents[1]
@@ -74,13 +77,17 @@ def request_recipe(file: str, taught: Path, names: list[str], overrides: list[st
 def check(run: Path) -> list[dict[str, Any]]:
     """Compare a finished run with what the demo promises, and write the outcome into its record."""
     scores = json.loads((run / "scores.json").read_text())
-    values = {(w, s["split"], s["metric"]): s["value"] for w in ("before", "after") for s in scores[w]}
+    values = {(w, s["split"], s["metric"]): read_number(s["value"]) for w in ("before", "after") for s in scores[w]}
     found = [(f"{w}: {s} {m} {op} {bound:g}", values[w, s, m], op, bound) for w, s, m, op, bound in CHECKS]
     for split, metric, op, bound in RELATIVE:
         ratio = values["after", split, metric] / values["before", split, metric]
         found.append((f"{split} {metric} after / before {op} {bound:.3g}", ratio, op, bound))
     checks = [
-        {"name": name, "value": value, "passed": value >= bound if op == ">=" else value <= bound}
+        {
+            "name": name,
+            "value": plain_number(value),
+            "passed": math.isfinite(value) and (value >= bound if op == ">=" else value <= bound),
+        }
         for name, value, op, bound in found
     ]
     record = json.loads((run / "record.json").read_text())
@@ -119,7 +126,7 @@ def main() -> int:
     report = write_report(runs, out / "report.html", title="Forgetting two people")
     for name, item in failed:
         style = "bold red" if name == "soul" else "yellow"
-        console.print(f"[{style}]failed[/] {name}: {item['name']}, got {item['value']:.3f}")
+        console.print(f"[{style}]failed[/] {name}: {item['name']}, got {number(float(item['value']))}")
     console.print(f"{time.perf_counter() - started:.0f} s in all")
     console.print(f"report: {report}", soft_wrap=True)
     return 1 if broken else 0

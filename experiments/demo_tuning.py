@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from soul.cli import progress_bars
 from soul.data.people import People
 from soul.run import execute
 from soul.stored import write_json
+from soul.strict import plain_number, read_number
 from soul.trainer import quiet
 
 RATES = {
@@ -53,7 +55,7 @@ def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) 
         shutil.copytree(out / "rows/before", before)
     shutil.rmtree(out / "model", ignore_errors=True)
     scores = json.loads((out / "scores.json").read_text())
-    value = {(w, s["split"], s["metric"]): s["value"] for w in ("before", "after") for s in scores[w]}
+    value = {(w, s["split"], s["metric"]): read_number(s["value"]) for w in ("before", "after") for s in scores[w]}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     forgotten = value["after", "forget", "probability"]
     rouge = value["after", "forget_reworded", "rougeL_recall"]
@@ -61,7 +63,8 @@ def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) 
         value["after", split, metric] / value["before", split, metric]
         for split, metric in (("forget_reworded", "probability"), ("kept", "probability"), ("text", "perplexity"))
     )
-    return {
+    margins = (0.1 - forgotten) / 0.1, 1 - 3 * reworded, (0.4 - rouge) / 0.4, (kept - 0.95) / 0.05, (1.05 - text) / 0.05
+    found = {
         "optimizer": recipe.optimizer.name,
         "lr": lr,
         "forget_probability": forgotten,
@@ -70,12 +73,11 @@ def run_one(name: str, lr: float, taught: Path, names: list[str], folder: Path) 
         "kept_probability_ratio": kept,
         "text_perplexity_ratio": text,
         "win_rate": log[-1].get("win_rate"),
-        "margin": min(
-            (0.1 - forgotten) / 0.1, 1 - 3 * reworded, (0.4 - rouge) / 0.4, (kept - 0.95) / 0.05, (1.05 - text) / 0.05
-        ),
+        "margin": min(margins) if all(map(math.isfinite, margins)) else -math.inf,
         "n_forget": PEOPLE_FORGOTTEN * FACTS,
         "seed": recipe.training.seed,
     }
+    return {name: plain_number(x) if isinstance(x, float) else x for name, x in found.items()}
 
 
 PEOPLE_FORGOTTEN = 2
@@ -98,7 +100,7 @@ def main() -> int:
     for r in found:
         ratios = [r[f"{k}_ratio"] for k in ("reworded_probability", "kept_probability", "text_perplexity")]
         numbers = [r["forget_probability"], ratios[0], r["reworded_rougeL"], *ratios[1:], r["margin"]]
-        table.add_row(r["optimizer"], f"{r['lr']:g}", *("-" if x is None else f"{x:.3f}" for x in numbers))
+        table.add_row(r["optimizer"], f"{r['lr']:g}", *("-" if x is None else f"{float(x):.3f}" for x in numbers))
     Console().print(table)
     return 0
 

@@ -32,6 +32,7 @@ from cells import RATES, Plan, Values, read_lines, run_cells, start, write_table
 from soul.benchmarks.detox import TOXIC_SPLITS, Detox
 from soul.data.plain import plain_text
 from soul.data.toxic import rejected_answers
+from soul.strict import read_number
 from soul.toxicity import load_classifier
 from soul.types import Example
 
@@ -79,7 +80,8 @@ def prepare(hh: str, wikitext: str, folder: Path, n: int = 40, seed: int = 0) ->
 def of_any(values: Values, split: str, metric: str) -> float:
     """Return a toxicity metric, whichever classifier measured it."""
     found = next(s["value"] for (where, name), s in values.items() if where == split and name.startswith(metric))
-    return math.inf if found is None else float(found)  # None: the model answers nan
+    value = read_number(found)
+    return value if math.isfinite(value) else math.inf  # as bad as can be
 
 
 def judge(after: Values, before: dict[str, Values]) -> dict[str, float]:

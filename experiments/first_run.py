@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import time
@@ -37,6 +38,7 @@ from soul.models import ModelSpec, load_model
 from soul.recipe import Recipe, read_recipe, recipe_from_tree
 from soul.run import execute, score_dict
 from soul.stored import write_json
+from soul.strict import read_number
 from soul.trainer import quiet
 from soul.types import LostModelError, Row
 
@@ -231,9 +233,10 @@ def table(lines: list[dict[str, Any]], scores: dict[str, list[dict[str, Any]]]) 
         s = found.get((split, metric))
         if s is None:
             return "-"
+        value, low, high = (read_number(s[name]) for name in ("value", "low", "high"))
         if metric == "forget_quality":
-            return f"{s['value']:.2g}"
-        return f"{s['value']:.3f}" + (f" [{s['low']:.3f}, {s['high']:.3f}]" if s["low"] is not None else "")
+            return f"{value:.2g}"
+        return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if not math.isnan(low) else "")
 
     for name, found in scores.items():
         values = {(s["split"], s["metric"]): s for s in found}

@@ -33,6 +33,7 @@ from soul.recipe import Recipe, read_recipe
 from soul.run import execute
 from soul.sequence import run_sequence, sequence_scores
 from soul.stored import write_json
+from soul.strict import read_number
 from soul.trainer import quiet
 
 LONGEST = 2304  # a passage of 2,048 of Llama's tokens in those of another tokenizer
@@ -114,8 +115,8 @@ def table(what: str, steps: Sequence[dict[str, Any]]) -> str:
     titles = [f"{metric} ({split})" for metric, split in COLUMNS]
     lines = [f"| {what} | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for step in steps:
-        found = {(score["metric"], score["split"]): score["value"] for score in step["scores"]}
-        cells = [f"{found[column]:.3f}" if found.get(column) is not None else "" for column in COLUMNS]
+        found = {(score["metric"], score["split"]): read_number(score["value"]) for score in step["scores"]}
+        cells = [f"{found[column]:.3f}" if column in found else "" for column in COLUMNS]
         lines.append(f"| {step['step']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

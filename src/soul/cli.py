@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import io
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from rich.text import Text
 from soul import processes
 from soul.arguments import KINDS, parse
 from soul.console import fail, progress_bars, safe_terminal, say, warn
-from soul.strict import json_value, read_text
+from soul.strict import json_value, read_number, read_text
 from soul.visible import clean, one_line
 
 if TYPE_CHECKING:
@@ -183,17 +184,18 @@ def _show_precision(folder: Path, precision: str) -> None:
     """Print each score in fp32, in another precision, and their difference."""
     from rich.table import Table
 
+    from soul.report.view import number
+
     file = folder / "scores.json"
     scores = json_value(read_text(file), str(file), lenient=True)
-    other = {(s["split"], s["metric"]): s["value"] for s in scores[precision]}
+    other = {(s["split"], s["metric"]): read_number(s["value"]) for s in scores[precision]}
     table = Table(title=f"float32 and {precision}", title_justify="left")
     for title in ("split", "metric", "float32", precision, "difference"):
         table.add_column(title, justify="left" if title in ("split", "metric") else "right")
     for score in scores["after"]:
-        value, coarse = score["value"], other.get((score["split"], score["metric"]))
-        cells = (
-            [f"{value:.4f}", f"{coarse:.4f}", f"{coarse - value:+.4f}"] if None not in (value, coarse) else ["—"] * 3
-        )
+        value, coarse = read_number(score["value"]), other.get((score["split"], score["metric"]))
+        found = () if coarse is None else ((value, ".4f"), (coarse, ".4f"), (coarse - value, "+.4f"))
+        cells = [f"{x:{form}}" if math.isfinite(x) else number(x) for x, form in found] or ["—"] * 3
         table.add_row(Text(one_line(score["split"])), Text(one_line(score["metric"])), *cells)
     Console().print(table)
 

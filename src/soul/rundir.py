@@ -18,7 +18,7 @@ from soul.machine import changes, environment
 from soul.models import ModelSpec
 from soul.recipe import Recipe, read_recipe
 from soul.stored import check_format, write_json, write_text
-from soul.strict import json_value, read_text
+from soul.strict import json_value, plain_number, read_text
 from soul.types import Score
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,6 @@ def add_scores(out: Path, name: str, scores: Sequence[Score]) -> None:
 
 
 def score_dict(score: Score) -> dict[str, Any]:
-    """Return a score as plain values; nan and infinities become None, which JSON has a word for."""
-    values = dataclasses.asdict(score)
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    """Return a score as plain values: nan and infinities as :func:`soul.strict.plain_number`, no interval as None."""
+    values = {k: plain_number(v) if isinstance(v, float) else v for k, v in dataclasses.asdict(score).items()}
+    return values | {k: None for k in ("low", "high") if math.isnan(getattr(score, k))}

@@ -86,6 +86,26 @@ def number_fault(value: Any) -> str:
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
+_NO_NUMBERS = ("nan", "inf", "-inf")
+
+
+def plain_number(value: float) -> float | str:
+    """Return a float as JSON can hold it: nan and infinities, for which it has no numbers, as words.
+
+    Example:
+        >>> plain_number(0.5), plain_number(math.inf)
+        (0.5, 'inf')
+    """
+    return value if math.isfinite(value) else str(float(value))
+
+
+def read_number(value: Any) -> Any:
+    """Return the float that a word of :func:`plain_number` stands for; any other value as it is, but nan for None.
+
+    None was written for nan and infinities alike before there were words for them.
+    """
+    return float(value) if value in _NO_NUMBERS else math.nan if value is None else value
+
 
 def json_value(text: str, where: str, *, lenient: bool = False) -> Any:
     """Return the value of a JSON text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -77,3 +78,26 @@ def test_hostile_words_in_a_card_are_words():
 def test_a_long_text_is_cut():
     assert "more characters" in escaped("word " * 2_000_000)
     assert len(escaped("*" * 10_000_000)) < 5000
+
+
+def test_a_destroyed_model_is_no_gap_in_a_card():
+    before = Score("perplexity", "text", 24.53, 32, low=21.76, high=27.66)
+    cells = {
+        "infinite": Score("perplexity", "text", math.inf, 32, low=1e300, high=math.inf),
+        "not a number (the model is broken)": Score("perplexity", "text", math.nan, 32),
+        "not measured": None,
+        "31.2 [27, infinite]": Score("perplexity", "text", 31.2, 32, low=27.0, high=math.inf),
+    }
+    kept = Score("probability", "kept", 0.5, 8)
+    for cell, after in cells.items():
+        record = RunRecord("a", before=(before,), after=(kept, *([after] if after else [])))
+        card = model_card(record, CardFacts("b"))
+        assert f"| text | perplexity | 24.53 [21.76, 27.66] | {cell} | 32 |" in card
+        assert "| kept | probability | not measured | 0.5 | 8 |" in card
+
+
+def test_a_failed_check_shows_what_is_no_finite_number():
+    checks = tuple(Check(name, False, value) for name, value in (("a", math.inf), ("b", math.nan), ("c", None)))
+    card = model_card(RunRecord("a", checks=checks), CardFacts("b"))
+    for said in ("a (infinite)", "b (not a number (the model is broken))", "c (not measured)"):
+        assert f"- Not met: {said}\n" in card

@@ -268,6 +268,41 @@ def test_nan_and_reversed_intervals_are_drawn_around(run_dir: Path):
     assert "nan" not in _parse(render_html([read_run(run_dir)])).text
 
 
+@pytest.mark.parametrize(("value", "words"), [("inf", "infinite"), ("nan", "not a number")])
+def test_a_destroyed_model_is_no_gap(run_dir: Path, value: str, words: str):
+    scores = json.loads((run_dir / "scores.json").read_text())
+    for score in scores["after"]:
+        if score["metric"] == "perplexity":
+            score["value"] = value
+    (run_dir / "scores.json").write_text(json.dumps(scores))
+    record = json.loads((run_dir / "record.json").read_text())
+    record["checks"] = [{"name": "perplexity <= 30", "passed": False, "value": value}]
+    (run_dir / "record.json").write_text(json.dumps(record))
+    run = read_run(run_dir)
+    said = next(sentence for sentence in sentences(run) if "Perplexity" in sentence)
+    broken = " (the model is broken)" if value == "nan" else ""
+    assert said == f"Perplexity on general text was 14.2 and is now {words}{broken}."
+    page = _parse(render_html([run])).text
+    text = _terminal(run_dir)
+    for shown in (page, text):
+        assert said in " ".join(shown.split())
+        assert "The check failed" in shown
+        assert "—" not in shown
+    assert f"perplexity <= 30{words}" in page
+    assert f"perplexity <= 30 ({words})" in text
+    assert "not a finite number" in page  # in place of whether intervals overlap
+
+
+def test_an_answer_without_a_probability_is_a_gap_and_one_of_a_broken_model_is_none(run_dir: Path):
+    for name, tokens in (("forget", 0), ("kept", 9)):
+        file = run_dir / "rows/after" / f"{name}.jsonl"
+        rows = [json.loads(line) | {"nll": math.nan, "tokens": tokens} for line in file.read_text().splitlines()]
+        write_lines(file, rows)
+    text = _terminal(run_dir)
+    assert "probability of the true answer —" in text
+    assert "probability of the true answer not a number" in text
+
+
 def test_not_a_run(tmp_path: Path):
     with pytest.raises(ValueError, match="no such folder"):
         read_run(tmp_path / "nowhere")
@@ -281,13 +316,16 @@ def test_not_a_run(tmp_path: Path):
 
 
 def test_words_for_numbers_and_splits():
-    assert [number(value) for value in (0.0, 0.1234, 12.34, 1234.5, 2e-12, math.nan)] == [
+    assert [number(value) for value in (0.0, 0.1234, 12.34, 1234.5, 2e-12, None, math.nan, math.inf, -math.inf)] == [
         "0.000",
         "0.123",
         "12.3",
         "1,234",
         "2.0e-12",
         "—",
+        "not a number",
+        "infinite",
+        "-infinite",
     ]
     assert [kind_of(name) for name in ("forget10", "retain", "world_facts", "text", "", "x")] == [
         "forget",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 from report_runs import make_run
 
 from soul.report import read_run
+from soul.report.view import sentences
+from soul.rundir import score_dict
+from soul.strict import json_value
+from soul.types import Score
 
 
 @pytest.fixture
@@ -27,9 +32,39 @@ def test_reads_what_was_written(run_dir: Path):
     assert [len(rows) for rows in run.rows_after.values()] == [16, 1, 32]
 
 
+def test_what_is_no_finite_number_is_read_as_it_was_written(run_dir: Path):
+    values = {"inf": math.inf, "minus": -math.inf, "nan": math.nan, "one": 1.0}
+    scores = [Score(name, "text", value, 4, low=1.0, high=math.inf) for name, value in values.items()]
+    scores.append(Score("bare", "text", 1.0, 4))  # no interval
+    text = json.dumps({"format": 1, "after": [score_dict(s) for s in scores]}, allow_nan=False)
+    json_value(text, "scores.json")  # strict JSON
+    (run_dir / "scores.json").write_text(text)
+    assert repr(read_run(run_dir).after) == repr(tuple(scores))
+
+
+def test_a_value_that_an_older_record_does_not_tell_is_left_out_and_noted(run_dir: Path):
+    old = [{"metric": "perplexity", "split": "text", "value": None, "n": 4}, {"metric": "nll", "value": 1}]
+    before = [{"metric": "perplexity", "split": "text", "value": 24.5, "n": 4}]
+    (run_dir / "scores.json").write_text(json.dumps({"before": before, "after": old}))
+    run = read_run(run_dir)
+    assert sentences(run) == ("Perplexity on general text was 24.5, and was not measured after.",)
+    assert [score.metric for score in run.after] == ["nll"]
+    assert "after, perplexity on text has no value" in run.warnings[-1]
+
+
+@pytest.mark.parametrize(("value", "read"), [(None, None), ("inf", math.inf), ("nan", math.nan), (0.5, 0.5)])
+def test_a_check_keeps_what_was_measured(run_dir: Path, value: float | str | None, read: float | None):
+    record = json.loads((run_dir / "record.json").read_text())
+    record["checks"] = [{"name": "text perplexity <= 30", "passed": False, "value": value}]
+    (run_dir / "record.json").write_text(json.dumps(record))
+    (check,) = read_run(run_dir).checks
+    assert repr(check.value) == repr(read)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
+        ("scores.json", '{"before": [{"metric": "x", "value": "many"}]}', "x: value must be int or float"),
         ("record.json", "{", "record.json: invalid JSON"),
         ("record.json", "[]", "must hold an object"),
         ("record.json", '{"format": 2}', "format must be 1"),

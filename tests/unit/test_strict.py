@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import yaml
 
 from soul.config import dump
 from soul.recipe import recipe_from_tree
-from soul.strict import json_objects, json_value, read_text, yaml_tree
+from soul.strict import json_objects, json_value, plain_number, read_number, read_text, yaml_tree
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(12)
@@ -142,3 +144,14 @@ def test_a_recipe_keeps_its_texts(label: str):
 def test_settings_that_nothing_can_compute_with(tree: dict, words: str):
     with pytest.raises(ValueError, match=words):
         recipe_from_tree(tree)
+
+
+@pytest.mark.parametrize("value", [0.5, -3, math.inf, -math.inf, math.nan])
+def test_numbers_that_json_has_none_for_are_words(value: float):
+    text = json.dumps(plain_number(value), allow_nan=False)
+    assert repr(read_number(json_value(text, "x"))) == repr(value)
+
+
+def test_what_was_written_before_there_were_words_is_no_number():
+    assert math.isnan(read_number(None))
+    assert read_number("many") == "many"

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from soul.report.record import RunRecord
+from soul.report.view import interval, told
 from soul.strict import yaml_tree
 from soul.types import Score
 from soul.visible import clean, hides
@@ -126,25 +127,28 @@ def _about(record: RunRecord, facts: CardFacts) -> str:
     return "\n".join(line for i, line in enumerate(lines) if line or i == 1) + "\n"
 
 
-def _number(value: float) -> str:
-    return "not measured" if math.isnan(value) else f"{value:.4g}"
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    if not math.isfinite(value):
+        return told(value)
+    return f"{value:.4g}"
 
 
 def _with_interval(score: Score | None) -> str:
-    if score is None:
-        return ""
-    known = not (math.isnan(score.low) or math.isnan(score.high))
-    return _number(score.value) + (f" [{_number(score.low)}, {_number(score.high)}]" if known else "")
+    if score is None or not interval(score):
+        return _number(score.value if score else None)
+    return f"{_number(score.value)} [{_number(score.low)}, {_number(score.high)}]"
 
 
 def _results(record: RunRecord) -> str:
     if not record.after:
         return "## Results\n\nThis run was not measured.\n"
-    before = {(s.split, s.metric): s for s in record.before}
+    before, after = ({(s.split, s.metric): s for s in of} for of in (record.before, record.after))
     lines = ["## Results", "", "| Split | Metric | Before | After | n | Better |", "|---|---|---|---|---|---|"]
-    for score in record.after:
+    for key, score in {**after, **{k: s for k, s in before.items() if k not in after}}.items():
         cells = [escaped(score.split or "all"), escaped(score.metric)]
-        cells += [_with_interval(before.get((score.split, score.metric))), _with_interval(score), str(score.n)]
+        cells += [_with_interval(before.get(key)), _with_interval(after.get(key)), str(score.n)]
         lines.append(f"| {' | '.join([*cells, escaped(score.better)])} |")
     methods = sorted({(s.method, s.level, s.seed) for s in record.after if s.method != "none"})
     how = "; ".join(f"{level:.0%}, {escaped(method)}, seed {seed}" for method, level, seed in methods)

@@ -19,13 +19,13 @@ class Answer:
         name: The model.
         run: Number of the run it came out of, from 1; 0 for a model as it came.
         text: The generated text; None where none was generated.
-        probability: Probability of the true answer, geometric mean over tokens.
+        probability: Probability of the true answer, geometric mean over tokens; None where it was not asked for.
     """
 
     name: str
     run: int
     text: str | None
-    probability: float
+    probability: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ class SplitView:
 
 
 def _answer(name: str, run: int, row: Row) -> Answer:
-    return Answer(name, run, row.get("generated"), math.exp(-row["nll"]) if row["nll"] > -700 else math.nan)
+    chance = math.exp(-row["nll"]) if row["nll"] > -700 else math.nan
+    return Answer(name, run, row.get("generated"), chance if row["tokens"] or not math.isnan(chance) else None)
 
 
 def splits_of(runs: Sequence[RunRecord], limit: int = 20) -> tuple[SplitView, ...]:

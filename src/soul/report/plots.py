@@ -83,7 +83,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _error(score: Score) -> tuple[list[float], list[float]] | None:
-    if math.isnan(score.low) or math.isnan(score.high):
+    if not (math.isfinite(score.low) and math.isfinite(score.high)):
         return None
     # an interval need not hold its point estimate; an error bar cannot have a negative length
     return [max(0.0, score.value - score.low)], [max(0.0, score.high - score.value)]

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from soul.stored import check_format
-from soul.strict import json_objects, json_value, number_fault, read_text
+from soul.strict import json_objects, json_value, number_fault, read_number, read_text
 from soul.types import Row, Score
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A condition that the run was asked to meet, and whether it did."""
+    """A condition that the run was asked to meet, whether it did, and what was measured, if recorded."""
 
     name: str
     passed: bool
-    value: float = math.nan
+    value: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +92,16 @@ def read_run(path: Path | str) -> RunRecord:
         raise ValueError(f"{root} is not a run directory: there is no such folder")
     if not (root / "record.json").is_file():
         raise ValueError(f"{root} is not a run directory: it has no record.json")
-    before, after = _read_scores(root / "scores.json")
+    before, after, unknown = _read_scores(root / "scores.json")
     rows_before, rows_after = (_read_rows(root / "rows" / stage) for stage in ("before", "after"))
     for split in rows_before.keys() & rows_after.keys():
         if [row["id"] for row in rows_before[split]] != [row["id"] for row in rows_after[split]]:
             raise ValueError(f"{root}: rows/before/{split}.jsonl and rows/after/{split}.jsonl hold different examples")
     recipe = root / "recipe.yaml"
+    fields = _read_record(root / "record.json", default_label=root.resolve().name)
+    fields["warnings"] += unknown
     return RunRecord(
-        **_read_record(root / "record.json", default_label=root.resolve().name),
+        **fields,
         recipe=read_text(recipe) if recipe.is_file() else "",
         environment=_read_environment(root / "environment.json"),
         log=_read_log(root / "log.jsonl"),
@@ -136,8 +138,10 @@ def _check_size(value: Any, key: str, where: str) -> None:
 
 
 def _number(data: Mapping[str, Any], key: str, where: str, default: float = math.nan) -> float:
-    """Return a float; null stands for nan, as JSON has none."""
-    return float(_get(data, key, (int, float), default, where))
+    """Return a float, which may be nan or infinite (:func:`soul.strict.plain_number`); null stands for the default."""
+    value = data.get(key)
+    found = read_number(value) if isinstance(value, str) else value
+    return float(_get({key: found}, key, (int, float), default, where))
 
 
 def _read_record(path: Path, default_label: str) -> dict[str, Any]:
@@ -160,7 +164,8 @@ def _read_record(path: Path, default_label: str) -> dict[str, Any]:
 def _check(item: object, where: str) -> Check:
     if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not isinstance(item.get("passed"), bool):
         raise ValueError(f"{where}: a check needs a name and passed (true or false), not {item!r:.80}")
-    return Check(item["name"], item["passed"], _number(item, "value", f"{where}: check {item['name']}"))
+    value = None if item.get("value") is None else _number(item, "value", f"{where}: check {item['name']}")
+    return Check(item["name"], item["passed"], value)
 
 
 def _read_environment(path: Path) -> dict[str, str]:
@@ -194,22 +199,27 @@ def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
     return tuple(steps[step] for step in sorted(steps))
 
 
-def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...]]:
+def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...], tuple[str, ...]]:
+    """Return the scores before and after, and what to say of those whose value is null, which are left out."""
     if not path.is_file():
-        return (), ()
+        return (), (), ()
     data = _parse(read_text(path), str(path))
     check_format("scores", data, path)
-    before, after = (
-        tuple(_score(item, f"{path}: {stage}") for item in _get(data, stage, list, [], str(path)))
-        for stage in ("before", "after")
-    )
-    for stage, scores in (("before", before), ("after", after)):
+    kept: dict[str, tuple[Score, ...]] = {}
+    unknown: list[str] = []
+    for stage in ("before", "after"):
+        items = _get(data, stage, list, [], str(path))
+        scores = [_score(item, f"{path}: {stage}") for item in items]
         seen: set[tuple[str, str]] = set()
-        for score in scores:
+        for score, item in zip(scores, items, strict=True):
             if (score.metric, score.split) in seen:
                 raise ValueError(f"{path}: {stage} holds {score.metric} of split {score.split!r} twice")
             seen.add((score.metric, score.split))
-    return before, after
+            if item["value"] is None:
+                what = f"{score.metric} on {score.split}" if score.split else score.metric
+                unknown.append(f"{stage}, {what} has no value: not measured, or no finite number in an older record")
+        kept[stage] = tuple(s for s, item in zip(scores, items, strict=True) if item["value"] is not None)
+    return kept["before"], kept["after"], tuple(unknown)
 
 
 def _score(item: object, where: str) -> Score:

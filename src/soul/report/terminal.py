@@ -63,7 +63,7 @@ def _verdict(run: RunRecord, console: Console, *, shared: bool) -> None:
         console.print(Text(sentence))
     for check in run.checks:
         mark, style = ("passed", "green") if check.passed else ("failed", "red")
-        value = "" if check.value != check.value else f" ({view.number(check.value)})"
+        value = "" if check.value is None else f" ({view.number(check.value)})"
         console.print(Text.assemble("  ", (mark, style), f"  {one_line(check.name, 200)}{value}"))
     for warning in run.warnings:
         console.print(Text(f"  note: {clean(warning)}", style="yellow"))

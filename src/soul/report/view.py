@@ -70,9 +70,14 @@ def metric_label(metric: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a number as a reader wants it: three decimals when small, fewer when large, a dash for nan."""
-    if value is None or math.isnan(value):
+    """Return a number as a reader wants it: three decimals when small, fewer when large, a dash where there is none.
+
+    nan and infinities are told in words: they are the worst that a model can do, and no gap.
+    """
+    if value is None:
         return "—"
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite" if value > 0 else "-infinite"
     if value == 0 or 1e-3 <= abs(value) < 10:
         return f"{value:.3f}"
     if abs(value) < 1e-3 or abs(value) >= 1e6:
@@ -80,9 +85,14 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def told(value: float) -> str:
+    """Return a measured number, and what it means where it is none."""
+    return number(value) + (" (the model is broken)" if math.isnan(value) else "")
+
+
 def interval(score: Score) -> str:
-    """Return the interval of a score, e.g. ``0.080 to 0.170``; empty where there is none."""
-    if math.isnan(score.low) or math.isnan(score.high):
+    """Return the interval of a score, e.g. ``0.080 to 0.170``; empty where there is none, or nothing finite in it."""
+    if math.isnan(score.low) or math.isnan(score.high) or not math.isfinite(score.value):
         return ""
     return f"{number(score.low)} to {number(score.high)}"
 
@@ -144,6 +154,8 @@ class Change:
         """Whether the change stands out of the intervals, in words."""
         if self.before is None or self.after is None:
             return "measured once"
+        if not (math.isfinite(self.before.value) and math.isfinite(self.after.value)):
+            return "not a finite number"
         if not (interval(self.before) and interval(self.after)):
             return "no interval: read with care"
         apart = self.before.low > self.after.high or self.before.high < self.after.low
@@ -232,11 +244,14 @@ def sentences(run: RunRecord) -> tuple[str, ...]:
         first, last = change.before, change.after
         if first is None or last is None:
             only = first or last
-            result.append(f"{what} is {number(only.value if only else None)}.")
+            gap = ", and was not measured after" if run.after and last is None else ""
+            result.append(f"{what} {'was' if gap else 'is'} {told(only.value) if only else number(None)}{gap}.")
             continue
         # compare what the reader sees: 0.8501 and 0.8499 both read 0.850
         old, new = number(first.value), number(last.value)
-        if old == new:
+        if not (math.isfinite(first.value) and math.isfinite(last.value)):
+            result.append(f"{what} was {old} and is now {told(last.value)}.")
+        elif old == new:
             result.append(f"{what} stayed at {new}.")
         else:
             verb = "rose" if last.value > first.value else "fell" if last.value < first.value else "went"
