@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from soul.report.record import RunRecord
 from soul.types import Score
@@ -298,12 +299,41 @@ def interval_note(runs: Iterable[RunRecord]) -> str:
     return "; ".join(made)
 
 
+def _measured(runs: Sequence[RunRecord], ways: Mapping[str, Callable[[Score], object]]) -> list[str]:
+    """Return which of the ways some scores of the runs are of, and in how many runs where that is not all."""
+    results = [run.after or run.before for run in runs]
+    counts = {way: sum(any(map(of, scores)) for scores in results) for way, of in ways.items()}
+    return [way + (f" (in {n} of {len(runs)} runs)" if n < len(runs) else "") for way, n in counts.items() if n]
+
+
+def _listed(words: Sequence[str], last: str = "and") -> str:
+    *most, end = words
+    return f"{', '.join(most)}{',' * (len(most) > 1)} {last} {end}" if most else end
+
+
+_TRIED: dict[str, Callable[[Score], object]] = {
+    "asking in other words": lambda score: "reworded" in score.split or score.split.startswith("asked"),
+    "sampling many answers": lambda score: re.search(r"_of_\d+$", score.metric) or score.metric == "leaked",
+    "membership inference": lambda score: score.metric.startswith(("mia_", "privleak")),
+}
+_REFERRED: dict[str, Callable[[Score], object]] = {
+    "forget quality": lambda score: score.metric.startswith("forget_quality"),
+    "privacy leakage": lambda score: score.metric.startswith("privleak"),
+    "the reference attack": lambda score: score.metric.startswith("mia_reference"),
+    "differences over a reference": lambda score: score.metric.endswith("_over_reference"),
+}
+"""What of a report looks for traces, and what of it is measured against another model, by its scores."""
+
+
 def limits(runs: Sequence[RunRecord]) -> tuple[str, ...]:
-    """Return what the report does not prove."""
+    """Return what the report does not prove, by what its scores are of."""
     many = len(runs) > 1
+    tried, referred = _measured(runs, _TRIED), _measured(runs, _REFERRED)
+    untried = ["relearning from a few examples", "quantizing the weights"]
+    untried += [] if any(way.startswith("asking") for way in tried) else ["rewording a question"]
     return (
-        "No attack is part of this report: whether relearning from a few examples, quantizing the weights, "
-        "or rewording a question brings the answers back was not tried here.",
+        (f"Tried here: {_listed(tried)}. No other attack is" if tried else "No attack is")
+        + f" part of this report: whether {_listed(untried, 'or')} brings the answers back was not tried here.",
         "A low answer probability means that the model no longer gives this wording of the answer. "
         "It is not proof that every trace of the data is gone from the weights.",
         (
@@ -312,7 +342,12 @@ def limits(runs: Sequence[RunRecord]) -> tuple[str, ...]:
             if many
             else "This is one run with one seed; its intervals cover the choice of test items, not another seed."
         ),
-        "No model trained from scratch without the data is part of this report. "
-        "Such a model is the reference for what forgetting should look like.",
+        (
+            f"Measured against a reference model: {_listed(referred)}. They are worth what that model is: that it was "
+            "trained without the data was not checked here."
+            if referred
+            else "No model trained from scratch without the data is part of this report. "
+            "Such a model is the reference for what forgetting should look like."
+        ),
         "Only what was measured is judged: other abilities of the model may have changed.",
     )
