@@ -234,6 +234,11 @@ class DualRule(UpdateRule):
         with self.forget.observing(mask_BT), self.retain.observing(mask_BT):
             yield
 
+    def expect(self, steps: int) -> None:
+        """Tell both."""
+        self.forget.expect(steps)
+        self.retain.expect(steps)
+
     def update_curvature(self, estimate: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
         """Tell both; where the gradients of a step stand for curvature, each of its own."""
         self.forget.update_curvature(estimate)

@@ -338,6 +338,14 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         total: Any = self.accelerator.reduce(mine, reduction="sum")
         return dict(zip(values, total.tolist(), strict=True))
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule; a rise of the learning rate has no room in a single step, which would move nothing."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the update rule; no weight decay on biases and norms, embeddings in a group of their own."""
         if self.optimizer is None:
@@ -410,7 +418,10 @@ class _CurvatureCallback(TrainerCallback):
     def __init__(self, trainer: UnlearnTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
+        self.trainer.update_rule.expect(state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
         self.trainer.refresh_curvature(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above

@@ -316,6 +316,26 @@ def test_the_reference_is_rounded_as_training_is(tmp_path, make_trainer, monkeyp
         assert trainer.last_terms["retain"] < 1e-5
 
 
+@pytest.mark.parametrize("rule", [{"name": "adamw", "lr": 1e-3}, {"name": "kfac", "every": 4}])
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_no_gradient_is_left_over(tmp_path, make_trainer, make_model, rule, steps):
+    """A single step is taken at the full rate, and the last one moves whatever rule moves only at times."""
+    trainer = make_trainer(tmp_path, "grad_diff", rule, batch_size=2, max_steps=steps)
+    moved = []
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            moved.append(weight.detach().clone())
+
+    trainer.add_callback(Watch())
+    before = weight.detach().clone()
+    trainer.train()
+    assert len(moved) == steps
+    last = moved[-2] if steps > 1 else before
+    assert not torch.equal(moved[-1], last)
+
+
 def test_projection_needs_something_to_project_off(tmp_path, make_trainer):
     with pytest.raises(ValueError, match="needs a retain term"):
         make_trainer(tmp_path, "ga", ADAMW, combine="projected", batch_size=4, epochs=1).train()

@@ -86,11 +86,11 @@ def test_states_of_older_runs_load(passes: Any, make_model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_a_damping_that_waits_for_a_refresh_waits_after_a_resume_too(name: str) -> None:
-    def step(layer: nn.Module, rule: KroneckerRule, seed: int) -> None:
+    def step(layer: nn.Linear, rule: KroneckerRule, seed: int) -> None:
         layer.weight.grad = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
         rule.step()
 
-    def begin() -> tuple[nn.Module, KroneckerRule]:
+    def begin() -> tuple[nn.Linear, KroneckerRule]:
         layer = nn.Linear(5, 4, bias=False)
         nn.init.ones_(layer.weight)
         model = nn.Sequential(layer)

@@ -23,6 +23,9 @@ class UpdateRule(torch.optim.Optimizer):
         """Whether a curvature pass must go backward: not where a rule watches only what goes into layers."""
         return True
 
+    def expect(self, steps: int) -> None:
+        """Hear before training how many steps there will be, those before a resume included."""
+
     def observing(self, mask_BT: torch.Tensor | None = None) -> contextlib.AbstractContextManager[None]:
         """Return a context in which forward and backward passes are watched by a rule that needs more than gradients.
 

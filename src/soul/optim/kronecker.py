@@ -65,7 +65,8 @@ class KroneckerRule(UpdateRule):
         decay: Decay of the factors a refresh, debiased.
         newton: Largest share of the full Newton step; 0 for no bound.
         others: What to do with parameters without factors.
-        every: Calls of ``step`` from one move to the next; gradients in between go into the average only.
+        every: Calls of ``step`` from one move to the next; gradients in between go into the average only. The last call
+            moves too, where :meth:`expect` told which it is.
         worth: Refreshes that the first one, a warm start, counts as.
         weight_decay: Decoupled weight decay.
 
@@ -95,6 +96,7 @@ class KroneckerRule(UpdateRule):
         if every < 1:
             raise ValueError(f"every must be 1 or more, not {every}")
         self.factors, self.preconditioner = factors, preconditioner
+        self._last_call = 0
         self._damping = self._damping_begun = preconditioner.damping  # wanted from the next refresh on
         self._worth = worth
         self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
@@ -112,6 +114,10 @@ class KroneckerRule(UpdateRule):
         """
         super().add_param_group(param_group)
         check_last_group(self, "differentiable", "capturable")
+
+    def expect(self, steps: int) -> None:
+        """Move at the last step too, so that no gradient is left in the average alone."""
+        self._last_call = steps
 
     @property
     def needs_backward(self) -> bool:
@@ -165,7 +171,7 @@ class KroneckerRule(UpdateRule):
         for group in self.param_groups:
             group["calls"] += 1
         first = self.param_groups[0]
-        if first["calls"] % first["every"]:
+        if first["calls"] % first["every"] and first["calls"] != self._last_call:
             self._only_average()
             return loss
         moves = [*self._layer_moves(), *self._other_moves()]
@@ -269,7 +275,7 @@ class KroneckerRule(UpdateRule):
         self._damping = min(max(self._damping * factor, begun / _DAMPING_RANGE), begun * _DAMPING_RANGE)
 
     def metrics(self) -> dict[str, float]:
-        """Return the length of the last step in the metric, its share of the Newton step, and the damping of its inverses."""
+        """Return the length of the last step in the metric, its share of the Newton step, and the damping in use."""
         last = getattr(self, "_last", None)
         return {k: float(v) for k, v in last.items()} | {"damping": self.preconditioner.damping} if last else {}
 
