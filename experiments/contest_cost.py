@@ -73,7 +73,7 @@ def table(lines: list[Line], rival: str) -> list[str]:
         ratios = [s["train"] / took[rival, "cold", r]["train"] for r, s in mine.items()]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         seconds = [statistics.median(s[part] for s in mine.values()) for part in ("train", "curvature")]
-        curved = any(s["curvature"] for s in mine.values())
+        curved = any(name == side and state == "warm" for name, state, _ in took)
         cells = [side, cache if curved else "none", str(len(mine)), *(f"{s:.1f}" for s in seconds), spread]
         rows.append("| " + " | ".join(cells) + " |")
     return rows

@@ -266,7 +266,7 @@ def test_what_curvature_costs_is_measured_in_turns(done, matrix_file, tmp_path):
     assert rows[2][5] == "1.00 (1.00 to 1.00)"
     lines = [json.loads(line) for line in (tmp_path / "cost.jsonl").read_text().splitlines()]
     (cold, warm) = (x["seconds"]["curvature"] for x in lines if x["side"] == "kfac")
-    assert cold > warm > 0
+    assert cold > warm >= 0  # rounded to hundredths
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == printed  # nothing was left to do
 
 
