@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from soul.curvature.inverses import EigenInverse
+from soul.curvature.inverses import EigenInverse, KroneckerInverse
+from soul.curvature.kronecker import KroneckerFactors
 from soul.curvature.passes import CurvaturePasses
+from soul.curvature.products import GaussNewton, micro_batches
 from soul.curvature.spec import CurvatureSpec
+from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate
+from soul.forward import forward_answers
+from soul.models import AdapterSpec, add_adapter
 from soul.optim.ekfac import EKFACSpec
 from soul.optim.kronecker import KroneckerRule
 from soul.registry import OPTIMIZERS
@@ -26,10 +31,10 @@ def passes(tokenizer: Any, retain_set: Any) -> Callable[..., CurvaturePasses]:
     return lambda spec: CurvaturePasses(spec, rows)
 
 
-@pytest.mark.parametrize(("batch", "micro_batches"), [(10, 1), (5, 2), (2, 5)])
-def test_moments_are_those_of_a_whole_refresh(passes: Any, make_model: Any, batch: int, micro_batches: int) -> None:
+@pytest.mark.parametrize(("batch", "count"), [(10, 1), (5, 2), (2, 5)])
+def test_moments_are_those_of_a_whole_refresh(passes: Any, make_model: Any, batch: int, count: int) -> None:
     """A rotation keeps the sum of squares, so the moments of a layer sum to the diagonal estimate of its weight."""
-    spec = CurvatureSpec(batch=batch, micro_batches=micro_batches, interval=1, cache=False)
+    spec = CurvatureSpec(batch=batch, micro_batches=count, interval=1, cache=False)
     model = make_model()
     rule = EKFACSpec(curvature=spec, decay=0.0).build(model.parameters(), model)
     source = passes(spec)
@@ -119,3 +124,89 @@ def test_a_damping_that_waits_for_a_refresh_waits_after_a_resume_too(name: str) 
             (layer if either is rule else other)(torch.ones(2, 5)).square().sum().backward()
         either.update_curvature()
         assert either.preconditioner.damping == pytest.approx(0.15)
+
+
+@pytest.fixture
+def adapter(make_model: Any) -> Callable[[], Any]:
+    return lambda: add_adapter(make_model(), AdapterSpec(r=3))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def halves_of(rule: KroneckerRule) -> list[tuple[str, str]]:
+    halves = sorted(rule.factors.through.items())
+    assert len(halves) == 2 * 7
+    assert all(".lora_A." in first and ".lora_B." in second for first, second in halves)
+    return halves
+
+
+def test_curvature_of_an_adapter_s_first_half_follows_the_second(passes: Any, adapter: Any) -> None:
+    torch.manual_seed(0)
+    spec = CurvatureSpec(batch=10, interval=0, cache=False)
+    model = adapter()
+    rule = OPTIMIZERS.get("kfac")(curvature=spec, damping=0.3).build(trainable(model), model)
+    passes(spec).refresh(model, rule, 0)
+    gradient = torch.randn(3, 5)
+    for first, second in halves_of(rule):
+        assert not rule.factors.outputs(first).any()  # B is 0
+        layer = rule.factors.layers[second]
+        nn.init.normal_(layer.weight, std=0.1)
+        g, b = rule.factors.outputs(second), layer.weight.detach()
+        torch.testing.assert_close(rule.factors.outputs(first), b.T @ g @ b)
+        damped = b.T @ g @ b
+        damped += 0.3 * (damped.trace() / 3 + 1.3 * g.trace() / len(g)) * torch.eye(3)
+        torch.testing.assert_close(rule.preconditioner._left_of(first) @ gradient, torch.linalg.solve(damped, gradient))  # type: ignore[union-attr]
+    # and is what a pass that watches the first half would find
+    watching = KroneckerFactors(model)
+    watching.through = {}
+    own = KroneckerRule(trainable(model), watching, KroneckerInverse(watching, 0.1))
+    rule = OPTIMIZERS.get("kfac")(curvature=spec).build(trainable(model), model)
+    for each in (own, rule):
+        passes(spec).refresh(model, each, 0)
+    for first, _ in halves_of(rule):
+        torch.testing.assert_close(rule.factors.outputs(first), watching.outputs(first), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+@pytest.mark.parametrize("length", [0.02, 0.3])
+def test_both_halves_of_an_adapter_are_moved_in_one_unit(passes: Any, adapter: Any, name: str, length: float) -> None:
+    """What a move costs is what it is predicted to, as nearly in one half as in the other, or less while B is short."""
+    torch.manual_seed(0)
+    spec = CurvatureSpec(batch=10, warm_start=4, interval=1, cache=False)
+    model = adapter()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.1)  # so that curvature is small, and no unit is right by chance
+    rule = OPTIMIZERS.get(name)(curvature=spec).build(trainable(model), model)
+    source = passes(spec)
+    source.refresh(model, rule, 0)
+    for _, second in halves_of(rule):
+        weight = rule.factors.layers[second].weight
+        nn.init.normal_(weight, std=length / len(weight) ** 0.5)
+    exact = GaussNewton(model, micro_batches(source.rows, 0))
+    forward_answers(model, collate_rows(source.rows)).token_logps().mean().backward()
+    found = {}
+    for half in ("lora_A", "lora_B"):
+        gradients = {n: layer.weight.grad for n, layer in rule.factors.layers.items() if half in n}
+        moves = {n: rule.preconditioner(n, g) for n, g in gradients.items()}  # type: ignore[arg-type]
+        predicted = sum(float((moves[n] * g).sum()) for n, g in gradients.items())  # type: ignore[operator]
+        found[half] = exact.quadratic({f"{n}.weight": move for n, move in moves.items()}) / predicted
+    assert 0.3 < found["lora_B"] < 10
+    assert (0.2 * found["lora_B"] if length > 0.1 else 0) < found["lora_A"] < 3 * found["lora_B"]
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_states_that_hold_curvature_of_first_halves_load(passes: Any, adapter: Any, name: str) -> None:
+    spec = CurvatureSpec(batch=10, interval=1, cache=False)
+    model = adapter()
+    rule, again = (OPTIMIZERS.get(name)(curvature=spec).build(trainable(model), model) for _ in range(2))
+    passes(spec).refresh(model, rule, 0)
+    state = rule.curvature_state()
+    assert not any(f"factor.{first}.outputs" in state for first, _ in halves_of(rule))
+    again.load_curvature_state(state | {f"factor.{first}.outputs": torch.zeros(3, 3) for first in rule.factors.through})
+    assert again.curvature_state().keys() == state.keys()
+    for first, second in halves_of(rule):
+        nn.init.ones_(rule.factors.layers[second].weight)
+        gradient = torch.randn_like(rule.factors.layers[first].weight)
+        assert torch.equal(again.preconditioner(first, gradient), rule.preconditioner(first, gradient))

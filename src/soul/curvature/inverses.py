@@ -38,6 +38,15 @@ def inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.cholesky_inverse(root).to(matrix.dtype)
 
 
+def floor_of(factors: KroneckerFactors, name: str) -> torch.Tensor:
+    """Return the mean eigenvalue of ``G_B``, which damping counts beside that of ``G_A`` in the first half of a LoRA.
+
+    ``G_A = B^T G_B B`` is next to nothing while ``B`` is, and a step in that metric alone moves ``A`` by many times its
+    length. So damping is never less than if the columns of ``B`` were of about length 1.
+    """
+    return factors.outputs(factors.through[name]).diagonal().mean()
+
+
 class KroneckerInverse:
     """``D -> (G + damping)^-1 D (A + damping)^-1``, with both inverses kept until the factors change.
 
@@ -91,6 +100,10 @@ class KroneckerInverse:
 
     def _left_of(self, name: str) -> torch.Tensor:
         self._forget_stale()
+        if name in self.factors.through:  # which moves with B
+            g = self.factors.outputs(name)
+            g.diagonal().add_(self.damping * floor_of(self.factors, name))
+            return inverse(g, self.damping)
         if name not in self._left:
             self._left[name] = self._inverse(self.factors.outputs(name))
         return self._left[name]
@@ -114,7 +127,8 @@ class KroneckerInverse:
         """Return all inverses by name, found now where they were not: ``<layer>.left`` and ``<layer>.right``."""
         names = list(self.factors.layers)
         right = {f"{n}.right": self._right_of(n) for n in names if self.factors.input_of(n) == n}
-        return right | ({f"{n}.left": self._left_of(n) for n in names} if self.outputs else {})
+        left = [n for n in names if n not in self.factors.through] if self.outputs else []
+        return right | {f"{n}.left": self._left_of(n) for n in left}
 
     def load_derived(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over another's :meth:`derived` from the same factors."""
@@ -130,7 +144,8 @@ class EigenInverse:
 
     With ``A = Q_A diag(.) Q_A^T`` and ``G`` likewise, ``D -> Q_G [(Q_G^T D Q_A) / (L + damping mean(L))] Q_A^T``, where
     ``L[o, i] = E[(Q_G^T g a^T Q_A)[o, i]^2]`` is estimated by :meth:`add` and :meth:`absorb`. ``L`` begins as
-    K-FAC's own, the outer product of the eigenvalues.
+    K-FAC's own, the outer product of the eigenvalues. First halves of LoRA keep it: their ``G_A`` and its eigenvectors
+    are those of ``B`` as it is, and :attr:`moments` holds their inputs' eigenvalues alone.
 
     Args:
         factors: The factors; both sides.
@@ -163,7 +178,8 @@ class EigenInverse:
             name, _, part = key.rpartition(".")
             found.setdefault(part, {})[name] = value.to(self.factors.layers[name].weight.device, copy=True)
         sides = found.get("g_basis", {}), found.get("a_basis", {})
-        self._bases = {name: (sides[0][name], sides[1][name]) for name in sides[0]}
+        first = found.get("kfac", {}).keys() & self.factors.through.keys()  # older states' are of a B that was 0
+        self._bases = {name: (sides[0][name], sides[1][name]) for name in sides[0] if name not in first}
         self.moments = found.get("kfac", {}) | found.get("moments", {})  # older states keep K-FAC's own beside them
 
     @torch.no_grad()
@@ -172,7 +188,7 @@ class EigenInverse:
         if name not in self._bases:
             a, g = self.factors.inputs(name), self.factors.outputs(name)
             a_values, a_vectors = torch.linalg.eigh(a)
-            g_values, g_vectors = torch.linalg.eigh(g)
+            g_values, g_vectors = torch.linalg.eigh(torch.eye(len(g)).to(g) if name in self.factors.through else g)
             self._bases[name] = (g_vectors, a_vectors)
             self.moments[name] = torch.outer(g_values.clamp(min=0), a_values.clamp(min=0))
         return self._bases[name]
@@ -184,7 +200,7 @@ class EigenInverse:
 
     @torch.no_grad()
     def add(self, name: str, gradient_OI: torch.Tensor) -> None:
-        """Add a micro-batch's square along the eigenvectors to the estimate of ``L`` that is being made.
+        """Add a micro-batch's square along the eigenvectors to the estimate of ``L``, where there is one.
 
         Args:
             name: The layer.
@@ -192,6 +208,8 @@ class EigenInverse:
                 cotangents' weights sum to 1 over the micro-batches of all processes, so that squares add up to an
                 unbiased estimate (:mod:`soul.curvature.estimators`).
         """
+        if name in self.factors.through:
+            return
         squared = self.rotate(name, gradient_OI).square_()
         self._squares[name] = self._squares[name].add_(squared) if name in self._squares else squared
 
@@ -208,9 +226,13 @@ class EigenInverse:
     def __call__(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:
         """Return the preconditioned matrix of a layer, in its dtype."""
         q_g, q_a = self.basis(name)
-        rotated = self.rotate(name, matrix_OI)
-        moments = self.moments[name]
-        mean = float(moments.mean())
+        moments, least = self.moments[name], 0.0
+        if name in self.factors.through:
+            least = float(floor_of(self.factors, name) * moments.mean())
+            values, q_g = torch.linalg.eigh(self.factors.outputs(name))
+            moments = values.clamp(min=0)[:, None] * moments
+        rotated = q_g.T @ matrix_OI.to(q_a.dtype) @ q_a
+        mean = float(moments.mean()) + least
         if mean > 0:
             rotated = rotated / (moments + self.damping * mean)
         return (q_g @ rotated @ q_a.T).to(matrix_OI.dtype)

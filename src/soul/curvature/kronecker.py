@@ -12,6 +12,9 @@ Gauss-Newton block of ``vec W`` is ``sum_t E[(g_t a_t^T)(g_t a_t^T)^T]`` plus te
 ``g`` is the gradient of a random cotangent with ``E[r r^T] = sum_i w_i (diag p - p p^T)``
 (:mod:`soul.curvature.estimators`), so ``G`` needs no labels and is in nats: ``1/2 tr(D^T G D A)`` is the KL a change
 ``D`` of the weights is predicted to cost. A bias is one more input that is always 1.
+
+The first half of a LoRA adapter, ``y = B (A x)``, has ``g_A = B^T g_B`` and so ``G_A = B^T G_B B``. It is 0 before the
+first step, where ``B`` is, and grows with the square of ``B``: it is made of ``G_B`` and ``B`` as it is when asked for.
 """
 
 from __future__ import annotations
@@ -57,6 +60,18 @@ def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, Layer]:
         and users[id(module.weight)] == 1
         and max(module.weight.shape) <= largest
     }
+
+
+def seen_through(layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Return, by the first half of each LoRA adapter, the second, which takes its outputs as they are.
+
+    Example:
+        >>> halves = {f"q.lora_{half}.default": nn.Linear(2, 2, bias=False) for half in "AB"}
+        >>> seen_through(halves)
+        {'q.lora_A.default': 'q.lora_B.default'}
+    """
+    second = {name: name.replace(".lora_A.", ".lora_B.") for name in layers if ".lora_A." in name}
+    return {name: other for name, other in second.items() if other in layers}
 
 
 def pack(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -132,6 +147,8 @@ class KroneckerFactors:
                 "its head, so Kronecker-factored curvature has nothing to work on; use sophia"
             )
         self.watches_outputs = outputs
+        self.through = seen_through(self.layers)
+        """First halves of LoRA adapters, with the second halves that their ``G`` is made of."""
         self.version = 0
         """Counts :meth:`absorb`, so that what is derived from the factors knows when it is stale."""
         self._a: dict[str, torch.Tensor] = {}
@@ -146,8 +163,12 @@ class KroneckerFactors:
         return self._a[self.input_of(name)]
 
     def outputs(self, name: str) -> torch.Tensor:
-        """Return ``G`` of a layer, ``[O, O]``, in fp32 at least."""
-        return self._g[name]
+        """Return ``G`` of a layer, ``[O, O]``, in fp32 at least; of an adapter's first half, for ``B`` as it is now."""
+        if name not in self.through:
+            return self._g[name]
+        g = self._g[self.through[name]]
+        b = self.layers[self.through[name]].weight.detach().to(g.dtype)
+        return b.T @ g @ b
 
     def input_of(self, name: str) -> str:
         """Return the layer that keeps ``A`` for this one: itself, or the first of those with the same input."""
@@ -164,7 +185,7 @@ class KroneckerFactors:
         """
         shapes = {name: pack(layer, layer.weight, layer.bias).shape for name, layer in self.layers.items()}
         inputs = {(name.rpartition(".")[0], shape[1]) for name, shape in shapes.items()}
-        outputs = [shape[0] for shape in shapes.values()] if self.watches_outputs else []
+        outputs = [s[0] for n, s in shapes.items() if n not in self.through] if self.watches_outputs else []
         return 4 * (sum(width**2 for _, width in inputs) + sum(width**2 for width in outputs))
 
     @contextlib.contextmanager
@@ -192,7 +213,7 @@ class KroneckerFactors:
             elif not again:
                 self._a_sums.setdefault(name, _Sum()).add(self._input_rows(layer, x, mask))
                 self._last = (name, x)
-            if self.watches_outputs and output.requires_grad:
+            if self.watches_outputs and output.requires_grad and name not in self.through:
                 output.register_hook(lambda grad: self._g_sums.setdefault(name, _Sum()).add(_real(_rows(grad), mask)))
 
         return hook
@@ -265,7 +286,7 @@ class KroneckerFactors:
                 raise ValueError(f"these factors are of another model: it has a layer {name!r}, and this one does not")
             if side == "shares":
                 self._same_input[name] = names[int(value)]
-            else:
+            elif side == "inputs" or name not in self.through:  # older states hold G of first halves
                 kept = self._a if side == "inputs" else self._g
                 kept[name] = value.to(self.layers[name].weight.device, copy=copy)
         self.version += 1

@@ -48,7 +48,7 @@ def kronecker_cost(
     layers = {name: pack(layer, layer.weight, layer.bias).shape for name, layer in factors.layers.items()}
     shapes = [(o, i) for o, i in layers.values()]
     inputs = [layers[name][1] for name in _with_inputs_of_their_own(model, factors)]
-    outputs = [o for o, _ in shapes] if factors.watches_outputs else []
+    outputs = [o for n, (o, _) in layers.items() if n not in factors.through] if factors.watches_outputs else []
     weights = sum(o * i for o, i in shapes)
     rest = sum(p.numel() for p in params) - weights
     rounded = bool(rounds_on) and multiplies_bf16(rounds_on) and damping >= ROUNDED
@@ -58,7 +58,9 @@ def kronecker_cost(
         "both": sum(width**2 * (2 if rounded and width >= WIDE else 4) for width in inputs + outputs),
         "eigen": 4 * sum(i * i + o * o + o * i for o, i in shapes),
     }[kind]
-    one_side, both_sides = sum(2 * o * i * i for o, i in shapes), sum(2 * o * i * (o + i) for o, i in shapes)
+    seen_through = [layers[n] for n in factors.through.values()]  # B^T G B, at every step
+    one_side = sum(2 * o * i * i for o, i in shapes)
+    both_sides = sum(2 * o * i * (o + i) for o, i in shapes + seen_through)
     return RuleCost(
         state=4 * weights + (8 * rest if diagonal else 0),
         whole=4 * squares + derived,

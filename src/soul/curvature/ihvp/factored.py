@@ -71,14 +71,15 @@ class KFac(_Factored):
     """``(A (x) G + lambda_b)^-1 v`` for each layer, damped exactly in the eigenbases (arXiv 1503.05671)."""
 
     def build(self) -> Layerwise:
-        """Find the eigenbases, after which the factors are no longer needed."""
+        """Find the eigenbases, after which of the factors only what LoRA's first halves look through is needed."""
         return self._eigen()
 
     def _eigen(self) -> EigenInverse:
         solve = EigenInverse(self.factors, self.spec.damping)
         for name in self.factors.layers:
             solve.basis(name)
-        self.factors.load_state({})
+        needed = {f"{name}.outputs" for name in self.factors.through.values()}
+        self.factors.load_state({k: v for k, v in self.factors.state().items() if k in needed}, copy=False)
         return solve
 
 
