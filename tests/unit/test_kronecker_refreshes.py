@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from soul.curvature.ihvp import INVERSES, InverseSpec
 from soul.curvature.inverses import EigenInverse, KroneckerInverse
 from soul.curvature.kronecker import KroneckerFactors
 from soul.curvature.passes import CurvaturePasses
@@ -167,6 +168,25 @@ def test_curvature_of_an_adapter_s_first_half_follows_the_second(passes: Any, ad
         passes(spec).refresh(model, each, 0)
     for first, _ in halves_of(rule):
         torch.testing.assert_close(rule.factors.outputs(first), watching.outputs(first), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_inverses_of_an_adapter_s_first_half_are_those_of_kfac(passes: Any, adapter: Any, name: str) -> None:
+    torch.manual_seed(0)
+    model = adapter()
+    rows = passes(CurvatureSpec()).rows
+    for module, p in model.named_parameters():
+        if "lora_B" in module:
+            nn.init.normal_(p, std=0.1)
+    solve: Any = INVERSES[name](model, micro_batches(rows, 0), InverseSpec(damping=0.3))
+    assert solve.factors.through
+    for first, second in solve.factors.through.items():
+        d = torch.randn_like(solve.factors.layers[first].weight, dtype=torch.float64)
+        (_, q_a), values = solve.solve._bases[first], solve.solve.moments[first][0]
+        a, g = (q_a * values @ q_a.T).double(), solve.factors.outputs(first).double()
+        damping = 0.3 * (g.diagonal().mean() + solve.factors.outputs(second).diagonal().mean()) * values.mean()
+        expected = torch.linalg.solve(torch.kron(g, a) + damping * torch.eye(d.numel()), d.flatten()).view_as(d)
+        torch.testing.assert_close(solve.solve(first, d), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
