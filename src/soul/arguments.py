@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from soul import visible
 from soul.strict import broken_text
@@ -20,10 +20,11 @@ UNLEARN = """examples:
   soul unlearn --model M --forget forget.jsonl stop.kl_budget=0.02
   soul unlearn recipe.yaml optimizer.lr=1e-5
 
-A line of forget.jsonl is {"question": "...", "answer": "..."}, or prompt and response, prompt and completion, messages,
-or text; CSV, Parquet and JSON work too. Without --retain, samples of the model itself and everyday requests hold it in
-place: give examples of your own to keep what matters to you. Without a recipe the run ends when it has forgotten, or
-when behaviour elsewhere has moved by stop.kl_budget, and says which. The same command continues an interrupted run."""
+A line of forget.jsonl is {"question": "...", "answer": "..."}, or prompt and response, or messages, whose last answer
+is forgotten; prompt and completion, and text, are plain text without the chat template. CSV, Parquet and JSON work too.
+Without --retain, samples of the model itself and everyday requests hold it in place: give examples of your own to keep
+what matters to you. Without a recipe the run ends when it has forgotten, or when behaviour elsewhere has moved by
+stop.kl_budget, and says which. The same command continues an interrupted run."""
 FINETUNE = """examples:
   soul finetune --model M --retain facts.jsonl --out runs/taught
   soul finetune --model M --retain facts.jsonl optimizer.lr=2e-4 training.epochs=8"""
@@ -68,8 +69,33 @@ named under which it does."""
 PHASES = ("reference", "pilot", "tune", "report", "attack")
 
 
+class _Once(argparse.Action):
+    """An option that counts once: of two, argparse would take the last and say nothing."""
+
+    given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the value."""
+        if option_string and self.given:
+            several = f"; for several files write data.{self.dest}=[a.jsonl,b.jsonl]" if self.dest == "retain" else ""
+            parser.error(f"{option_string} was given twice: give it once{several}")
+        self.given = bool(option_string)
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, whose message quotes what was given and must not steer the terminal by it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and leave with exit code 2."""

@@ -143,7 +143,12 @@ def _load(path: str, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, Pre
         from peft import PeftModel
 
         adapted: Any = PeftModel.from_pretrained(model, path)
-        model = merge_dense(adapted) if is_quantized(model) else adapted.merge_and_unload()
+        if is_quantized(model):
+            model = merge_dense(adapted)
+        else:
+            model = adapted.merge_and_unload()
+            for p in model.parameters():  # which peft froze for the adapter's sake
+                p.requires_grad_(p.is_floating_point())
     return model, tokenizer
 
 

@@ -33,7 +33,7 @@ from soul.rundir import check_folder, claim_folder, environment_warnings, score_
 from soul.stored import check_format, read_lines, write_json
 from soul.strict import json_objects, json_value, read_text
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
-from soul.truncation import truncation_warnings
+from soul.truncation import training_cuts, truncation_warnings
 from soul.types import Example
 
 Progress = Callable[[str, int, int], None]
@@ -171,7 +171,9 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     found = request
     request = processes.from_main(lambda: anchor(found, recipe, model, tokenizer, out, tick))
     done = processes.from_main((out / "model").is_dir)
-    dataset = None if done else tokenise(tokenizer, recipe, request)
+    tokenised = tokenise(tokenizer, recipe, request)
+    lost = training_cuts({name: [row.lost for row in rows] for name, rows in tokenised.encoded.items()})
+    dataset = None if done else tokenised
     processes.from_main(lambda: claim(out, recipe, request))  # what can be wrong with recipe and data has been found
     evaluate_seconds = 0.0
     rows: dict[str, Rows] = {}
@@ -207,7 +209,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
         if benchmark:
             scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
             write_json(out / "scores.json", {"format": 1, **scores})
-        cut = [f"{when}, {line}" for when, found in rows.items() for line in truncation_warnings(found)]
+        cut = lost + [f"{when}, {line}" for when, found in rows.items() for line in truncation_warnings(found)]
         write_record(out, recipe, request, evaluate_seconds, benchmark, cut)
 
     processes.from_main(keep_record)
@@ -326,6 +328,10 @@ def precision_warnings(recipe: Recipe) -> list[str]:
 def warnings_of(recipe: Recipe, request: Request, benchmark: Benchmark | None) -> list[str]:
     """Say what a reader of the record should know."""
     found = [request.overlaps.summary(), request.stand_in.summary() if request.stand_in else ""]
+    earlier = sum(any(role == "assistant" for role, _ in e.history) for e in request.forget)
+    if earlier:
+        count = f"{earlier} of {len(request.forget)} items to forget have"
+        found.append(f"{count} earlier assistant turns, which are context and not forgotten: give a row for each turn")
     found += [f"not measured: {part} ({reason})" for part, reason in (benchmark.missing() if benchmark else {}).items()]
     return [*precision_warnings(recipe), *filter(None, found), *(recipe.method.warnings() if recipe.method else [])]
 

@@ -37,3 +37,18 @@ def truncation_warnings(rows: Mapping[str, Sequence[Row]]) -> list[str]:
             if count:
                 found.append(f"{split}: {count} of {len(items)} items {said}")
     return found
+
+
+def training_cuts(lost: Mapping[str, Sequence[int]]) -> list[str]:
+    """Say of which sets how many rows ``training.max_length`` cut, given the tokens that each row lost.
+
+    Example:
+        >>> training_cuts({"forget": [0, 7], "retain": [0]})
+        ['forget: 1 of 2 items are longer than training.max_length: the rest of each was not trained on']
+    """
+    found = []
+    for name, rows in lost.items():
+        if count := sum(tokens > 0 for tokens in rows):
+            what = "items are longer than training.max_length: the rest of each was not trained on"
+            found.append(f"{name}: {count} of {len(rows)} {what}")
+    return found

@@ -69,6 +69,38 @@ def test_two_files_are_enough(place, capsys):
     assert {line.split(":")[0] for line in cut} >= {"before, forget", "after, forget"}
 
 
+def test_what_of_the_data_is_not_trained_on_is_said(place):
+    turns = [
+        ("user", "Who?"),
+        ("assistant", "Ada."),
+        ("user", "Where?"),
+        ("assistant", "in the house by the river. " * 20),
+    ]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (place / "chat.jsonl").write_text(json.dumps(chat))
+    longest = "training.max_length=64"
+    command = UNLEARN.replace("forget.jsonl", "chat.jsonl").replace("retain.jsonl", "forget.jsonl")
+    run(f"{command} --out runs/cut {longest} --no-evaluate")
+    warnings = json.loads((place / "runs/cut/record.json").read_text())["warnings"]
+    assert any("1 of 1 items to forget have earlier assistant turns" in line for line in warnings)
+    assert any(line.startswith("forget: 1 of 1 items are longer than training.max_length") for line in warnings)
+
+
+@pytest.mark.parametrize("option", ["forget", "retain", "out"])
+def test_an_option_given_twice_is_refused(place, capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        main([*UNLEARN.split(), "--out", "runs/twice", f"--{option}", "retain.jsonl"])
+    assert ended.value.code == 2
+    assert f"--{option} was given twice" in capsys.readouterr().err
+    assert not (place / "runs").exists()
+
+
+def test_a_model_that_is_a_base_with_an_adapter_can_be_trained(place):
+    run(f"{UNLEARN} --out runs/kept adapter.r=2 adapter.merge=false --no-evaluate")
+    run(f"{UNLEARN.replace('--model model', '--model runs/kept')} --out runs/again --no-evaluate")
+    assert (place / "runs/again/model").is_dir()
+
+
 def test_a_request_without_a_recipe_says_why_it_ended(place, capsys):
     """In the terminal, in the record and in the report; and that a model never knew the answers is said, too."""
     run(UNLEARN + "--no-evaluate --out a")
