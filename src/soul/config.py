@@ -68,7 +68,12 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 
 
 def _scalar(text: str, where: str) -> Any:
-    """Return what a person means by the text of a setting; what is no YAML is the text itself."""
+    """Return what a person means by the text of a setting; what is no YAML is the text itself.
+
+    So is what YAML would read as a comment, or as an octal number: nobody writes these on a command line.
+    """
+    if _LITERAL.match(text):
+        return text
     try:
         value = yaml_tree(text, where)
     except ValueError as error:
@@ -78,6 +83,7 @@ def _scalar(text: str, where: str) -> Any:
     return float(value) if isinstance(value, str) and _NUMERIC.fullmatch(value) else value
 
 
+_LITERAL = re.compile(r"#|[^'\"\[{].*\s#|[-+]?0\d+$")
 _NUMERIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 """Numbers that YAML 1.1 reads as text, such as 1e-4; a person means a number."""
 

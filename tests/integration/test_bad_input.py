@@ -89,7 +89,8 @@ CASES = [
     (NEW + "{d}/fake.parquet", ["fake.parquet", "not a readable parquet file"]),
     (NEW + "{d}/folder", ["several files would do", "one.jsonl"]),
     (NEW + "{d}/nodata", ["nodata", "no data file"]),
-    (NEW + "{d}/overlap.jsonl --retain {d}/forget.jsonl", ["also in the retain set", "Who is Bo?"]),
+    (NEW + "{d}/overlap.jsonl data.retain={d}/forget.jsonl", ["also in the retain set", "Who is Bo?"]),
+    (NEW + "{d}/forget.jsonl --retain {d}/more.jsonl", ["--retain was given twice", "data.retain=["]),
     (NEW + "people:n=many", ["cannot read 'n=many'"]),
     (NEW + "general:knowledge", ["unknown source", "general:facts"]),
     # what is wrong with the recipe

@@ -162,6 +162,23 @@ def test_settings_may_stand_anywhere(place):
     assert not (place / "a/rows").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Be kind # always", "Be kind # always"),
+        ("#1", "#1"),
+        ("010", "010"),
+        ("0", 0),
+        ("a#b", "a#b"),
+        ("[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("'quoted # text'", "quoted # text"),
+        ("0.5", 0.5),
+    ],
+)
+def test_a_command_line_has_no_comments_and_no_octal_numbers(text, value):
+    assert config.override({}, [f"model.system={text}"]) == {"model": {"system": value}}
+
+
 def test_options_go_before_the_recipe_file_and_its_settings_stay(place):
     (place / "r.yaml").write_text("model: nowhere\nobjective: simnpo\ntraining: {max_steps: 1}\n")
     run("unlearn --model model r.yaml --forget forget.jsonl --retain retain.jsonl --no-evaluate")
