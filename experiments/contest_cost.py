@@ -90,6 +90,10 @@ def main() -> None:
     quiet()
     record = args.folder / "cost.jsonl"
     lines: list[Line] = list(read_lines(record)) if record.is_file() else []
+    if lines and {x["side"] for x in lines} != set(args.sides):
+        parser.error(
+            f"{record} is of other --sides ({'; '.join(sorted({x['side'] for x in lines}))}): name these, or move it"
+        )
     matrix = read_matrix(args.matrix)
     contest = Contest(matrix, args.folder)
     sides = jobs(contest, matrix, args.sides)
