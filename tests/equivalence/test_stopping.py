@@ -273,17 +273,22 @@ class KillAt(TrainerCallback):
             raise KilledError
 
 
-@pytest.mark.parametrize("budget", [100.0, 0.3], ids=["forgotten", "budget"])
+@pytest.mark.parametrize("ends", ["forgotten", "budget"])
 @pytest.mark.parametrize(("name", "lr", "lora"), [("kfac", 0.05, False), ("kfac", 0.2, True), ("adamw", 8e-4, False)])
-def test_an_interrupted_run_ends_the_same(tmp_path, make_trainer, name, lr, lora, budget):
+def test_an_interrupted_run_ends_the_same(tmp_path, make_trainer, name, lr, lora, ends):
     """It is killed after a checkpoint that falls between two looks, and goes on from there."""
     how = {"optimizer": {"name": name, "lr": lr}, "lora": lora, "save_steps": 3, "max_steps": 24}
-    stop = {"kl_budget": budget, "every": 2}
+    stop = {"kl_budget": 100.0, "every": 2}
+    if ends == "budget":  # one that is spent at the sixth step; which KL is there, another machine rounds its own way
+        free, records = make_trainer(stop, folder="free", **how)
+        free.train()
+        kl = {r["step"]: max(r["kl_retained"], r["kl_general"]) for r in looks(records.records)}
+        stop["kl_budget"] = (max(kl[2], kl[4]) + kl[6]) / 2
     whole, log = make_trainer(stop, folder="whole", **how)
     whole.train()
     end = whole.stopping.stopped
     assert end.step > 4
-    assert end.why == ("forgotten" if budget > 1 else "budget")
+    assert end.why == ends
     assert not (tmp_path / f"whole/checkpoint-{end.step}").exists()
     cut, _ = make_trainer(stop, folder="cut", callbacks=[KillAt(4)], **how)
     with pytest.raises(KilledError):

@@ -306,6 +306,20 @@ def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
         (out / "matrix.yaml").write_text(text)
 
 
+def test_an_objective_that_is_not_tuned_yet_holds_up_no_other(done, matrix_file, tmp_path):
+    contest = Contest(read_matrix(matrix_file), tmp_path)
+    for line in Book(done[0]).lines():
+        contest.book.append(line)
+    tree = yaml.safe_load(matrix_file.read_text())
+    wider = Contest(matrix_from_tree({**tree, "objectives": ["npo", "grad_diff"]}), tmp_path)
+    assert {job.key for job in wider.jobs()} > {line["key"] for line in contest.book.lines()}
+    assert {(j.kind, j.cell.objective) for j in wider.jobs() if j.cell} == {
+        *(("pilot", objective) for objective in ("npo", "grad_diff")),
+        *((kind, "npo") for kind in ("tune", "report", "attack")),
+        ("tune", "grad_diff"),  # of the method, which has no pilot
+    }
+
+
 def test_a_claim_ends_with_its_process(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from soul.contest.book import Book\n"

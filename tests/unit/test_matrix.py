@@ -49,6 +49,14 @@ def test_cells_checkpoints_and_sources():
     assert matrix.tasks["t"].source("curvature", "a") == ""
 
 
+def test_an_entry_may_take_part_under_some_objectives_only():
+    entries = [*TREE["optimizers"], {"name": "lion", "objectives": ["npo"]}]
+    matrix = matrix_from_tree({**TREE, "objectives": ["npo", "grad_diff"], "optimizers": entries})
+    assert len(matrix.cells) == len(matrix_from_tree(TREE).cells) + 1
+    assert {c.objective for c in matrix.cells if c.optimizer == "lion"} == {"npo"}
+    assert matrix_from_tree(yaml.safe_load(config.dump(matrix.tree()))) == matrix
+
+
 def test_all_cells_share_their_points_and_more_points_leave_them():
     few, many = matrix_from_tree(TREE), matrix_from_tree({**TREE, "budget": {"points": 20}})
     assert np.array_equal(few.points(), many.points()[:5])
@@ -89,6 +97,7 @@ def test_a_knob_may_be_part_of_a_setting():
             "low must be below",
         ),
         (("optimizers",), "signum", "must be a list"),
+        (("optimizers",), [{"name": "signum", "objectives": ["dpo"]}], "names 'dpo', which the matrix has not"),
         (("optimizers",), [{"method": {"name": "influence"}}], "needs a knob"),
         (("optimizers",), [{"name": "signum", "method": {"name": "influence"}}], "one of the two"),
         (("objectives",), [3], "a name, or a mapping"),

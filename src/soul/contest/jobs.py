@@ -82,16 +82,19 @@ class Contest:
     def jobs(self) -> Iterator[Job]:
         """Yield all jobs that can be done now, done or not.
 
-        A trial needs its cell's pilot and its request's references; reports wait until every cell is tuned, which is
-        when the matrix says who goes on. Trials go by point first and cell second, so that at any time all cells have
-        had about as many.
+        A trial needs its cell's pilot and its request's references; reports wait until every cell of their task and
+        objective is tuned, which is when the matrix says who goes on. Trials go by point first and cell second, so that
+        at any time all cells have had about as many.
         """
         m, lines = self.matrix, self.book.lines()
         known = {line["key"] for line in lines}
         chosen = {cell: self._chosen(lines, cell) for cell in m.cells}
-        tuned = all(numbers is not None for numbers in chosen.values())
-        for phase in ("tune", "report") if tuned else ("tune",):
+        untuned = {(cell.task, cell.objective) for cell, numbers in chosen.items() if numbers is None}
+        tuned = {cell: numbers or [] for cell, numbers in chosen.items() if (cell.task, cell.objective) not in untuned}
+        for phase in ("tune", "report"):
             for name, task in m.tasks.items():
+                if phase == "report" and not any(cell.task == name for cell in tuned):
+                    continue
                 for request, which in itertools.product(getattr(task, phase), ("before", "gold")):
                     yield Job("reference", name, request, which=which)
         for cell in m.cells:
@@ -103,24 +106,25 @@ class Contest:
                 needed += [] if m.entry(cell.optimizer).method else [self._pilot_of(cell)]
                 if {job.key for job in needed} <= known:
                     yield Job("tune", cell.task, request, cell, number)
-        if tuned:
-            for name, task in m.tasks.items():
-                for request, (cell, numbers) in itertools.product(task.report, chosen.items()):
-                    for number in (numbers or ()) if cell.task == name else ():
-                        yield Job("report", name, request, cell, number)
-            if m.attacks:
-                yield from self._attacks(lines, chosen, known)
+        for name, task in m.tasks.items():
+            for request, (cell, numbers) in itertools.product(task.report, tuned.items()):
+                for number in numbers if cell.task == name else ():
+                    yield Job("report", name, request, cell, number)
+        if tuned and m.attacks:
+            yield from self._attacks(lines, tuned, known)
 
-    def _attacks(self, lines: list[Line], chosen: Mapping[Cell, list[int] | None], known: set[str]) -> Iterator[Job]:
+    def _attacks(self, lines: list[Line], tuned: Mapping[Cell, list[int]], known: set[str]) -> Iterator[Job]:
         """Yield the attacks on references, and on each side's best of the squares whose reports are done."""
         m = self.matrix
         for name, task in m.tasks.items():
+            if not any(cell.task == name for cell in tuned):
+                continue
             for request, which in itertools.product(task.report, ("before", "gold")):
                 yield Job("attack", name, request, which=which)
             for objective in m.objective_names:
-                cells = {c: n for c, n in chosen.items() if (c.task, c.objective) == (name, objective) and n}
+                cells = {c: n for c, n in tuned.items() if (c.task, c.objective) == (name, objective) and n}
                 reports = [Job("report", name, r, c, i).key for r in task.report for c, n in cells.items() for i in n]
-                if known.issuperset(reports):
+                if cells and known.issuperset(reports):
                     first = {c: choose(lines, c, task.tune, m.budget.points, m.budget.settings) or [] for c in cells}
                     best = sides(lines, first, {e.name: e.order for e in m.optimizers}, task.report)
                     for request, (cell, number) in itertools.product(task.report, best.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ class Entry:
         method: Likewise; its knob is all that is tuned, and its objective is only the square it stands in.
         label: What tables call it; the optimizer's or method's name by default.
         order: ``first`` or ``second``: whose side it is on.
+        objectives: Those it takes part under, by what tables call them; all where empty.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
         projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: they share the places of
@@ -80,6 +82,7 @@ class Entry:
     method: dict[str, Any] = dataclasses.field(default_factory=dict)
     label: str = ""
     order: Literal["first", "second"] = "first"
+    objectives: list[str] = dataclasses.field(default_factory=list)
     knob: Knob | None = None
     projected: bool = False
     extra_retain: bool = False
@@ -238,6 +241,13 @@ class Matrix:
         for what, names in (("objectives", self.objective_names), ("optimizers", [e.name for e in self.optimizers])):
             if len(set(names)) != len(names):
                 raise ValueError(f"two of the {what} have the same label: {', '.join(names)}; give each its own label")
+        for entry in self.optimizers:
+            for name in entry.objectives:
+                if name not in self.objective_names:
+                    raise ValueError(
+                        f"{entry.name}: objectives names {name!r:.60}, which the matrix has not. "
+                        f"It has: {', '.join(self.objective_names)}."
+                    )
 
     @property
     def objective_names(self) -> list[str]:
@@ -247,7 +257,11 @@ class Matrix:
     @property
     def cells(self) -> list[Cell]:
         """All cells, in the order of the file."""
-        return [Cell(t, o, e.name) for t in self.tasks for o in self.objective_names for e in self.optimizers]
+        return [
+            Cell(t, o, e.name)
+            for t, o, e in itertools.product(self.tasks, self.objective_names, self.optimizers)
+            if o in (e.objectives or self.objective_names)
+        ]
 
     @property
     def attackers(self) -> dict[str, Attack]:
