@@ -6,7 +6,7 @@ import dataclasses
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,118 +14,40 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul import processes
-from soul.anchors import StandIn, stand_in
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
 from soul.checkpoints import check_weights, last_checkpoint
 from soul.data import hub
 from soul.data.batches import UnlearnDataset
-from soul.data.general import refusals as builtin_refusals
-from soul.data.sources import check_disjoint, load_examples
 from soul.evaluate import measure as measure_benchmark
 from soul.folderlock import alone_in
+from soul.inputs import (
+    ANCHORS,
+    Progress,
+    Request,
+    anchor,
+    check_origins,
+    load_request,
+    origins_of,
+    search,
+)
 from soul.machine import peak_memory, reset_peak_memory
 from soul.methods.base import json_lines
 from soul.models import add_adapter, check_adapter, load_model, save_model, without_autocast
-from soul.overlaps import Overlaps, find_overlaps, without_overlaps
-from soul.recipe import DataSpec, Recipe
-from soul.rundir import check_folder, claim_folder, environment_warnings, score_dict
+from soul.origins import Origins
+from soul.recipe import Recipe
+from soul.rundir import check_folder, claim_folder, environment_warnings, holds_results, score_dict
 from soul.stored import check_format, read_lines, write_json
 from soul.strict import json_objects, json_value, read_text
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.truncation import training_cuts, truncation_warnings
-from soul.types import Example
 
-Progress = Callable[[str, int, int], None]
-ANCHORS = "anchors.json"
-"""The file of a run that holds the samples its model is anchored by."""
 STOPPED = "stopped.json"
 """The file of a run that says why its training ended, where a rule may end it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """The data of a run, loaded."""
-
-    forget: list[Example]
-    retain: list[Example]
-    refusals: list[str]
-    curvature: list[Example] = dataclasses.field(default_factory=list)
-    overlaps: Overlaps = dataclasses.field(default_factory=Overlaps)
-    dropped: frozenset[tuple[str, str]] = frozenset()
-    stand_in: StandIn | None = None
-
-
 def _silent(_what: str, _done: int, _of: int) -> None:
     """Show no progress."""
-
-
-def load_request(data: DataSpec) -> Request:
-    """Load what to forget and what to keep.
-
-    Raises:
-        ValueError: A source cannot be read, is empty, or the same item is to be forgotten and kept.
-    """
-    forget = load_examples(data.forget) if data.forget else []
-    retain = [example for source in data.retain_sources for example in load_examples(source)]
-    if data.overlap != "drop":
-        check_disjoint(forget, retain)
-    curvature = [example for source in data.curvature_sources for example in load_examples(source)]
-    check_disjoint(forget, curvature, ("forget", "curvature"))
-    return Request(forget, retain, read_refusals(data.refusals), curvature)
-
-
-def search(request: Request, data: DataSpec, tick: Progress = _silent) -> Request:
-    """Look for what is to be forgotten in what is to be kept, show it, and do what ``data.overlap`` says.
-
-    Raises:
-        ValueError: Something was found and is to be refused, or dropping it leaves nothing.
-    """
-    found = find_overlaps(
-        request.forget,
-        request.retain,
-        data.overlap,
-        copied=data.copied,
-        alike=data.alike,
-        encoder=data.encoder,
-        progress=tick,
-    )
-    kept = without_overlaps(request.retain, found)
-    dropped = {(e.prompt, e.answer) for e in request.retain} - {(e.prompt, e.answer) for e in kept}
-    return dataclasses.replace(request, retain=kept, overlaps=found, dropped=frozenset(dropped))
-
-
-def anchor(
-    request: Request, recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, tick: Progress
-) -> Request:
-    """Let the model's own samples and everyday requests stand in for a retain set that is needed and not given."""
-    if not recipe.needs_anchors:
-        return request
-    found = stand_in(
-        model,
-        tokenizer,
-        request.forget,
-        recipe.data.anchors,
-        recipe.data.samples,
-        seed=recipe.training.seed,
-        max_length=recipe.training.max_length,
-        file=out / ANCHORS,
-        of=recipe.model.path,
-        progress=tick,
-    )
-    return dataclasses.replace(request, retain=found.examples, stand_in=found)
-
-
-def read_refusals(path: str) -> list[str]:
-    """Return the phrasings in a text file, one a line, or the built-in ones."""
-    if not path:
-        return builtin_refusals()
-    if not Path(path).is_file():
-        raise ValueError(f"no such file of refusals: {path}")
-    lines = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} holds no refusals: write one a line")
-    return lines
 
 
 def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, evaluate_it: bool = True) -> Path:
@@ -141,7 +63,8 @@ def execute(recipe: Recipe, out: Path, *, progress: Progress | None = None, eval
         evaluate_it: Measure before and after; otherwise only train and save. A later call may measure.
 
     Raises:
-        ValueError: Bad data or settings, ``out`` holds another recipe's run, or another process is at work there.
+        ValueError: Bad data or settings, ``out`` holds another recipe's run or one on data or a model that changed
+            since, or another process is at work there.
         StorageError: The disk is full or read-only; what was whole is, and the same call goes on from there.
         LostModelError: The model is lost (:mod:`soul.divergence`); the last good checkpoint is kept.
     """
@@ -156,9 +79,11 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     benchmark = (recipe.benchmark or default_benchmark(recipe)) if evaluate_it else None
     kept = ["record.json", *(["scores.json"] if benchmark else [])]
     if processes.from_main(lambda: all((out / name).is_file() for name in kept)):
+        processes.from_main(lambda: check_origins(recipe, out, origins_of(recipe, out)))
         return out
     reset_peak_memory()
-    request = processes.from_main(lambda: search(load_request(recipe.data), recipe.data, tick))
+    loaded = processes.from_main(lambda: load_request(recipe.data))
+    request = processes.from_main(lambda: search(loaded, recipe.data, tick))
     reference = read_reference(recipe.reference_run) if benchmark else None
     splits = benchmark.splits() if benchmark else {}
     if recipe.benchmark is None and "kept" in splits:  # what was dropped from the retain set is not to be kept
@@ -166,6 +91,9 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     tick("loading model", 0, 1)
     model, tokenizer = load_model(recipe.model)
     tick("loading model", 1, 1)
+    commit = str(getattr(model.config, "_commit_hash", None) or "")  # of a model that came from the hub
+    origins = processes.from_main(lambda: origins_of(recipe, out, loaded, commit))
+    processes.from_main(lambda: check_origins(recipe, out, origins))
     if recipe.adapter is not None:
         check_adapter(model, recipe.adapter)
     found = request
@@ -174,7 +102,9 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     tokenised = tokenise(tokenizer, recipe, request)
     lost = training_cuts({name: [row.lost for row in rows] for name, rows in tokenised.encoded.items()})
     dataset = None if done else tokenised
-    processes.from_main(lambda: claim(out, recipe, request))  # what can be wrong with recipe and data has been found
+    processes.from_main(
+        lambda: claim(out, recipe, request, origins)
+    )  # what can be wrong with recipe and data has been found
     evaluate_seconds = 0.0
     rows: dict[str, Rows] = {}
 
@@ -216,8 +146,10 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     return out
 
 
-def claim(out: Path, recipe: Recipe, request: Request) -> None:
-    """Take the folder for the run, and keep what the model is anchored by."""
+def claim(out: Path, recipe: Recipe, request: Request, origins: Origins) -> None:
+    """Take the folder for the run, and keep what it is made of and what the model is anchored by."""
+    if not holds_results(out):
+        origins.write(out)
     claim_folder(out, recipe)
     if request.stand_in and request.stand_in.samples:
         write_json(out / ANCHORS, request.stand_in.record())

@@ -16,6 +16,7 @@ from soul.benchmarks.base import Benchmark
 from soul.evaluate import EvaluationSpec
 from soul.machine import changes, environment
 from soul.models import ModelSpec
+from soul.origins import Origins, of_model, read_origins
 from soul.recipe import Recipe, read_recipe
 from soul.stored import check_format, write_json, write_text
 from soul.strict import json_value, plain_number, read_text
@@ -43,12 +44,17 @@ def check_folder(out: Path, recipe: Recipe) -> None:
             raise ValueError(
                 f"{out} holds {', '.join(found)} but no recipe.yaml, so it is no run: choose another --out"
             )
-    elif found or (out / "rows").exists():
+    elif holds_results(out):
         other = _difference(file, recipe)
         if other:
             raise ValueError(f"{out} holds a run of another recipe{other}: choose another --out, or delete that folder")
         if not (out / "record.json").is_file():
             _check_window(out, read_recipe(file), recipe)
+
+
+def holds_results(out: Path) -> bool:
+    """Say whether a run in ``out`` has measured or trained anything yet."""
+    return any((out / name).exists() for name in (*_RESULTS, "rows"))
 
 
 def claim_folder(out: Path, recipe: Recipe) -> None:
@@ -148,19 +154,15 @@ def claim_evaluation(out: Path, model: ModelSpec, benchmark: Benchmark, evaluati
             f"{out} holds another evaluation, or one by another version than {version}: choose another --out, or "
             "delete that folder"
         )
-    if file.is_file() and any(w.stat().st_mtime > file.stat().st_mtime for w in _weights(Path(model.path))):
-        raise ValueError(
-            f"{model.path} was changed after {out} measured it: choose another --out, or delete that folder"
-        )
-    if not file.is_file():
+    origins = Origins(model=of_model(model.path, read_origins(out)))
+    if file.is_file():
+        origins.check(out, {"model": model.path})
+    else:
         if any((out / name).exists() for name in _RESULTS):
             raise ValueError(f"{out} holds other things: choose another --out")
+        origins.write(out)
         write_text(file, text)
     note_environment(out)
-
-
-def _weights(model: Path) -> list[Path]:
-    return [*model.glob("*.safetensors"), *model.glob("model/*.safetensors"), *([model] if model.is_file() else [])]
 
 
 def write_evaluation(

@@ -26,6 +26,7 @@ FORMATS: Mapping[str, tuple[int, ...]] = {
     "scores": (1, 2),  # the first is a run's, the second an evaluation's, which says what was measured
     "environment": (1,),
     "anchors": (1,),
+    "origins": (1,),
     "checkpoint": (1,),
     "stopped": (1,),
     "trial": (1,),

@@ -14,9 +14,9 @@ from soul.data.batches import PairSampler, UnlearnDataset
 from soul.data.general import general_text
 from soul.data.guard import set_system_turn
 from soul.data.sources import load_examples
+from soul.inputs import read_refusals
 from soul.pretrained import load_tokenizer
 from soul.recipe import Recipe
-from soul.run import read_refusals
 from soul.trainer import make_dataset
 from soul.types import Example
 
