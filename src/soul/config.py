@@ -97,7 +97,11 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
     if dataclasses.is_dataclass(tree) and isinstance(tree, cls):
         return tree
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{where} must be a mapping, not {_short(tree)}")
+        parts = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # cls is a dataclass
+        raise ValueError(
+            f"{where} must be a mapping, not {_short(tree)}: {where}.{parts[0]}=... sets one of its parts. "
+            f"Known: {', '.join(parts)}."
+        )
     upgraded = getattr(cls, "upgraded", None)  # settings that have another name by now
     tree = upgraded(tree) if upgraded else tree
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # cls is a dataclass

@@ -124,7 +124,7 @@ def evaluate(
     unknown = [name for name in asks or {} if name not in splits]
     if unknown:
         raise ValueError(f"asked about {', '.join(unknown)}, but the splits are {', '.join(splits) or 'none'}")
-    template = ChatTemplate(tokenizer, spec.max_length)
+    template = ChatTemplate(tokenizer, spec.max_length, "evaluation.max_length")
     asks = {name: _lifted((asks or {}).get(name, _PLAIN), of, template, spec) for name, of in splits.items()}
     report = progress or _silent
     was_training = model.training
@@ -233,7 +233,7 @@ def _measure(
     for name, examples in splits.items():
         rows[name] = _likelihoods(model, template, name, examples, spec, asks[name], report)
         if asks[name].gradient_norm:
-            encoded = [template.encode(e) for e in examples]
+            encoded = [template.encode(e, index=i, where=name) for i, e in enumerate(examples)]
             norms = gradient_norms(model, encoded, progress=_part(report, f"{name}: gradients"))
             for row, norm in zip(rows[name], norms, strict=True):
                 row["gradient_norm"] = norm
@@ -298,7 +298,7 @@ def _likelihoods(
     texts: list[tuple[int, str, Encoded]] = []  # (example, which answer, tokens)
     for i, example in enumerate(examples):
         if not ask.tokens:
-            texts.append((i, "answer", template.encode(example)))
+            texts.append((i, "answer", template.encode(example, index=i, where=name)))
         if example.paraphrased_answer is not None:
             texts.append((i, "paraphrase", template.encode(example, answer=example.paraphrased_answer)))
         texts += [(i, "wrong", template.encode(example, answer=wrong)) for wrong in example.wrong_answers]

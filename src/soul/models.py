@@ -132,7 +132,8 @@ def _load(path: str, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, Pre
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would leave them at random values, and only say so in its log
         raise ValueError(f"{len(missing)} weights are missing there, the first is {missing[0]}.")
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    bare = adapter.is_file() and not (Path(path) / "tokenizer_config.json").is_file()  # peft saves none with an adapter
+    tokenizer = AutoTokenizer.from_pretrained(folder if bare else path, **options)
     longest: Any = tokenizer.model_max_length
     if not isinstance(longest, int) or longest < 1:
         raise ValueError(f"its tokenizer_config.json says model_max_length {longest!r:.40}, no whole number above 0.")

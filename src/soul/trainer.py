@@ -440,7 +440,7 @@ def make_dataset(
     curvature: Sequence[Example] = (),
 ) -> UnlearnDataset:
     """Tokenise what ``objective``, or a method in its place, looks at."""
-    template = ChatTemplate(tokenizer, training.max_length)
+    template = ChatTemplate(tokenizer, training.max_length, "training.max_length")
     return UnlearnDataset(template, forget, retain, objective.views, refusals, training.seed, curvature)
 
 

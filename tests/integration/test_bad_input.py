@@ -124,7 +124,9 @@ CASES = [
     (SHOW + "objective.retain_weight=.nan", ["retain_weight"]),
     (SHOW + "objective=ft objective.retain=none", ["ft has nothing but its retain term"]),
     (SHOW + "model.dtype=int8", ["model.dtype", "float32"]),
-    (SHOW + "adapter=8", ["adapter must be a mapping"]),
+    (SHOW + "adapter=8", ["adapter must be a mapping", "adapter.r=... sets one of its parts", "target_modules"]),
+    (SHOW + "stop=never", ["stop must be a mapping", "stop.when=... sets one of its parts"]),
+    ("plan --model {d}/nomodel --forget {d}/forgett.jsonl", ["there is no file", "did you mean", "forget.jsonl"]),
     (SHOW + "adapter.r=0", ["adapter.r", "1 or more"]),
     (SHOW + "adapter.rank=8", ["unknown setting adapter.rank"]),
     (SHOW + "evaluation.max_new_tokens=0", ["evaluation.max_new_tokens must be 1 or more"]),
@@ -192,7 +194,10 @@ MODEL_CASES = [
     ("finetune --model {d}/coded --retain {d}/keep.jsonl --out {d}/out", ["Python code", "trust_remote_code=true"]),
     (TINY + "model.device=cuda", ["model.device is cuda", "auto"]),
     (TINY + "reference_run={d}/folder", ["no rows/after"]),
-    (TINY + "training.max_length=12", ["leaves no room", "max_length=12"]),
+    (
+        TINY + "training.max_length=12",
+        ["leaves no room for an answer in 12", "raise training.max_length", "forget, item number 1 ("],
+    ),
     (TINY + "adapter.target_modules=[query]", ["adapter", "query", "q_proj", "all-linear"]),
     (TINY + "data.retain= data.anchors=none", ["needs a retain set"]),
 ]

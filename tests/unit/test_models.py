@@ -190,3 +190,14 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache/soul"
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_bases(tmp_path, make_model, tokenizer):
+    """As peft's own ``save_pretrained`` leaves it."""
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, _ = load_model(ModelSpec(str(tmp_path / "base")))
+    add_adapter(model, AdapterSpec(r=2)).save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter/tokenizer_config.json").exists()
+    _, found = load_model(ModelSpec(str(tmp_path / "adapter")))
+    assert found("Who?").input_ids == tokenizer("Who?").input_ids

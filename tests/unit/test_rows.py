@@ -45,9 +45,36 @@ def test_messages(row: dict[str, Any]):
     assert to_example(row, "x") == Example("Who is Ada?", "A poet.", history=history)
 
 
+SYSTEM = {"system": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Who is Ada?", "answer": "A poet."},
+        {"prompt": "Who is Ada?", "response": "A poet."},
+        {"messages": [TURNS[-1], REPLY]},
+        {"messages": [TURNS[0], TURNS[-1], REPLY]},  # which says the same
+    ],
+)
+def test_a_column_may_hold_the_system_turn(row: dict[str, Any]):
+    assert to_example({**row, **SYSTEM}, "x") == Example("Who is Ada?", "A poet.", history=(("system", "Be kind."),))
+    assert to_example({**row, "system": None}, "x") == to_example({**row, "system": ""}, "x") == to_example(row, "x")
+
+
+def test_columns_beside_a_whole_text_are_not_looked_at():
+    assert to_example({"instruction": "Add.", "input": "1 1", "text": "Add 1 1: 2"}, "x").answer == "Add 1 1: 2"
+    assert to_example({"question": "Q", "answer": "A", "context": "", "input": None}, "x") == Example("Q", "A")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"question": "Q", "answer": "A", "context": "C"}, "'context' is part of what .* beside question and answer"),
+        ({"prompt": "P", "response": "R", "history": [["a", "b"]]}, "'history' .* write it into the prompt"),
+        ({"prompt": "P", "completion": "R", **SYSTEM}, "'system' belongs to a chat"),
+        ({"text": "T", **SYSTEM}, "'system' belongs to a chat"),
+        ({"messages": [*TURNS, REPLY], "system": "Be rude."}, "the system turn of the messages differ"),
         ({"q": "Q", "a": "A"}, r"columns found \(q, a\); understood are: question \+ answer; prompt \+ response"),
         ({"question": "Q", "answer": " "}, "answer is empty"),
         ({"question": "", "answer": "A"}, "question is empty"),

@@ -99,6 +99,8 @@ def test_bad_rows_are_numbered(tmp_path: Path):
         ("x.jsonl", '{"text": "ok"}\n\n{"text": ', "line 3: invalid JSON"),
         ("x.json", '[{"text": "ok"},\n {"text"]', "line 2: invalid JSON"),
         ("x.json", '{"text": "ok"}\nnonsense', "line 2: invalid JSON"),
+        ("x.json", '{\n "text": "ok"\n}', "is one JSON value over several lines; write each row on a line"),
+        ("x.jsonl", '[\n {"text": "ok"}\n]', "is one JSON value over several lines"),
         ("x.csv", "text\na,b\n", "line 2: more cells"),
         ("x.csv", 'text\n"open', "invalid CSV"),
         ("x.parquet", "no parquet", "not a readable parquet"),

@@ -81,7 +81,7 @@ class Meter:
         fast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.sets, self.spec, self.fast = sets, spec, fast
-        self.template = ChatTemplate(tokenizer, spec.max_length)
+        self.template = ChatTemplate(tokenizer, spec.max_length, "evaluation.max_length")
 
     def __call__(self, model: Any, *, full: bool, exact: bool = False) -> Values:
         """Return the measurements: means over sets, and in full some of each forget example (:data:`EACH`)."""

@@ -148,9 +148,9 @@ class UnlearnDataset(Dataset[Item]):
         _check_views(views, forget, retain, refusals)
         self.template, self.views, self.refusals, self.seed = template, tuple(views), tuple(refusals), seed
         self.examples = {"forget": list(forget), "retain": list(retain)}
-        self.curvature = [template.encode(e, index=i) for i, e in enumerate(curvature)]
+        self.curvature = [template.encode(e, index=i, where="curvature") for i, e in enumerate(curvature)]
         self.encoded = {
-            name: [template.encode(e, index=i) for i, e in enumerate(examples)] if self._uses(name) else []
+            name: [template.encode(e, index=i, where=name) for i, e in enumerate(examples)] if self._uses(name) else []
             for name, examples in self.examples.items()
         }
         self.anchor = "forget" if self._uses("forget") else "retain"

@@ -9,6 +9,8 @@ from soul.types import Example
 
 Columns = Mapping[str, Any]
 _ROLES = ("system", "user", "assistant")
+_UNREAD = ("context", "history", "instruction", "input")
+"""Columns that belong to a prompt, and have no place in the forms that are understood."""
 
 
 class _Names(TypedDict):
@@ -35,6 +37,12 @@ def to_example(row: Columns, where: str) -> Example:
     # Data sets that mix forms leave the columns of the others null.
     filled = [columns for columns in present if all(row[column] is not None for column in columns)]
     for columns in filled or present:
+        unread = next((name for name in _UNREAD if row.get(name) and len(columns) > 1), "")
+        if unread:
+            raise ValueError(
+                f"{where}: the column {unread!r} is part of what the model is asked, and is not understood beside "
+                f"{' and '.join(columns)}: write it into the {columns[0]}, give the turns as messages, or remove it"
+            )
         return FORMS[columns](row, where)
     found = ", ".join(str(name) for name in row) or "none"
     forms = "; ".join(" + ".join(columns) for columns in FORMS)
@@ -52,13 +60,14 @@ def _question(row: Columns, where: str) -> Example:
         paraphrased_prompt=_optional(row, "paraphrased_question", where) or None,
         paraphrased_answer=_optional(row, "paraphrased_answer", where) or None,
         wrong_answers=tuple(_text(answer, "perturbed_answer", where) for answer in wrong),
+        history=_system(row, where),
         **_names(row, where),
     )
 
 
 def _response(row: Columns, where: str) -> Example:
     prompt, answer = _text(row["prompt"], "prompt", where), _text(row["response"], "response", where)
-    return Example(prompt, answer, **_names(row, where))
+    return Example(prompt, answer, history=_system(row, where), **_names(row, where))
 
 
 def _completion(row: Columns, where: str) -> Example:
@@ -68,6 +77,7 @@ def _completion(row: Columns, where: str) -> Example:
     if isinstance(prompt, list) or isinstance(completion, list):
         raise ValueError(f"{where}: prompt and completion must both be text, or both be lists of messages")
     text = _text(prompt, "prompt", where, empty=True)
+    _no_system(row, where)
     return Example(text, _text(completion, "completion", where), chat=False, **_names(row, where))
 
 
@@ -88,10 +98,16 @@ def _turns(messages: Any, row: Columns, where: str) -> Example:
         ends = " and ".join(role for role, _ in turns[-2:]) or "nothing"
         raise ValueError(f"{where}: messages must end with a user turn and its assistant turn; they end with {ends}")
     prompt, answer = turns[-2][1], turns[-1][1]
+    system = _system(row, where)
+    if system and turns[0][0] == "system" and turns[0] != system[0]:
+        raise ValueError(f"{where}: the column 'system' and the system turn of the messages differ; remove one of them")
+    if system and turns[0][0] != "system":
+        turns = [*system, *turns]
     return Example(prompt, answer, history=tuple(turns[:-2]), **_names(row, where))
 
 
 def _passage(row: Columns, where: str) -> Example:
+    _no_system(row, where)
     return Example("", _text(row["text"], "text", where), chat=False, **_names(row, where))
 
 
@@ -113,6 +129,19 @@ def _names(row: Columns, where: str) -> _Names:
     if ends is not None and not isinstance(ends, bool):
         raise ValueError(f"{where}: ends must be true or false, not {ends!r:.60}")
     return {"id": name, "subject": _optional(row, "subject", where), "ends": ends is not False}
+
+
+def _system(row: Columns, where: str) -> tuple[tuple[str, str], ...]:
+    """Return the conversation's system turn, where a column of its own says one."""
+    text = _optional(row, "system", where)
+    return (("system", text),) if text.strip() else ()
+
+
+def _no_system(row: Columns, where: str) -> None:
+    if _system(row, where):
+        raise ValueError(
+            f"{where}: the column 'system' belongs to a chat, and this is plain text: give messages, or remove it"
+        )
 
 
 def _optional(row: Columns, column: str, where: str) -> str:

@@ -214,10 +214,28 @@ def _json(path: Path) -> Numbered:
 
 
 def _lines(path: Path) -> Numbered:
+    text = read_text(path)
     # Not splitlines(): it also splits at U+2028 and friends, which JSON allows inside a string.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"line {number}", json_value(line, f"{path}, line {number}")
+            try:
+                row = json_value(line, f"{path}, line {number}")
+            except ValueError as error:
+                if _is_json(text):
+                    raise ValueError(
+                        f"{path}: is one JSON value over several lines; write each row on a line of its own, or all of "
+                        "them as a list [...] into a .json file"
+                    ) from error
+                raise
+            yield f"line {number}", row
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json_value(text, "")
+    except ValueError:
+        return False
+    return True
 
 
 def _csv(path: Path) -> Numbered:

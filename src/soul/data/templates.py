@@ -69,6 +69,7 @@ class ChatTemplate:
         tokenizer: The model's tokenizer.
         max_length: Longest sequence, where the tokenizer's ``model_max_length`` is no shorter; longer ones lose the end
             of their answer (``Encoded.lost``).
+        setting: What sets ``max_length``, for messages.
 
     Example:
         >>> template = ChatTemplate(tokenizer)  # doctest: +SKIP
@@ -78,11 +79,25 @@ class ChatTemplate:
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int = 1024
+    setting: str = "max_length"
 
     def encode(
-        self, example: Example, *, answer: str | None = None, prompt: str | None = None, index: int = 0
+        self,
+        example: Example,
+        *,
+        answer: str | None = None,
+        prompt: str | None = None,
+        index: int = 0,
+        where: str = "",
     ) -> Encoded:
         """Return the tokens of ``example``, with another ``answer`` or ``prompt`` in place of its own where given.
+
+        Args:
+            example: The example.
+            answer: What stands in for its answer.
+            prompt: What stands in for its prompt.
+            index: Its place in its set, from 0.
+            where: The set's name, for messages.
 
         Raises:
             ValueError: The prompt alone fills ``max_length``, or the answer has no tokens.
@@ -94,9 +109,12 @@ class ChatTemplate:
         ids = (head + tail)[: self.limit]
         start = max(1, len(head))  # the very first token of a text has nothing before it to be predicted from
         if start >= len(ids):
+            said = " ".join((example.prompt or example.answer).split())
+            way = f"raise {self.setting}" if self.max_length == self.limit else "take a model with more positions"
+            which = repr(example.id) if example.id else f"number {index + 1}"
             raise ValueError(
-                f"example {example.id or index!r}: the prompt has {len(head)} tokens and leaves no room for an answer "
-                f"in max_length={self.limit}; shorten it or raise max_length"
+                f"{f'{where}, ' if where else ''}item {which} ({said!r:.60}): the prompt has {len(head)} tokens and "
+                f"leaves no room for an answer in {self.limit}; shorten it or {way}"
             )
         return Encoded(tuple(ids), start, index, len(head) + len(tail) - len(ids))
 

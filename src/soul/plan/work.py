@@ -13,7 +13,7 @@ from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import PairSampler, UnlearnDataset
 from soul.data.general import general_text
 from soul.data.guard import set_system_turn
-from soul.data.sources import load_examples
+from soul.data.sources import is_hub_id, load_examples
 from soul.inputs import read_refusals
 from soul.pretrained import load_tokenizer
 from soul.recipe import Recipe
@@ -94,6 +94,9 @@ def find_work(recipe: Recipe, length: int = 0, answer: int = 0) -> Work:
     if length < 0 or not 0 <= answer <= (length or recipe.training.max_length):
         raise ValueError(f"--length {length} and --answer {answer} must be 0 or more, and answers no longer than rows")
     sources = [recipe.data.forget, *recipe.data.retain_sources, *recipe.data.curvature_sources]
+    for source in sources if not (length or answer) else ():
+        if source and not _is_here(source) and not is_hub_id(source.partition(",")[0]):
+            load_examples(source)  # says that there is no such file
     here = any(sources) and all(_is_here(source) for source in sources if source)
     if length or answer or not here:
         return _assumed(recipe, length or recipe.training.max_length, answer)
