@@ -16,13 +16,14 @@ from torch import nn
 from transformers import TrainerCallback
 
 from _machine import Clock, Matrices, Now, Step, Work, autocast
+from soul.console import quiet
 from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate, Encoded
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.models import ModelSpec, load_model
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.run import peak_memory, reset_peak_memory
-from soul.trainer import TrainingSpec, UnlearnTrainer, make_dataset, quiet
+from soul.trainer import TrainingSpec, UnlearnTrainer, make_dataset
 from soul.types import Example
 
 IGNORED = -100

@@ -23,12 +23,12 @@ import torch
 from _machine import autocast, cpu_name, table
 from soul.attention import ShortAttention
 from soul.compiled import CompiledBlocks
+from soul.console import quiet
 from soul.data.batches import collate_rows
 from soul.data.sources import load_examples
 from soul.data.templates import ChatTemplate
 from soul.forward import forward_answers
 from soul.models import AdapterSpec, ModelSpec, add_adapter, load_model
-from soul.trainer import quiet
 
 ROWS = 8
 Batch = Mapping[str, torch.Tensor]

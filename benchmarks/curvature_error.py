@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from _machine import autocast, table
+from soul.console import quiet
 from soul.curvature import cache
 from soul.curvature.estimators import ESTIMATORS, Estimator
 from soul.curvature.hutchinson import hutchinson_diagonal
@@ -52,7 +53,7 @@ from soul.models import ModelSpec, load_model
 from soul.optim import Sophia
 from soul.optim.base import UpdateRule
 from soul.run import peak_memory, reset_peak_memory
-from soul.trainer import has_bf16, quiet
+from soul.trainer import has_bf16
 
 RECORD = Path(__file__).parents[1] / "docs/results/curvature.json"
 WITH_PASSES = [name for name, kind in ESTIMATORS.items() if kind.needs_pass]

@@ -28,11 +28,11 @@ import torch
 from torch import nn
 
 from _machine import cpu_name, table
+from soul.console import quiet
 from soul.data.sources import load_examples
 from soul.data.templates import ChatTemplate
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.models import ModelSpec, load_model
-from soul.trainer import quiet
 from soul.types import Ask, Example, Row
 
 SETS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")

@@ -84,11 +84,11 @@ def recipe_of(args: argparse.Namespace, trained: str, optimizer: str) -> Recipe:
 
 def measure(args: argparse.Namespace, trained: str, optimizer: str) -> Outcome:
     """Plan a run, then make it."""
+    from soul.console import quiet
     from soul.inputs import load_request
     from soul.models import add_adapter, load_model
     from soul.plan import find_machine, find_work, make_plan
     from soul.run import tokenise, train
-    from soul.trainer import quiet
 
     quiet()
     torch.set_num_threads(args.threads)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from _machine import autocast, in_own_process, table
+from soul.console import quiet
 from soul.curvature.ihvp import INVERSES, InverseSpec, make_inverse
 from soul.curvature.kronecker import linear_layers
 from soul.curvature.passes import CurvaturePasses
@@ -39,7 +40,7 @@ from soul.machine import peak_memory, reset_peak_memory
 from soul.models import ModelSpec, load_model
 from soul.registry import OPTIMIZERS
 from soul.stored import write_json
-from soul.trainer import has_bf16, quiet
+from soul.trainer import has_bf16
 
 RECORD = Path(__file__).parents[1] / "docs/results/rule-cost.json"
 EXAMPLES, REPEATS, CG_ITERATIONS = 8, 3, 4

@@ -33,11 +33,11 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.inputs import load_request
 from soul.models import load_model
 from soul.recipe import read_recipe
 from soul.run import tokenise, train
-from soul.trainer import quiet
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/results/win-rate.json"

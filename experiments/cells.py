@@ -15,6 +15,7 @@ import torch
 
 from soul import config
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.evaluate import measure
 from soul.machine import environment
 from soul.metrics.stats import harmonic_mean
@@ -24,7 +25,6 @@ from soul.report import view
 from soul.run import execute, score_dict
 from soul.stored import write_json
 from soul.strict import read_number
-from soul.trainer import quiet
 from soul.types import LostModelError
 
 OBJECTIVES: dict[str, dict[str, Any]] = {"grad_diff": {}, "npo": {"beta": 0.1}, "po": {}}

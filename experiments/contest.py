@@ -24,10 +24,10 @@ import numpy as np
 
 import first_run
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.contest.matrix import read_matrix
 from soul.recipe import read_recipe
 from soul.run import execute
-from soul.trainer import quiet
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/contest")

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.contest.jobs import Contest, Job
 from soul.contest.matrix import Matrix, read_matrix
 from soul.contest.trial import do
 from soul.machine import environment
 from soul.metrics.contest import Cell, choose
 from soul.stored import append_line, read_lines
-from soul.trainer import quiet
 
 SIDES = ("lion", "adamw", "sophia", "kfac, every 4th step", "kfac")
 Line = dict[str, Any]

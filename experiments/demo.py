@@ -22,6 +22,7 @@ from rich.console import Console
 
 from soul.benchmarks.request import DeletionRequest
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.data.people import People
 from soul.machine import cache_dir
 from soul.recipe import Recipe, read_recipe
@@ -30,7 +31,6 @@ from soul.report.view import number
 from soul.run import execute
 from soul.stored import write_json
 from soul.strict import plain_number, read_number
-from soul.trainer import quiet
 
 ROOT = Path(__file__).parents[1]
 PEOPLE, FACTS = 6, 5  # as in recipes/demo-*.yaml

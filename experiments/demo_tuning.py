@@ -26,11 +26,11 @@ from rich.table import Table
 from demo import FACTS, PEOPLE, ROOT, request_recipe, taught_model
 from soul.benchmarks.request import DeletionRequest
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.data.people import People
 from soul.run import execute
 from soul.stored import write_json
 from soul.strict import plain_number, read_number
-from soul.trainer import quiet
 
 RATES = {
     "soul": (8.5e-4, 1.2e-3, 1.7e-3),

@@ -31,6 +31,7 @@ from torch import nn
 
 from first_run import RECIPES, RUNS, prepare
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.curvature.estimators import ggn_cotangent
 from soul.curvature.inverses import EigenInverse, KroneckerInverse, damped
 from soul.curvature.kronecker import KroneckerFactors
@@ -42,7 +43,7 @@ from soul.forward import forward_answers, head_of
 from soul.models import ModelSpec, load_model
 from soul.recipe import read_recipe
 from soul.run import execute
-from soul.trainer import has_bf16, quiet
+from soul.trainer import has_bf16
 from soul.types import Example
 
 RECORD = Path(__file__).parents[1] / "docs/results/direction.jsonl"

@@ -32,6 +32,7 @@ import numpy as np
 from soul import config
 from soul.benchmarks.tofu import Tofu
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.metrics.tofu import answer_probability, forget_quality
 from soul.models import ModelSpec, load_model
@@ -39,7 +40,6 @@ from soul.recipe import Recipe, read_recipe, recipe_from_tree
 from soul.run import execute, score_dict
 from soul.stored import write_json
 from soul.strict import read_number
-from soul.trainer import quiet
 from soul.types import LostModelError, Row
 
 ROOT = Path(__file__).parents[1]

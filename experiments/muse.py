@@ -28,13 +28,13 @@ from typing import Any
 
 from soul.benchmarks.muse import Muse, muse_train
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.pretrained import load_tokenizer
 from soul.recipe import Recipe, read_recipe
 from soul.run import execute
 from soul.sequence import run_sequence, sequence_scores
 from soul.stored import write_json
 from soul.strict import read_number
-from soul.trainer import quiet
 
 LONGEST = 2304  # a passage of 2,048 of Llama's tokens in those of another tokenizer
 COLUMNS = (("verbmem", "forget"), ("knowmem", "forget"), ("privleak", "forget"), ("knowmem", "retain"))

@@ -26,12 +26,12 @@ from pathlib import Path
 import muse
 from soul.benchmarks.muse import muse_train
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.data.sources import file_rows
 from soul.pretrained import load_tokenizer
 from soul.recipe import read_recipe
 from soul.run import execute
 from soul.stored import write_json
-from soul.trainer import quiet
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/muse-news")

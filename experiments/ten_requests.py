@@ -32,6 +32,7 @@ import numpy as np
 import first_run
 from soul.cli import main as soul
 from soul.cli import progress_bars
+from soul.console import quiet
 from soul.data.sources import load_examples
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.gauge import Gauge
@@ -41,7 +42,7 @@ from soul.models import ModelSpec, load_model
 from soul.objectives.npo import NPO
 from soul.recipe import read_recipe
 from soul.run import execute
-from soul.trainer import TrainingSpec, make_dataset, quiet
+from soul.trainer import TrainingSpec, make_dataset
 from soul.types import Ask, Row
 
 ROOT = Path(__file__).parents[1]

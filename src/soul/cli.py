@@ -103,9 +103,9 @@ def _recipe(args: argparse.Namespace, base: dict[str, Any]) -> Recipe:
 
 def _run(args: argparse.Namespace, base: dict[str, Any], default_name: str) -> int:
     recipe = _recipe(args, base)
+    from soul.console import quiet
     from soul.report import read_run, render_terminal, write_report
     from soul.run import execute, precision_warnings
-    from soul.trainer import quiet
 
     quiet()
     processes.join(recipe.model.device)
@@ -146,9 +146,9 @@ def _finetune(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from soul import config
     from soul.assess import ALL, Assessment, prepare
+    from soul.console import quiet
     from soul.evaluate import EvaluationSpec
     from soul.models import ModelSpec
-    from soul.trainer import quiet
 
     quiet()
     common = [word for word in args.words if word.startswith(("model.", "evaluation."))]
@@ -206,9 +206,9 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError(
             "no matrix: give a YAML file of tasks, objectives and optimizers, see recipes/contests/tofu20.yaml"
         )
+    from soul.console import quiet
     from soul.contest.jobs import Contest
     from soul.contest.matrix import read_matrix
-    from soul.trainer import quiet
 
     if args.minutes < 0:
         raise ValueError(f"--minutes must be 0 (no bound) or more, not {args.minutes:g}")
@@ -223,8 +223,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from soul.console import quiet
     from soul.export import ExportSpec, check_push, export, push
-    from soul.trainer import quiet
 
     quiet()
     spec = ExportSpec(dtype=args.dtype, adapter=args.adapter, card=args.card, show_data=args.show_data)
@@ -276,9 +276,9 @@ def _plan(args: argparse.Namespace) -> int:
     from soul.recipe import request_defaults
 
     recipe = _recipe(args, request_defaults(args.settings))
+    from soul.console import quiet
     from soul.plan import find_machine, find_work, make_plan
     from soul.plan.show import lines
-    from soul.trainer import quiet
 
     quiet()
     given = {name: getattr(args, name) for name in ("gpus", "memory", "flops", "bandwidth", "link")}

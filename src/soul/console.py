@@ -91,3 +91,10 @@ def safe_terminal() -> Iterator[None]:
             yield
         finally:
             logger.removeHandler(handler)
+
+
+def quiet() -> None:
+    """Silence transformers' notices that a person of this command line cannot act on."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()

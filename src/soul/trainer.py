@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 from soul.attention import ShortAttention
 from soul.checkpoints import WholeCheckpoints
@@ -28,6 +27,7 @@ from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
 from soul.forward import unwrap
+from soul.hooks import CurvatureCallback, ObjectiveCallback
 from soul.machine import has_bf16
 from soul.models import checkpointing_of, freeze_embeddings
 from soul.objectives.base import Objective
@@ -227,7 +227,7 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
             steps = -(-batches // args.gradient_accumulation_steps)
             args.num_train_epochs = self.stopping.spec.epochs(steps, args.num_train_epochs)
         bounds = [callback for callback in (self.trust, self.stopping) if callback]
-        own = [_ObjectiveCallback(self), _CurvatureCallback(self), *bounds]
+        own = [ObjectiveCallback(self), CurvatureCallback(self), *bounds]
         super().__init__(
             model=model,
             args=args,
@@ -386,50 +386,6 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         self.curvature_seconds = time.perf_counter() - started
 
 
-class _ObjectiveCallback(TrainerCallback, ExportableState):
-    """Gives each step the objective of its moment, and keeps what objectives learn, in checkpoints too."""
-
-    def __init__(self, trainer: UnlearnTrainer) -> None:
-        self.trainer, self.base = trainer, trainer.objective
-        self.learned: dict[str, float] = {}
-
-    def state(self) -> dict[str, Any]:
-        """Return what goes into a checkpoint."""
-        return {"learned": self.learned}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
-        """Take up what a checkpoint holds."""
-        self.learned = dict(state.stateful_callbacks.setdefault(type(self).__name__, {}).get("learned", {}))
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
-        self.trainer.objective = self.base.at(state.global_step / max(1, state.max_steps), self.learned)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
-        progress = (state.global_step - 1) / max(1, state.max_steps)
-        self.learned = self.base.learn(self.learned, self.trainer.last_terms, progress)
-
-
-class _CurvatureCallback(TrainerCallback):
-    """Brings the curvature the rule asks for: before a step's first micro-batch, while gradients are empty.
-
-    An estimator that makes no passes is given the gradient that the step is about to take, clipped as it is.
-    """
-
-    def __init__(self, trainer: UnlearnTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
-        self.trainer.update_rule.expect(state.max_steps)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
-        self.trainer.refresh_curvature(state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
-        spec = self.trainer.curvature
-        if spec is not None and not ESTIMATORS[spec.estimator].needs_pass:
-            self.trainer.update_rule.update_curvature()
-
-
 def make_dataset(
     tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[Example],
@@ -442,11 +398,3 @@ def make_dataset(
     """Tokenise what ``objective``, or a method in its place, looks at."""
     template = ChatTemplate(tokenizer, training.max_length, "training.max_length")
     return UnlearnDataset(template, forget, retain, objective.views, refusals, training.seed, curvature)
-
-
-def quiet() -> contextlib.AbstractContextManager[None]:
-    """Silence transformers' notices that a person of this command line cannot act on."""
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    return contextlib.nullcontext()
