@@ -61,6 +61,11 @@ def _sources(data: DataSpec) -> dict[str, list[str]]:
     return {"forget": forget, "retain": data.retain_sources, "curvature": data.curvature_sources}
 
 
+def _is_on_hub(source: str) -> bool:
+    place = source.partition(",")[0]  # after it come split=, config= and limit=
+    return is_hub_id(place) and not Path(place).expanduser().exists()
+
+
 def origins_of(recipe: Recipe, out: Path, request: Request | None = None, commit: str = "") -> Origins:
     """Return what a run is made of: of what is local where nothing is loaded, so that a finished run needs no hub.
 
@@ -74,7 +79,7 @@ def origins_of(recipe: Recipe, out: Path, request: Request | None = None, commit
     for name, found in _sources(recipe.data).items():
         if request is not None:
             data[name] = of_items(getattr(request, name))
-        elif not any(is_hub_id(source.partition(",")[0]) and not Path(source).exists() for source in found):
+        elif not any(_is_on_hub(source) for source in found):
             with contextlib.suppress(ValueError):  # a finished run does not need its data any more
                 data[name] = of_items([e for source in found for e in load_examples(source)])
     if recipe.data.refusals:

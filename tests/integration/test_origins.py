@@ -84,6 +84,17 @@ def test_what_is_the_same_in_another_file_is_the_same(done, forget_set):
     assert main(COMMAND) == 0
 
 
+def test_a_folder_of_data_is_no_data_set_of_the_hub(place, forget_set, capsys):
+    """Though it is named like one, and a split of it is chosen."""
+    (place / "data/own").mkdir(parents=True)
+    (place / "forget.jsonl").rename(place / "data/own/lost.jsonl")
+    command = [word.replace("forget.jsonl", "data/own,split=lost") for word in COMMAND]
+    assert main(command) == 0
+    write(place / "data/own/lost.jsonl", forget_set[:-1])
+    assert main(command) == 2
+    assert "forget data/own,split=lost (8 items then, 7 now) changed since" in capsys.readouterr().err
+
+
 def test_a_finished_run_needs_its_data_and_model_no_more(done):
     for name in ("forget.jsonl", "retain.jsonl", "refusals.txt"):
         (done / name).unlink()
