@@ -3,7 +3,8 @@
     python experiments/contest_rival.py docs/results/contest-scarce lion
 
 Prints, for each objective and by either utility, every side's lost area and its ratio to the rival's with the paired
-bootstrap interval over requests, and how probable answers that nobody saw are at the end of its run, by request.
+bootstrap interval over requests, how many of these it won, tied and lost, and how probable answers that nobody saw are
+at the end of its run, by request.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from soul.metrics.contest import runs_of
-from soul.metrics.frontier import ratio_interval
+from soul.report.contest import against
 from soul.report.standings import ContestRecord, Standing
 
 
@@ -38,17 +39,12 @@ def main() -> None:
             by_name = {s.cell.optimizer: s for s in standings if s.lost}
             if args.rival not in by_name:
                 continue
-            other = by_name[args.rival].lost
             print(f"\n{task}, {objective}" + (", each part of utility by its own before" if relative else ""))
-            print("| side | lost area | of the rival's | unseen answers |\n|---|---|---|---|")
+            print("| side | lost area | of the rival's | won / tied / lost | unseen answers |\n|---|---|---|---|---|")
             for name, s in sorted(by_name.items(), key=lambda pair: statistics.mean(pair[1].lost.values())):
-                shared = [r for r in s.lost if r in other]
-                ratio = "-"
-                if shared:
-                    value, low, high = ratio_interval([s.lost[r] for r in shared], [other[r] for r in shared])
-                    ratio = f"{value:.2f} [{low:.2f}, {high:.2f}]"
+                ratio, wins = against(s, by_name[args.rival])
                 kept = ", ".join(f"{unseen(record, s, r):.2f}" for r in s.lost)
-                print(f"| {name} | {statistics.mean(s.lost.values()):.3f} | {ratio} | {kept} |")
+                print(f"| {name} | {statistics.mean(s.lost.values()):.3f} | {ratio} | {wins} | {kept} |")
 
 
 if __name__ == "__main__":

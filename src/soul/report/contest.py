@@ -38,15 +38,7 @@ def verdict(standings: Sequence[Standing]) -> list[list[str]]:
     for s in sorted(standings, key=mean):
         if not s.lost:
             continue
-        shared = [r for r in s.lost if best and r in best.lost]
-        ratio = wins = "-"
-        if best and s is not best and shared:
-            mine, other = [s.lost[r] for r in shared], [best.lost[r] for r in shared]
-            value, low, high = ratio_interval(mine, other)
-            ratio = f"{value:.2f} [{low:.2f}, {high:.2f}]"
-            difference = [a - b for a, b in zip(mine, other, strict=True)]
-            won, lost = sum(d < -TIE for d in difference), sum(d > TIE for d in difference)
-            wins = f"{won} / {len(shared) - won - lost} / {lost}"
+        ratio, wins = against(s, best) if best and s is not best else ("-", "-")
         name = s.cell.optimizer + (" (rival)" if s is best else "")
         spread = f"{mean(s):.3f} ({min(s.lost.values()):.3f} to {max(s.lost.values()):.3f})"
         cost = [f"{s.warm:.0f}", f"{s.cold:.0f}", f"{s.memory / 1e9:.1f}"]
@@ -54,6 +46,17 @@ def verdict(standings: Sequence[Standing]) -> list[list[str]]:
             [name, s.order, str(len(s.lost)), spread, ratio, wins, f"{statistics.mean(s.at95.values()):.2f}", *cost]
         )
     return rows
+
+
+def against(s: Standing, other: Standing) -> tuple[str, str]:
+    """Return a side's lost area in shares of another's, with the interval, and the requests it won, tied and lost."""
+    shared = [r for r in s.lost if r in other.lost]
+    if not shared:
+        return "-", "-"
+    value, low, high = ratio_interval([s.lost[r] for r in shared], [other.lost[r] for r in shared])
+    apart = [s.lost[r] - other.lost[r] for r in shared]
+    won, lost = sum(d < -TIE for d in apart), sum(d > TIE for d in apart)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]", f"{won} / {len(shared) - won - lost} / {lost}"
 
 
 def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:
