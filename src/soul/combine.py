@@ -228,6 +228,11 @@ class DualRule(UpdateRule):
         """As the rule has it."""
         return self.forget.needs_backward
 
+    @property
+    def needs_gradients(self) -> bool:
+        """As the rule has it."""
+        return self.forget.needs_gradients
+
     @contextlib.contextmanager
     def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:
         """Let both watch."""

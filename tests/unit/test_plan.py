@@ -23,7 +23,7 @@ from soul.plan.activations import saved
 from soul.plan.advice import options, smaller_batches
 from soul.plan.show import lines
 from soul.plan.skeleton import measure
-from soul.plan.speed import operations
+from soul.plan.speed import operations, time_of_run
 from soul.plan.work import Batch
 from soul.recipe import Recipe, recipe_from_tree
 from soul.trainer import TrainingSpec, make_dataset
@@ -194,6 +194,21 @@ def test_the_longest_texts_are_found_where_only_a_sample_is_tokenised(
     )
     assert work.largest.width == len(longest.encoded["retain"][0])
     assert work.typical.width < work.largest.width / 2
+
+
+def test_a_pass_that_leaves_no_gradients_is_planned_without(folder: Path) -> None:
+    plans = {}
+    for name in ("kfac", "ekfac", "whiten"):
+        planned = recipe(folder, optimizer=name, training={"batch_size": 1})
+        plans[name] = make_plan(planned, GPU, find_work(planned, 32))
+    assert [plans[name].cost.gradients for name in plans] == [False, True, False]
+    moments = {name: plan.memory.moments["a curvature pass"] for name, plan in plans.items()}
+    assert moments["ekfac"] - moments["kfac"] > plans["kfac"].skeleton.gradients / 2
+    lean = plans["kfac"]
+    dear = dataclasses.replace(lean.cost, gradients=True)
+    kept = (lean.kept, lean.passes)
+    again = time_of_run(lean.recipe, lean.skeleton, dear, lean.work, kept, GPU)
+    assert lean.time.before < again.before
 
 
 def test_two_states_are_held_and_fed_twice(folder: Path) -> None:

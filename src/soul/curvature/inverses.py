@@ -125,7 +125,7 @@ class KroneckerInverse:
     @torch.no_grad()
     def derived(self) -> dict[str, torch.Tensor]:
         """Return all inverses by name, found now where they were not: ``<layer>.left`` and ``<layer>.right``."""
-        names = list(self.factors.layers)
+        names = [name for name in self.factors.layers if self.factors.knows(name)]
         right = {f"{n}.right": self._right_of(n) for n in names if self.factors.input_of(n) == n}
         left = [n for n in names if n not in self.factors.through] if self.outputs else []
         return right | {f"{n}.left": self._left_of(n) for n in left}

@@ -90,25 +90,43 @@ def unpack(layer: Layer, matrix_OI: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return weight.T if isinstance(layer, Conv1D) else weight, bias
 
 
+BANDS, BANDED = 4, 256
+"""Bands of a sum, and the width from which on it has them."""
+
+
 @dataclasses.dataclass
 class _Sum:
-    """A sum of outer products over positions, since the last time it was taken in."""
+    """A sum of outer products over positions, since the last time it was taken in.
+
+    It is symmetric, so that on a processor only blocks on and above the diagonal are added up, in bands of four, which
+    takes two thirds of the time (``benchmarks/kronecker_pass.py``).
+    """
 
     total: torch.Tensor | None = None
     positions: int = 0
 
     def add(self, rows_TD: torch.Tensor) -> None:
+        width = rows_TD.shape[1]
+        if self.total is None:
+            self.total = rows_TD.new_zeros(width, width)
         with torch.autocast(rows_TD.device.type, enabled=False):  # a hook runs in its forward pass's precision
-            if self.total is None:
-                self.total = rows_TD.T @ rows_TD
-            else:
-                self.total.addmm_(rows_TD.T, rows_TD)
+            for start, end in self._bands():
+                self.total[start:end, start:].addmm_(rows_TD[:, start:end].T, rows_TD[:, start:])
         self.positions += len(rows_TD)
 
+    def _bands(self) -> list[tuple[int, int]]:
+        """Return the rows of each band of blocks; a single one where the whole is as fast."""
+        assert self.total is not None
+        width = len(self.total)
+        parts = BANDS if self.total.device.type == "cpu" and width >= BANDED else 1
+        return [(width * i // parts, width * (i + 1) // parts) for i in range(parts)]
+
     def add_up(self) -> None:
-        """Add up the sums of all processes, which watched the same layers."""
+        """Complete the sum, below the diagonal too, and over all processes, which watched the same layers."""
+        assert self.total is not None
+        for start, end in self._bands():
+            self.total[end:, start:end] = self.total[start:end, end:].T
         if processes.count() > 1:
-            assert self.total is not None
             positions = torch.tensor(self.positions, device=self.total.device)
             dist.all_reduce(self.total)
             dist.all_reduce(positions)
@@ -169,6 +187,11 @@ class KroneckerFactors:
         g = self._g[self.through[name]]
         b = self.layers[self.through[name]].weight.detach().to(g.dtype)
         return b.T @ g @ b
+
+    def knows(self, name: str) -> bool:
+        """Say whether passes have shown a layer's factors: not where none went through it, as with some routers."""
+        outputs = not self.watches_outputs or self.through.get(name, name) in self._g
+        return self.input_of(name) in self._a and outputs
 
     def input_of(self, name: str) -> str:
         """Return the layer that keeps ``A`` for this one: itself, or the first of those with the same input."""

@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from soul import processes
 from soul.curvature import cache, sharded
 from soul.curvature.estimators import ESTIMATORS, Cotangent
+from soul.curvature.observer import Observer, ends_of
 from soul.curvature.picks import Pick, Plan, choose
 from soul.curvature.quiet import full_precision, without_noise
 from soul.curvature.spec import CurvatureSpec
@@ -25,47 +26,6 @@ from soul.data.templates import Encoded
 from soul.forward import Answers, forward_answers, unwrap
 
 Estimate = dict[torch.Tensor, torch.Tensor]
-
-
-class Observer(Protocol):
-    """The side of an update rule that passes know (:class:`soul.optim.base.UpdateRule`)."""
-
-    @property
-    def needs_backward(self) -> bool:
-        """Whether a pass must go backward."""
-        ...
-
-    def observing(self, mask_BT: torch.Tensor | None = None) -> contextlib.AbstractContextManager[None]:
-        """Return the context of one micro-batch."""
-        ...
-
-    def update_curvature(self, estimate: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
-        """Take in what a refresh found."""
-        ...
-
-    def curvature_state(self) -> Mapping[str, torch.Tensor] | None:
-        """Return what passes told the rule beyond estimates; None if there is no such thing."""
-        ...
-
-    def load_curvature_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Begin with such a state."""
-        ...
-
-    def derivation(self) -> str:
-        """Name the settings that what is derived from that state depends on; empty for nothing worth keeping."""
-        ...
-
-    def derived(self) -> Mapping[str, torch.Tensor]:
-        """Return what is derived from it."""
-        ...
-
-    def load_derived(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Begin with what was derived from the same state."""
-        ...
-
-    def scramble(self, seed: int) -> None:
-        """Turn that state into random directions."""
-        ...
 
 
 class CurvaturePasses:
@@ -256,7 +216,8 @@ class CurvaturePasses:
     def estimate(self, model: nn.Module, rule: Observer, plan: Plan, *, explicit: bool = True) -> Estimate | None:
         """Return the estimate for each trainable parameter, in fp32 at least; None where it is the gradients' square.
 
-        A rule that watches only what goes into layers is given forward passes, and there is no estimate.
+        A rule that watches only what goes into layers is given forward passes, one that watches what comes back to
+        their outputs backward passes without gradients of weights, and there is no estimate.
 
         Args:
             model: The model, in its wrapper if it has one.
@@ -266,6 +227,9 @@ class CurvaturePasses:
         """
         if not rule.needs_backward:
             self._look(model, rule, plan)
+            return None
+        if not rule.needs_gradients and not sharded.is_sharded(model):
+            self._watch(unwrap(model), rule, plan)
             return None
         params = list(_trainable(model).values())
         rank, world = processes.place()
@@ -302,6 +266,20 @@ class CurvaturePasses:
                 batch = self._collate(model, picks)
                 with rule.observing(batch["attention_mask"].bool()), self.autocast():
                     forward_answers(model, batch)
+
+    def _watch(self, model: nn.Module, rule: Observer, plan: Plan) -> None:
+        """Run the model forward and back, but for the gradients of layers' weights, which nobody asks for."""
+        assert self.estimator.cotangent is not None
+        rank, world = processes.place()
+        with without_noise(model):
+            for picks in plan[rank::world]:
+                batch = self._collate(model, picks)
+                with rule.observing(batch["attention_mask"].bool()):
+                    with self.autocast(), ends_of(model) as ends:
+                        answers = forward_answers(model, batch)
+                    weight = 1 / sum(pick.row.answer_length for picks in plan for pick in picks)
+                    cotangent = _cotangent(self.estimator.cotangent, answers, picks, weight)
+                    torch.autograd.grad(answers.logits_NV, ends, cotangent, allow_unused=True)
 
     def _collate(self, model: nn.Module, picks: list[Pick]) -> dict[str, torch.Tensor]:
         device = next(model.parameters()).device

@@ -71,6 +71,7 @@ def kronecker_cost(
         per_position=2 * squares,
         derivation=(9 if kind == "eigen" else 1) * sum(width**3 for width in inputs + outputs),
         backward=kind != "inputs" or diagonal,
+        gradients=kind == "eigen" or diagonal,
     )
 
 

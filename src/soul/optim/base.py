@@ -23,6 +23,11 @@ class UpdateRule(torch.optim.Optimizer):
         """Whether a curvature pass must go backward: not where a rule watches only what goes into layers."""
         return True
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it wants what a curvature pass leaves on the weights: not where a rule watches layers alone."""
+        return True
+
     def expect(self, steps: int) -> None:
         """Hear before training how many steps there will be, those before a resume included."""
 

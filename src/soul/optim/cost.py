@@ -21,12 +21,14 @@ class RuleCost:
         state: Kept between steps, coordinate by coordinate or row by row: it is sharded as the parameters are.
         whole: Kept between steps by every process: Kronecker factors and what is derived from them.
         step: Taken by a step for its duration, beside parameters, gradients and what is kept.
-        refresh: Taken by a curvature pass for its duration, beside gradients and an explicit estimate.
+        refresh: Taken by a curvature pass for its duration, beside gradients and an explicit estimate where it makes
+            them.
         traffic: Read and written by a step, in place.
         products: Operations of a step's matrix products.
         per_position: Operations that watching a pass adds for each position that goes through the layers.
         derivation: Operations from one refresh to the first step after it (inverses, eigenbases).
         backward: Whether its curvature passes go backward.
+        gradients: Whether they make gradients of layers' weights; in shards they do in any case.
     """
 
     state: int = 0
@@ -38,6 +40,7 @@ class RuleCost:
     per_position: int = 0
     derivation: int = 0
     backward: bool = True
+    gradients: bool = True
 
     @property
     def kept(self) -> int:

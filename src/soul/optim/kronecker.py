@@ -124,6 +124,12 @@ class KroneckerRule(UpdateRule):
         """Whether the factors' output sides or a diagonal are wanted."""
         return self.factors.watches_outputs or any(group["others"] == "diagonal" for group in self.param_groups)
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether EK-FAC's moments or a diagonal are wanted."""
+        eigen = isinstance(self.preconditioner, EigenInverse)
+        return eigen or any(group["others"] == "diagonal" for group in self.param_groups)
+
     @contextlib.contextmanager
     def observing(self, mask_BT: torch.Tensor | None = None) -> Iterator[None]:
         """Watch passes; see :meth:`KroneckerFactors.observing`. EK-FAC takes in the gradients that stand at the end."""
@@ -192,8 +198,8 @@ class KroneckerRule(UpdateRule):
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         for name, layer in self.factors.layers.items():
             group = group_of.get(id(layer.weight))
-            if group is None or layer.weight.grad is None:
-                continue
+            if group is None or layer.weight.grad is None or not self.factors.knows(name):
+                continue  # without curvature a weight stays, as those without factors do
             m_weight, share = self._momentum(group, layer.weight)
             m, bias = m_weight, None
             if layer.bias is not None and layer.bias.requires_grad:
@@ -215,7 +221,7 @@ class KroneckerRule(UpdateRule):
             if p.grad is None or h is None:
                 continue
             m, share = self._momentum(group, p)
-            floor = self._damping * h.mean()
+            floor = self.preconditioner.damping * h.mean()  # the one in use, as for the layers
             u = torch.where(h + floor > 0, m / (h + floor), 0)
             yield _Move(group, p, u, share, (u * m).sum() / share**2)
 

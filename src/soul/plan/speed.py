@@ -127,12 +127,12 @@ class Time:
         return self.before + self.steps * self.step
 
 
-def operations(skeleton: Skeleton, batch: Batch, *, backward: bool = True) -> float:
+def operations(skeleton: Skeleton, batch: Batch, *, backward: bool = True, weights: bool = True) -> float:
     """Return the operations of a forward pass over ``batch``, and of a backward pass after it.
 
     ``2 (body + head)`` a position forward, as much again backward for the gradient of inputs and, of trained weights
-    only, once more for theirs; ``4 width`` for the scores of attention, and twice that backward. The head counts where
-    it is applied.
+    only (and not without ``weights``), once more for theirs; ``4 width`` for the scores of attention, and twice that
+    backward. The head counts where it is applied.
     """
     body, trained = skeleton.body, skeleton.trained_body
     scores = 4 * batch.width * skeleton.attention
@@ -140,8 +140,8 @@ def operations(skeleton: Skeleton, batch: Batch, *, backward: bool = True) -> fl
     forward = (2 * (body + trained) + scores) * batch.positions + head
     if not backward:
         return forward
-    weights = 2 * trained * batch.positions + (head if skeleton.trained_head else 0)
-    return 2 * forward + scores * batch.positions + weights
+    theirs = 2 * trained * batch.positions + (head if skeleton.trained_head else 0)
+    return 2 * forward + scores * batch.positions + (theirs if weights else 0)
 
 
 def time_of_run(
@@ -169,6 +169,8 @@ def time_of_run(
     if spec is not None and work.curvature is not None and saved[1] is not None:
         ahead, back = _pass_seconds(skeleton, work.curvature, saved[1], machine, how)
         watched = rules * cost.per_position * work.curvature.positions / machine.exact_flops
+        if not cost.gradients and machine.gpus == 1:
+            back = _pass_seconds(skeleton, work.curvature, saved[1], machine, how, weights=False)[1]
         once = ahead + (back if cost.backward else 0.0) + watched
         derived = rules * cost.derivation / (0.3 * machine.exact_flops)
         before += spec.passes(0) * once + derived
@@ -180,13 +182,14 @@ def time_of_run(
 
 
 def _pass_seconds(
-    skeleton: Skeleton, batch: Batch, saved: Saved, machine: Machine, how: Efficiency
+    skeleton: Skeleton, batch: Batch, saved: Saved, machine: Machine, how: Efficiency, *, weights: bool = True
 ) -> tuple[float, float]:
+    """Return the seconds forward and back; back with or without gradients of weights."""
     ahead = operations(skeleton, batch, backward=False)
-    both = operations(skeleton, batch)
+    both = operations(skeleton, batch, weights=weights)
     peak = machine.flops * how.products
     kept = saved.of(batch.rows) + 6 * batch.answers * skeleton.rows
-    fresh = skeleton.gradients * 1.5  # in the products' precision, then in the weights'
+    fresh = skeleton.gradients * 1.5 if weights else 0.0  # in the products' precision, then in the weights'
     return (
         ahead / peak + (how.forward * kept + 3 * saved.constant) / machine.bandwidth,
         (both - ahead) / peak + (how.backward * kept + how.gradients * fresh) / machine.bandwidth,
