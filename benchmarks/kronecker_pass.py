@@ -2,15 +2,19 @@
 
     python benchmarks/kronecker_pass.py --tofu ../shared/data/tofu
 
-One micro-batch (8 questions of ``retain90`` and 2 built-in passages) of SmolLM2-135M with frozen embeddings, watched by
+A warm start of two micro-batches (each 8 questions of ``retain90``, 2 built-in passages) on SmolLM2-135M, watched by
 ``kfac``, in the four ways, taken in turns after a round that does not count; medians and ratios to the dearest way,
-with the seconds of a plain forward and backward pass beside them, and the largest difference of a factor.
+with the seconds of a plain forward and backward pass beside them, the largest difference of a factor, and the peak
+memory of a process that makes one. Embeddings are frozen.
 ``--cpu-time`` counts the processor's seconds, where other programs keep the machine busy.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from _machine import autocast, cpu_name, table
+from _machine import autocast, cpu_name, in_own_process, table
 from soul.curvature import kronecker
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.spec import CurvatureSpec
@@ -40,6 +44,56 @@ WAYS = {
 }
 
 
+@dataclasses.dataclass
+class Setup:
+    """A model with a rule's passes over TOFU."""
+
+    model: Any
+    passes: CurvaturePasses
+    pad: int
+
+    @classmethod
+    def load(cls, model: str, tofu: Path) -> Setup:
+        """Load model and rows."""
+        torch.set_num_threads(1)
+        loaded, tokenizer = load_model(ModelSpec(model, device="cpu"))
+        freeze_embeddings(loaded)
+        template = ChatTemplate(tokenizer)
+        rows = [template.encode(e, index=i) for i, e in enumerate(load_examples(f"{tofu},split=retain90"))]
+        text = [template.encode(e, index=i) for i, e in enumerate(general_text())]
+        spec = CurvatureSpec(batch=8, general_text=2, warm_start=2, cache=False)
+        passes = CurvaturePasses(spec, rows, text, pad_id=template.pad, autocast=autocast)
+        return cls(loaded, passes, template.pad)
+
+    def look(self, name: str) -> dict[str, torch.Tensor]:
+        """Make a pass in one of the ways, and return the factors."""
+        gradients, bands = WAYS[name]
+        rule = KFACSpec().build([p for p in self.model.parameters() if p.requires_grad], self.model)
+        with (
+            mock.patch.object(type(rule), "needs_gradients", gradients),
+            mock.patch.object(kronecker, "BANDS", bands),
+        ):
+            self.passes.estimate(self.model, rule, self.passes.plan(0))
+            self.model.zero_grad(set_to_none=True)
+            rule.factors.absorb()
+        return rule.factors.state()
+
+    def train(self) -> None:
+        """Go forward and back as a training step does over the same rows."""
+        for picks in self.passes.plan(0):
+            with autocast():
+                batch = collate_rows([pick.row for pick in picks], pad_id=self.pad)
+                loss = -forward_answers(self.model, batch).token_logps().mean()
+            loss.backward()
+            self.model.zero_grad(set_to_none=True)
+
+
+def peak(name: str, model: str, tofu: Path) -> float:
+    """Return the peak memory of a process that makes the passes, in GB."""
+    Setup.load(model, tofu).look(name)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,39 +102,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    model, tokenizer = load_model(ModelSpec(args.model, device="cpu"))
-    freeze_embeddings(model)
-    template = ChatTemplate(tokenizer)
-    rows = [template.encode(e, index=i) for i, e in enumerate(load_examples(f"{args.tofu},split=retain90"))]
-    text = [template.encode(e, index=i) for i, e in enumerate(general_text())]
-    spec = CurvatureSpec(batch=8, general_text=2, cache=False)
-    passes = CurvaturePasses(spec, rows, text, pad_id=template.pad, autocast=autocast)
+    taken = {name: in_own_process(peak, name, args.model, args.tofu) for name in WAYS}
+    setup = Setup.load(args.model, args.tofu)
     now = time.process_time if args.cpu_time else time.perf_counter
-    batch = collate_rows([pick.row for picks in passes.plan(0) for pick in picks], pad_id=template.pad)
-
-    def train() -> None:
-        with autocast():
-            loss = -forward_answers(model, batch).token_logps().mean()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
     found: dict[str, dict[str, torch.Tensor]] = {}
 
     def look(name: str) -> None:
-        gradients, bands = WAYS[name]
-        rule = KFACSpec().build([p for p in model.parameters() if p.requires_grad], model)
-        with (
-            mock.patch.object(type(rule), "needs_gradients", gradients),
-            mock.patch.object(kronecker, "BANDS", bands),
-        ):
-            passes.estimate(model, rule, passes.plan(0))
-            model.zero_grad(set_to_none=True)
-            rule.factors.absorb()
-        found[name] = rule.factors.state()
+        found[name] = setup.look(name)
 
-    ways: dict[str, Callable[[], Any]] = {name: (lambda name=name: look(name)) for name in WAYS}
-    ways["forward and backward of a training step"] = train
+    ways: dict[str, Callable[[], Any]] = {name: functools.partial(look, name) for name in WAYS}
+    ways["forward and backward of a training step"] = setup.train
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(args.rounds + 1):
         for name, way in ways.items():
@@ -93,10 +124,13 @@ def main() -> None:
     for name, took in seconds.items():
         ratios = [a / b for a, b in zip(took, seconds[first], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        apart = "-" if name not in found else f"{_apart(found[name], found[first]):.1e}"
-        lines.append([name, f"{statistics.median(took):.2f}", ratio, apart])
+        memory, apart = "-", "-"
+        if name in found:
+            memory, apart = f"{taken[name]:.1f}", f"{_apart(found[name], found[first]):.1e}"
+        lines.append([name, f"{statistics.median(took):.2f}", ratio, memory, apart])
     print(f"{cpu_name()}, 1 thread, {args.rounds} rounds, {'processor' if args.cpu_time else 'wall'} seconds\n")
-    print(table(["a micro-batch", "s", "of the first", "largest difference of a factor, of its norm"], lines))
+    head = ["two micro-batches", "s", "of the first", "GB at the peak", "largest difference of a factor, of its norm"]
+    print(table(head, lines))
 
 
 def _apart(found: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
