@@ -19,6 +19,7 @@ from soul.benchmarks.base import Benchmark, Measures, Rows
 from soul.evaluate import EvaluationSpec, measure
 from soul.folderlock import alone_in
 from soul.models import ModelSpec, load_model
+from soul.origins import commit_of
 from soul.registry import BENCHMARKS
 from soul.report.card import hidden
 from soul.run import read_reference
@@ -204,7 +205,8 @@ class Assessment:
         loaded = load_model(self.model)
         for task in tasks:
             folder = folders[task.benchmark.name]
-            claim = functools.partial(claim_evaluation, folder, self.model, task.benchmark, self.evaluation)
+            what = (self.model, task.benchmark, self.evaluation, commit_of(loaded[0]))
+            claim = functools.partial(claim_evaluation, folder, *what)
             processes.from_main(claim)
         failed: dict[str, str] = {}
 

@@ -296,12 +296,13 @@ def _likelihoods(
     if not ask.likelihood:
         return rows
     texts: list[tuple[int, str, Encoded]] = []  # (example, which answer, tokens)
+    encode = functools.partial(template.encode, where=name)
     for i, example in enumerate(examples):
         if not ask.tokens:
-            texts.append((i, "answer", template.encode(example, index=i, where=name)))
+            texts.append((i, "answer", encode(example, index=i)))
         if example.paraphrased_answer is not None:
-            texts.append((i, "paraphrase", template.encode(example, answer=example.paraphrased_answer)))
-        texts += [(i, "wrong", template.encode(example, answer=wrong)) for wrong in example.wrong_answers]
+            texts.append((i, "paraphrase", encode(example, answer=example.paraphrased_answer, index=i)))
+        texts += [(i, "wrong", encode(example, answer=wrong, index=i)) for wrong in example.wrong_answers]
     nll = sequence_nll(
         model,
         [t[2] for t in texts],

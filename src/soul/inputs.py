@@ -91,12 +91,20 @@ def origins_of(recipe: Recipe, out: Path, request: Request | None = None, commit
 def check_origins(recipe: Recipe, out: Path, origins: Origins) -> None:
     """Make sure that a run which goes on is made of what it was.
 
+    One that has no results yet begins anew, and samples of another model than now are of no use to it.
+
     Raises:
         ValueError: Data or model have changed since it began.
     """
+    sources = {name: " and ".join(found) for name, found in _sources(recipe.data).items()}
+    sources |= {"refusals": recipe.data.refusals, "model": recipe.model.path}
     if holds_results(out):
-        sources = {name: " and ".join(found) for name, found in _sources(recipe.data).items()}
-        origins.check(out, sources | {"refusals": recipe.data.refusals, "model": recipe.model.path})
+        origins.check(out, sources)
+    elif (out / ANCHORS).is_file():
+        try:
+            Origins(model=origins.model, commit=origins.commit).check(out, sources)
+        except ValueError:
+            (out / ANCHORS).unlink()
 
 
 def search(request: Request, data: DataSpec, tick: Progress = _silent) -> Request:

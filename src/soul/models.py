@@ -291,15 +291,23 @@ def _write(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
     tokenizer.save_pretrained(folder)
 
 
+def source_of(path: str) -> Path | None:
+    """Return the GGUF file or the folder that a model's path leads to; None where it leads to none on this machine."""
+    if path in OFFLINE:
+        found = importlib.util.find_spec(OFFLINE[path][0])  # importing it would need its own dependencies
+        places = (found.submodule_search_locations or []) if found else []
+        return next((file for base in places for file in Path(base).glob("*.gguf")), None)
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        return local if local.is_file() else None
+    return _of_run(local) if local.is_dir() else None
+
+
 def resolve(path: str) -> str:
     """Turn a short name, a GGUF file or a run into a folder of weights; leave the rest to transformers."""
     if path in OFFLINE:
-        package, hub_id = OFFLINE[path]
-        found = importlib.util.find_spec(package)  # importing it would need its own dependencies
-        files = (
-            [f for base in (found.submodule_search_locations or []) for f in Path(base).glob("*.gguf")] if found else []
-        )
-        return _from_gguf(files[0]) if files else hub_id
+        file = source_of(path)
+        return _from_gguf(file) if file else OFFLINE[path][1]
     local = Path(path).expanduser()
     if path.endswith(".gguf"):
         if not local.is_file():

@@ -6,23 +6,31 @@ to now; without this the same command on a changed file would give the record of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from soul.intact import check_adapter_files
-from soul.models import resolve
+from soul.models import source_of
 from soul.stored import check_format, write_json
 from soul.strict import json_value, read_text
 from soul.types import Example
 
 ORIGINS = "origins.json"
-_PARTS = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja", ".py")
+_PARTS = (".safetensors", ".gguf", ".model", ".jinja", ".py")
 """Suffixes of the files that a model, its tokenizer and its code are read from; a card beside them may change."""
+_VERSIONED, _VERSION = ("config.json", "generation_config.json"), "transformers_version"
+"""Files that say which version wrote them, which changes nothing."""
+_NAMED = (
+    *_VERSIONED,
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "adapter_config.json"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +68,9 @@ class Origins:
             for name, was in earlier.data.items()
             if name in self.data and self.data[name]["digest"] != was["digest"]
         }
-        both = earlier.model.keys() | self.model.keys() if earlier.model and self.model else set()
+        ours, theirs = ({n.partition("/")[0] == "base" for n in model} for model in (self.model, earlier.model))
+        there = ours & theirs  # a model, or an adapter's base, that is gone is not looked at again
+        both = {n for n in earlier.model.keys() | self.model.keys() if (n.partition("/")[0] == "base") in there}
         files = [n for n in sorted(both) if _digest_in(earlier.model, n) != _digest_in(self.model, n)]
         if files:
             changed["model"] = f"{', '.join(files[:3])}{' ...' if len(files) > 3 else ''}"
@@ -98,6 +108,11 @@ def read_origins(out: Path) -> Origins | None:
         raise ValueError(f"{file} is damaged ({error!r:.80}): delete it, and what changed is not noticed") from error
 
 
+def commit_of(model: Any) -> str:
+    """Return the hub's commit that a loaded model came from; empty where it came from a folder."""
+    return str(getattr(model.config, "_commit_hash", None) or "")
+
+
 def of_items(items: Sequence[Example] | Sequence[str]) -> dict[str, Any]:
     """Return the number of items and the digest of their content, in order.
 
@@ -123,30 +138,31 @@ def of_model(path: str, known: Origins | None = None) -> dict[str, dict[str, Any
     """Return size, time of the last change and SHA-256 of each file that a local model is read from.
 
     Args:
-        path: As :class:`soul.models.ModelSpec` has it; an adapter's base is looked at too, where it is local.
+        path: As :class:`soul.models.ModelSpec` has it; an adapter's base is looked at too, where it is on this machine.
         known: Digests from before, which are taken over for files whose size and time are the same.
 
     Returns:
-        By the file's name; nothing where ``path`` leads to no local folder.
+        By the file's name; nothing where ``path`` leads to nothing on this machine.
     """
     try:
-        folder = Path(resolve(path))
-    except ValueError:
+        place = source_of(path)
+    except ValueError:  # a run without a model yet, say
         return {}
-    if not folder.is_dir():
-        return {}
-    files = {file.name: file for file in _files(folder)}
-    if (folder / "adapter_config.json").is_file():
-        base = Path(resolve(check_adapter_files(folder)))
-        files |= {f"base/{file.name}": file for file in (_files(base) if base.is_dir() else ())}
+    files = {file.name: file for file in _files(place)}
+    with contextlib.suppress(ValueError):  # a base that is gone, of an adapter that is still there
+        if place and (place / "adapter_config.json").is_file():
+            files |= {f"base/{file.name}": file for file in _files(source_of(check_adapter_files(place)))}
     was = known.model if known else {}
     with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
         marks = pool.map(lambda item: _mark(item[1], was.get(item[0])), files.items())
         return dict(zip(files, marks, strict=True))
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    return (f for f in sorted(folder.iterdir()) if f.suffix in _PARTS and f.is_file() and f.name[0] != ".")
+def _files(place: Path | None) -> list[Path]:
+    if place is None or place.is_file():
+        return [place] if place else []
+    found = (f for f in sorted(place.iterdir()) if f.is_file() and f.name[0] != ".")
+    return [f for f in found if f.suffix in _PARTS or f.name in _NAMED or f.name.endswith(".index.json")]
 
 
 def _mark(file: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -154,6 +170,10 @@ def _mark(file: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     here = {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
     if known and all(known[name] == value for name, value in here.items()):
         return dict(known)
+    if file.name in _VERSIONED:
+        with contextlib.suppress(ValueError, AttributeError):
+            found = {k: v for k, v in json_value(read_text(file), "", lenient=True).items() if k != _VERSION}
+            return {**here, "sha256": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}
     with file.open("rb") as content:
         return {**here, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 

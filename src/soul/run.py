@@ -34,7 +34,7 @@ from soul.inputs import (
 from soul.machine import peak_memory, reset_peak_memory
 from soul.methods.base import json_lines
 from soul.models import add_adapter, check_adapter, load_model, save_model, without_autocast
-from soul.origins import Origins
+from soul.origins import Origins, commit_of
 from soul.recipe import Recipe
 from soul.rundir import check_folder, claim_folder, environment_warnings, holds_results, score_dict
 from soul.stored import check_format, read_lines, write_json
@@ -91,8 +91,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     tick("loading model", 0, 1)
     model, tokenizer = load_model(recipe.model)
     tick("loading model", 1, 1)
-    commit = str(getattr(model.config, "_commit_hash", None) or "")  # of a model that came from the hub
-    origins = processes.from_main(lambda: origins_of(recipe, out, loaded, commit))
+    origins = processes.from_main(lambda: origins_of(recipe, out, loaded, commit_of(model)))
     processes.from_main(lambda: check_origins(recipe, out, origins))
     if recipe.adapter is not None:
         check_adapter(model, recipe.adapter)
@@ -148,7 +147,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
 
 def claim(out: Path, recipe: Recipe, request: Request, origins: Origins) -> None:
     """Take the folder for the run, and keep what it is made of and what the model is anchored by."""
-    if not holds_results(out):
+    if not (holds_results(out) and (out / "recipe.yaml").is_file()):  # a sequence's later requests begin with rows
         origins.write(out)
     claim_folder(out, recipe)
     if request.stand_in and request.stand_in.samples:

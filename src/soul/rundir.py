@@ -138,8 +138,17 @@ def _difference(file: Path, recipe: Recipe) -> str:
     return ""
 
 
-def claim_evaluation(out: Path, model: ModelSpec, benchmark: Benchmark, evaluation: EvaluationSpec) -> None:
+def claim_evaluation(
+    out: Path, model: ModelSpec, benchmark: Benchmark, evaluation: EvaluationSpec, commit: str = ""
+) -> None:
     """Take a folder for an evaluation, or go on with the one that it holds.
+
+    Args:
+        out: The folder.
+        model: What is measured.
+        benchmark: By what.
+        evaluation: How.
+        commit: The hub's commit of the model as loaded, where it came from there.
 
     Raises:
         ValueError: The folder cannot be written, holds another evaluation, or one of what the model was earlier.
@@ -154,9 +163,15 @@ def claim_evaluation(out: Path, model: ModelSpec, benchmark: Benchmark, evaluati
             f"{out} holds another evaluation, or one by another version than {version}: choose another --out, or "
             "delete that folder"
         )
-    origins = Origins(model=of_model(model.path, read_origins(out)))
+    earlier = read_origins(out)
+    origins = Origins(model=of_model(model.path, earlier), commit=commit)
     if file.is_file():
         origins.check(out, {"model": model.path})
+        changed = max((mark["modified"] for mark in origins.model.values()), default=0)
+        if earlier is None and changed > file.stat().st_mtime_ns:  # by an earlier version, which kept no digests
+            raise ValueError(
+                f"{model.path} was changed after {out} measured it: choose another --out, or delete that folder"
+            )
     else:
         if any((out / name).exists() for name in _RESULTS):
             raise ValueError(f"{out} holds other things: choose another --out")

@@ -313,6 +313,8 @@ def test_an_objective_that_is_not_tuned_yet_holds_up_no_other(done, matrix_file,
     tree = yaml.safe_load(matrix_file.read_text())
     wider = Contest(matrix_from_tree({**tree, "objectives": ["npo", "grad_diff"]}), tmp_path)
     assert {job.key for job in wider.jobs()} > {line["key"] for line in contest.book.lines()}
+    entries = [dict(tree["optimizers"][0], objectives=["npo"]), *tree["optimizers"][1:]]
+    Contest(matrix_from_tree({**tree, "objectives": ["npo", "grad_diff"], "optimizers": entries}), tmp_path)
     assert {(j.kind, j.cell.objective) for j in wider.jobs() if j.cell} == {
         *(("pilot", objective) for objective in ("npo", "grad_diff")),
         *((kind, "npo") for kind in ("tune", "report", "attack")),

@@ -139,6 +139,75 @@ def test_an_adapters_base_counts(done):
     assert of_model("adapted")["base/model.safetensors"]["sha256"] != files["base/model.safetensors"]["sha256"]
 
 
+def test_a_finished_run_on_an_adapter_needs_its_base_no_more(done):
+    words = ["--out", "adapted", *LORA.split(), "training.max_steps=1", "--no-evaluate"]
+    assert main([*COMMAND[:7], *words]) == 0
+    again = ["unlearn", "--model", "adapted", "--forget", "forget.jsonl", "--out", "again", "data.anchors=general"]
+    again += ["training.max_steps=1", "--no-evaluate"]
+    assert main(again) == 0
+    shutil.rmtree(done / "model")
+    assert main(again) == 0
+
+
+def test_which_version_wrote_a_configuration_is_no_change(done):
+    for name in ("config.json", "generation_config.json"):
+        file = done / "model" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "99"}))
+    (done / "model/lm_eval_results.json").write_text("{}")
+    assert main(COMMAND) == 0
+    config = json.loads((done / "model/config.json").read_text())
+    (done / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert main(COMMAND) == 2
+
+
+def test_samples_of_another_model_stand_in_for_nothing(place, monkeypatch):
+    """Killed after the samples were kept, and before there was any result."""
+    command = ["unlearn", "--model", "model", "--forget", "forget.jsonl", "--out", "run", "--no-evaluate"]
+    command += ["training.max_steps=1", "data.samples=3", "data.anchors=samples"]
+
+    def lost(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def begin() -> bytes:
+        with monkeypatch.context() as patch:
+            patch.setattr("soul.run.train_and_save", lost)
+            assert main(command) == 130
+        return (place / "run/anchors.json").read_bytes()
+
+    samples = begin()
+    assert begin() == samples
+    retrain(place)
+    assert begin() != samples
+
+
+def test_a_later_request_of_a_sequence_is_held_against_its_data(place, forget_set):
+    from soul.recipe import recipe_from_tree
+    from soul.sequence import run_sequence
+
+    write(place / "second.jsonl", forget_set[4:])
+    write(place / "forget.jsonl", forget_set[:4])
+    tree = {"model": "model", "data": {"retain": "retain.jsonl"}, "training": {"max_steps": 1}}
+    tree |= {"evaluation": {"max_new_tokens": 2}, "optimizer": "signum"}
+    recipe = recipe_from_tree({**tree, "data": {"retain": "retain.jsonl", "forget": "forget.jsonl"}})
+    requests = ["forget.jsonl", "second.jsonl"]
+    run_sequence(recipe, requests, place / "sequence")
+    assert all((place / f"sequence/request-{i}" / ORIGINS).is_file() for i in (1, 2))
+    write(place / "second.jsonl", forget_set[4:-1])
+    with pytest.raises(ValueError, match=r"forget second.jsonl \(4 items then, 3 now\) changed since"):
+        run_sequence(recipe, requests, place / "sequence")
+
+
+def test_an_evaluation_by_an_earlier_version_is_held_against_the_time(done, capsys):
+    command = "evaluate model --benchmark request forget=forget.jsonl kept=retain.jsonl --out e evaluation.generate=no"
+    assert main(command.split()) == 0
+    (done / "e" / ORIGINS).unlink()
+    assert main(command.split()) == 0
+    retrain(done)
+    (done / "model/model.safetensors").touch()
+    assert main(command.split()) == 2
+    assert "model was changed after e measured it" in capsys.readouterr().err
+
+
 def test_digests_are_taken_over_where_size_and_time_are_the_same(done):
     known = read_origins(Path("run"))
     assert known is not None

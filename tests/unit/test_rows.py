@@ -64,7 +64,10 @@ def test_a_column_may_hold_the_system_turn(row: dict[str, Any]):
 
 def test_columns_beside_a_whole_text_are_not_looked_at():
     assert to_example({"instruction": "Add.", "input": "1 1", "text": "Add 1 1: 2"}, "x").answer == "Add 1 1: 2"
-    assert to_example({"question": "Q", "answer": "A", "context": "", "input": None}, "x") == Example("Q", "A")
+    assert to_example({"text": "Be kind. Hi.", **SYSTEM}, "x").answer == "Be kind. Hi."
+    for empty in ("", " \n", None, float("nan"), []):
+        row = {"question": "Q", "answer": "A", "context": empty, "input": empty, "system": empty}
+        assert to_example(row, "x") == Example("Q", "A")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +76,6 @@ def test_columns_beside_a_whole_text_are_not_looked_at():
         ({"question": "Q", "answer": "A", "context": "C"}, "'context' is part of what .* beside question and answer"),
         ({"prompt": "P", "response": "R", "history": [["a", "b"]]}, "'history' .* write it into the prompt"),
         ({"prompt": "P", "completion": "R", **SYSTEM}, "'system' belongs to a chat"),
-        ({"text": "T", **SYSTEM}, "'system' belongs to a chat"),
         ({"messages": [*TURNS, REPLY], "system": "Be rude."}, "the system turn of the messages differ"),
         ({"q": "Q", "a": "A"}, r"columns found \(q, a\); understood are: question \+ answer; prompt \+ response"),
         ({"question": "Q", "answer": " "}, "answer is empty"),

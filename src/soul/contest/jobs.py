@@ -354,8 +354,8 @@ def _refuse_other(file: Path, matrix: Matrix) -> None:
         for name, attack in matrix.attackers.items()
         if name in earlier.attackers
     ]
-    old = {e.name: e for e in earlier.optimizers}
-    pairs += [(f"optimizers.{e.name}", old[e.name], e) for e in matrix.optimizers if e.name in old]
+    old, new = ({e.name: dataclasses.replace(e, objectives=[]) for e in m.optimizers} for m in (earlier, matrix))
+    pairs += [(f"optimizers.{name}", old[name], entry) for name, entry in new.items() if name in old]
     for name, was, now in pairs:
         if was != now:
             raise ValueError(

@@ -8,7 +8,11 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers.pytorch_utils import Conv1D
+
+End = torch.Tensor | GradientEdge
+_LINEAR = (nn.Linear, Conv1D)
 
 
 class Observer(Protocol):
@@ -58,31 +62,41 @@ class Observer(Protocol):
 
 
 @contextlib.contextmanager
-def ends_of(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+def ends_of(model: nn.Module) -> Iterator[list[End]]:
     """Collect, from a forward pass inside, where a backward pass may end that reaches the output of every linear layer.
 
     Gradients of linear layers' weights are a third of a backward pass and one more copy of the weights, which a rule
     that looks at what comes to the layers' outputs does without. ``torch.autograd.grad(logits, ends, cotangent)`` goes
-    all the ways that lead to an end, so these are the trainable parameters of all other modules (an embedding that is
-    the head, too, among them), and the outputs of layers whose input needs no gradient: all else that needs one is on
-    the way to one of them.
+    all the ways that lead to an end. These are what anything else can need a gradient for: the outputs of embeddings,
+    the trainable parameters of modules that are neither, and the outputs of linear layers whose input needs none. They
+    are kept as places in the graph, which stay what they are where an output is changed in place.
 
     Yields:
         The list, which is complete after the forward pass.
     """
-    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
-    others = (m for m in model.modules() if not isinstance(m, (nn.Linear, Conv1D)))
+    apart = (nn.Embedding, *_LINEAR)
+    others = (module for module in model.modules() if not isinstance(module, apart))
     found = {p: None for module in others for p in module.parameters(recurse=False)}  # once each, in order
-    ends: list[torch.Tensor] = [p for p in found if p.requires_grad]
+    ends: list[End] = [p for p in found if p.requires_grad]
 
-    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         forward = torch._C._current_graph_task_id() == -1  # and not a checkpoint's second one
-        if forward and output.requires_grad and not (args and args[0].requires_grad):
-            ends.append(output)
+        given = isinstance(module, _LINEAR) and bool(args) and args[0].requires_grad
+        if forward and output.requires_grad and not given:
+            ends.append(get_gradient_edge(output))
 
-    handles = [module.register_forward_hook(hook) for module in linear]
+    handles = [module.register_forward_hook(hook) for module in model.modules() if isinstance(module, apart)]
     try:
         yield ends
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_reentrant(model: nn.Module) -> bool:
+    """Say whether checkpoints are of the kind that knows :meth:`torch.Tensor.backward` alone."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        and getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", False)
+        for module in model.modules()
+    )

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from soul import processes
 from soul.curvature import cache, sharded
 from soul.curvature.estimators import ESTIMATORS, Cotangent
-from soul.curvature.observer import Observer, ends_of
+from soul.curvature.observer import Observer, ends_of, is_reentrant
 from soul.curvature.picks import Pick, Plan, choose
 from soul.curvature.quiet import full_precision, without_noise
 from soul.curvature.spec import CurvatureSpec
@@ -228,7 +228,7 @@ class CurvaturePasses:
         if not rule.needs_backward:
             self._look(model, rule, plan)
             return None
-        if not rule.needs_gradients and not sharded.is_sharded(model):
+        if not rule.needs_gradients and not sharded.is_sharded(model) and not is_reentrant(model):
             self._watch(unwrap(model), rule, plan)
             return None
         params = list(_trainable(model).values())

@@ -37,7 +37,7 @@ def to_example(row: Columns, where: str) -> Example:
     # Data sets that mix forms leave the columns of the others null.
     filled = [columns for columns in present if all(row[column] is not None for column in columns)]
     for columns in filled or present:
-        unread = next((name for name in _UNREAD if row.get(name) and len(columns) > 1), "")
+        unread = next((name for name in _UNREAD if len(columns) > 1 and not _is_blank(row.get(name))), "")
         if unread:
             raise ValueError(
                 f"{where}: the column {unread!r} is part of what the model is asked, and is not understood beside "
@@ -107,7 +107,6 @@ def _turns(messages: Any, row: Columns, where: str) -> Example:
 
 
 def _passage(row: Columns, where: str) -> Example:
-    _no_system(row, where)
     return Example("", _text(row["text"], "text", where), chat=False, **_names(row, where))
 
 
@@ -133,8 +132,13 @@ def _names(row: Columns, where: str) -> _Names:
 
 def _system(row: Columns, where: str) -> tuple[tuple[str, str], ...]:
     """Return the conversation's system turn, where a column of its own says one."""
-    text = _optional(row, "system", where)
-    return (("system", text),) if text.strip() else ()
+    value = row.get("system")
+    return () if _is_blank(value) else (("system", _text(value, "system", where)),)
+
+
+def _is_blank(value: Any) -> bool:
+    """Say whether a cell holds nothing; what tables leave empty may come as nan."""
+    return value is None or value in ([], {}) or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _no_system(row: Columns, where: str) -> None:

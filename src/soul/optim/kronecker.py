@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,8 @@ from soul.optim.base import CurvatureOptimizerSpec, UpdateRule
 
 Others = Literal["frozen", "diagonal"]
 Preconditioner = KroneckerInverse | EigenInverse
+log = logging.getLogger(__name__)
+
 _LEVENBERG = 1.5  # factor by which damping follows the ratio of measured to predicted KL
 _DAMPING_RANGE = 30.0  # and how far it may go from where it began
 
@@ -137,7 +140,7 @@ class KroneckerRule(UpdateRule):
             yield
         if isinstance(self.preconditioner, EigenInverse) and self.preconditioner.ready:
             for name, layer in self.factors.layers.items():
-                if layer.weight.grad is not None:
+                if layer.weight.grad is not None and self.factors.knows(name):
                     bias = layer.bias.grad if layer.bias is not None else None
                     self.preconditioner.add(name, pack(layer, layer.weight.grad, bias))
 
@@ -150,6 +153,8 @@ class KroneckerRule(UpdateRule):
         share = (1 - first["decay"]) / (1 - first["decay"] ** (first["refreshes"] + self._worth - 1))
         self.preconditioner.damping = self._damping
         self.factors.absorb(share)
+        if first["refreshes"] == 1:
+            self._say_unknown()
         if isinstance(self.preconditioner, EigenInverse):  # its moments began as what the first refresh says
             self.preconditioner.absorb(share)
         for _, p in self._others():
@@ -158,6 +163,17 @@ class KroneckerRule(UpdateRule):
             new = p.grad.float().square() if estimate is None and p.grad is not None else (estimate or {})[p].float()
             state = self.state[p]
             state["curvature"] = state["curvature"].lerp_(new, share) if "curvature" in state else new.clone()
+
+    def _say_unknown(self) -> None:
+        unknown = [name for name in self.factors.layers if not self.factors.knows(name)]
+        if unknown:
+            log.warning(
+                "%s: curvature passes showed nothing of %d of %d layers (the first is %s), which stay as they are",
+                type(self).__name__,
+                len(unknown),
+                len(self.factors.layers),
+                unknown[0],
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -189,7 +205,9 @@ class KroneckerRule(UpdateRule):
         """Take gradients into the averages of all parameters that a move would take them into."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and (id(p) in self._layer_of or "curvature" in self.state.get(p, {})):
+                name = self._layer_of.get(id(p))
+                known = "curvature" in self.state.get(p, {}) if name is None else self.factors.knows(name)
+                if p.grad is not None and known:
                     self._momentum(group, p)
         self._last = None
 
@@ -320,6 +338,7 @@ class KroneckerRule(UpdateRule):
         for group in self.param_groups:
             group["refreshes"] = 1
         self._load_factors(state, copy=False)
+        self._say_unknown()
 
     def derivation(self) -> str:
         """Name what inverses depend on beside the factors; EK-FAC's bases are part of its curvature."""

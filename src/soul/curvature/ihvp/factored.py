@@ -23,7 +23,7 @@ class _Factored(Inverse, abc.ABC):
     """Applies an inverse to each linear layer's matrix, the bias as its last column.
 
     Covered are the layers of :func:`soul.curvature.kronecker.linear_layers`. Not covered, and left out of ``u``:
-    embeddings, the head, norms, and layers whose weight is shared.
+    embeddings, the head, norms, layers whose weight is shared, and those that no pass went through.
     """
 
     def prepare(self) -> None:
@@ -31,6 +31,7 @@ class _Factored(Inverse, abc.ABC):
         self.factors = KroneckerFactors(self.model, outputs=self.needs_outputs)
         self.watch()
         self.factors.absorb()
+        self.known = {name for name in self.factors.layers if self.factors.knows(name)}
         self.solve: Layerwise = self.build()
 
     needs_outputs = True
@@ -52,7 +53,7 @@ class _Factored(Inverse, abc.ABC):
         return {
             name: pack(layer, v[f"{name}.weight"], v.get(f"{name}.bias"))
             for name, layer in self.factors.layers.items()
-            if f"{name}.weight" in v
+            if f"{name}.weight" in v and name in self.known
         }
 
     @torch.no_grad()
@@ -76,7 +77,7 @@ class KFac(_Factored):
 
     def _eigen(self) -> EigenInverse:
         solve = EigenInverse(self.factors, self.spec.damping)
-        for name in self.factors.layers:
+        for name in sorted(self.known):
             solve.basis(name)
         needed = {f"{name}.outputs" for name in self.factors.through.values()}
         self.factors.load_state({k: v for k, v in self.factors.state().items() if k in needed}, copy=False)
