@@ -11,7 +11,6 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers.pytorch_utils import Conv1D
 
-End = torch.Tensor | GradientEdge
 _LINEAR = (nn.Linear, Conv1D)
 
 
@@ -62,7 +61,7 @@ class Observer(Protocol):
 
 
 @contextlib.contextmanager
-def ends_of(model: nn.Module) -> Iterator[list[End]]:
+def ends_of(model: nn.Module) -> Iterator[list[GradientEdge]]:
     """Collect, from a forward pass inside, where a backward pass may end that reaches the output of every linear layer.
 
     Gradients of linear layers' weights are a third of a backward pass and one more copy of the weights, which a rule
@@ -77,7 +76,7 @@ def ends_of(model: nn.Module) -> Iterator[list[End]]:
     apart = (nn.Embedding, *_LINEAR)
     others = (module for module in model.modules() if not isinstance(module, apart))
     found = {p: None for module in others for p in module.parameters(recurse=False)}  # once each, in order
-    ends: list[End] = [p for p in found if p.requires_grad]
+    ends: list[GradientEdge] = [get_gradient_edge(p) for p in found if p.requires_grad]
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         forward = torch._C._current_graph_task_id() == -1  # and not a checkpoint's second one

@@ -41,7 +41,7 @@ def to_example(row: Columns, where: str) -> Example:
         if unread:
             raise ValueError(
                 f"{where}: the column {unread!r} is part of what the model is asked, and is not understood beside "
-                f"{' and '.join(columns)}: write it into the {columns[0]}, give the turns as messages, or remove it"
+                f"{' and '.join(columns)}: write it into the {next(iter(columns))}, give messages, or remove it"
             )
         return FORMS[columns](row, where)
     found = ", ".join(str(name) for name in row) or "none"
