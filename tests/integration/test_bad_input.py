@@ -196,7 +196,11 @@ MODEL_CASES = [
     (TINY + "reference_run={d}/folder", ["no rows/after"]),
     (
         TINY + "training.max_length=12",
-        ["leaves no room for an answer in 12", "raise training.max_length", "forget, item number 1 ("],
+        [
+            "leaves no room for an answer in training.max_length=12;",
+            "raise training.max_length",
+            "forget, item number 1 (",
+        ],
     ),
     (TINY + "adapter.target_modules=[query]", ["adapter", "query", "q_proj", "all-linear"]),
     (TINY + "data.retain= data.anchors=none", ["needs a retain set"]),

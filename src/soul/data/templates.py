@@ -110,11 +110,13 @@ class ChatTemplate:
         start = max(1, len(head))  # the very first token of a text has nothing before it to be predicted from
         if start >= len(ids):
             said = " ".join((example.prompt or example.answer).split())
-            way = f"raise {self.setting}" if self.max_length == self.limit else "take a model with more positions"
+            room, way = f"{self.setting}={self.limit}", f"raise {self.setting}"
+            if self.limit < self.max_length:
+                room, way = f"the model's {self.limit} positions", "take a model with more"
             which = repr(example.id) if example.id else f"number {index + 1}"
             raise ValueError(
                 f"{f'{where}, ' if where else ''}item {which} ({said!r:.60}): the prompt has {len(head)} tokens and "
-                f"leaves no room for an answer in {self.limit}; shorten it or {way}"
+                f"leaves no room for an answer in {room}; shorten it or {way}"
             )
         return Encoded(tuple(ids), start, index, len(head) + len(tail) - len(ids))
 
