@@ -322,6 +322,23 @@ def test_an_objective_that_is_not_tuned_yet_holds_up_no_other(done, matrix_file,
     }
 
 
+def test_who_takes_no_part_is_missed_by_no_table(done, matrix_file, tmp_path):
+    tree = yaml.safe_load(matrix_file.read_text())
+    entries = [{"name": "lion", "objectives": ["grad_diff"]}, *tree["optimizers"]]
+    wider = matrix_from_tree({**tree, "objectives": ["npo", "grad_diff"], "optimizers": entries})
+    contest = Contest(wider, tmp_path)
+    for line in Book(done[0]).lines():
+        contest.book.append(line)
+    narrow, wide = (contest_tables(folder) for folder in (done[0], tmp_path))
+    assert "after attacks" in narrow
+    assert wide == narrow  # nothing of grad_diff has run
+    record = ContestRecord(tmp_path)
+    assert [[s.cell.optimizer for s in standings] for _, _, standings in record.squares()] == [
+        ["signum", "kfac", "influence"],
+        ["lion", "signum", "kfac", "influence"],
+    ]
+
+
 def test_a_claim_ends_with_its_process(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from soul.contest.book import Book\n"

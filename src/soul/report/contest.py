@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 
-from soul.metrics.contest import Cell, points_of, references_of, runs_of, sides
+from soul.metrics.contest import points_of, references_of, runs_of, sides
 from soul.metrics.frontier import FLOOR, Point, ratio_interval
 from soul.report import plots
 from soul.report.page import frame
@@ -183,7 +183,7 @@ def attacked(record: ContestRecord, task: str, objective: str) -> tuple[list[str
 
 def _sides(record: ContestRecord, task: str, objective: str) -> dict[tuple[str, int], str]:
     """Return each side's best setting, as (optimizer, point), with what tables call it."""
-    standings = [record.standing(Cell(task, objective, name)) for name in record.entries]
+    standings = [record.standing(cell) for cell in record.cells(task, objective)]
     whole = {s.cell: s.chosen for s in standings if s.lost}
     requests = record.tasks[task]["report"]
     if len(whole) < len(standings) or any(len(s.lost) < len(requests) for s in standings):
@@ -244,7 +244,7 @@ def frontier_plot(record: ContestRecord, task: str, objective: str, name: str) -
 
     On the report requests where all sides have some, else on those that are tuned on.
     """
-    standings = [record.standing(Cell(task, objective, entry)) for entry in record.entries]
+    standings = [record.standing(cell) for cell in record.cells(task, objective)]
     kind = "report" if all(s.lost for s in standings) else "tune"
     grid = np.linspace(0, 1, 201)
     with matplotlib.rc_context(plots._STYLE):
@@ -308,7 +308,7 @@ def _body(record: ContestRecord) -> Markup:
     for k, (task, objective, standings) in enumerate(record.squares()):
         chips = [
             Markup('<b class="c{}">{}</b> {}').format((i - 1) % len(plots.COLORS), i, one_line(name))
-            for i, name in enumerate(record.entries, 1)
+            for i, name in enumerate((s.cell.optimizer for s in standings), 1)
         ]
         kind = "report" if all(s.lost for s in standings) else "tuning"
         said = Markup(

@@ -109,10 +109,18 @@ class ContestRecord:
             memory=max((x["peak_memory_bytes"] for x in runs), default=0),
         )
 
+    def cells(self, task: str, objective: str) -> list[Cell]:
+        """Return the cells of a square: of the entries that take part under its objective, in the order of the file."""
+        return [
+            Cell(task, objective, name)
+            for name, entry in self.entries.items()
+            if objective in (entry.get("objectives") or self.objectives)
+        ]
+
     def squares(self, *, relative: bool = False) -> list[tuple[str, str, list[Standing]]]:
         """Return the standings of each (task, objective)."""
         return [
-            (task, objective, [self.standing(Cell(task, objective, name), relative=relative) for name in self.entries])
+            (task, objective, [self.standing(cell, relative=relative) for cell in self.cells(task, objective)])
             for task in self.tasks
             for objective in self.objectives
         ]
