@@ -202,8 +202,6 @@ def test_a_pass_that_leaves_no_gradients_is_planned_without(folder: Path) -> Non
         planned = recipe(folder, optimizer=name, training={"batch_size": 1})
         plans[name] = make_plan(planned, GPU, find_work(planned, 32))
     assert [plans[name].cost.gradients for name in plans] == [False, True, False]
-    moments = {name: plan.memory.moments["a curvature pass"] for name, plan in plans.items()}
-    assert moments["ekfac"] - moments["kfac"] > plans["kfac"].skeleton.gradients / 2
     lean = plans["kfac"]
     dear = dataclasses.replace(lean.cost, gradients=True)
     kept = (lean.kept, lean.passes)

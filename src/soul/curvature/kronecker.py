@@ -268,7 +268,7 @@ class KroneckerFactors:
                 found.add_up()
         for name, found in self._a_sums.items():
             assert found.total is not None
-            blend(self._a, name, found.total / found.positions, share)
+            blend(self._a, name, found.total.div_(found.positions), share)
         for name, found in self._g_sums.items():
             assert found.total is not None
             blend(self._g, name, found.total, share)
