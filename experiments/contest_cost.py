@@ -40,7 +40,7 @@ def jobs(contest: Contest, matrix: Matrix, sides: list[str]) -> dict[str, Job]:
     found = {}
     for name in sides:
         cell = Cell(task, objective, name)
-        points, settings = matrix.budget.points, matrix.budget.settings
+        points, settings = matrix.trials(name), matrix.budget.settings
         chosen = choose(contest.book.lines(), cell, matrix.tasks[task].tune, points, settings)
         if not chosen:
             raise ValueError(f"{name} is not tuned under {objective}: run the contest first")

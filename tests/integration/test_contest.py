@@ -302,6 +302,13 @@ def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
     try:
         wider = Contest(read_matrix(matrix_file, ["budget.points=4"]), out)
         assert wider.left() == 3  # a trial more for each cell; reports wait for it
+        entries = [dict(entry, points=3) if entry.get("name") == "signum" else entry for entry in tree["optimizers"]]
+        budget = {**tree["budget"], "points": 4}
+        some = Contest(matrix_from_tree({**tree, "optimizers": entries, "budget": budget}), out)
+        assert some.left() == 2  # the one with fewer points has all of its own
+        assert some.matrix.trials("signum") == 3
+        assert next(s for s in ContestRecord(out).squares()[0][2] if s.cell.optimizer == "signum").chosen
+        assert not next(s for s in ContestRecord(out).squares()[0][2] if s.cell.optimizer == "kfac").chosen
     finally:
         (out / "matrix.yaml").write_text(text)
 
@@ -375,6 +382,7 @@ def test_a_line_that_a_kill_cut_short_goes(tmp_path):
         (["bench", "seed=1", "--out", "x"], "no matrix"),
         (["bench", "{m}", "--out", "{d}/x", "--minutes", "-1"], "--minutes must be"),
         (["bench", "{m}", "--out", "{m}/x"], "cannot write"),
+        (["bench", "{m}", "--out", "{d}/x", "optimizers=[{{name: lion, points: 9}}]"], "lion: points must be from"),
         (["report", "{d}/out", "{d}/out"], "one at a time"),
     ],
 )

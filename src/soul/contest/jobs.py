@@ -101,6 +101,8 @@ class Contest:
             if not m.entry(cell.optimizer).method:
                 yield self._pilot_of(cell)
         for number, cell in itertools.product(range(m.budget.points), m.cells):
+            if number >= m.trials(cell.optimizer):
+                continue
             for request in m.tasks[cell.task].tune:
                 needed = [Job("reference", cell.task, request, which=which) for which in ("before", "gold")]
                 needed += [] if m.entry(cell.optimizer).method else [self._pilot_of(cell)]
@@ -125,7 +127,8 @@ class Contest:
                 cells = {c: n for c, n in tuned.items() if (c.task, c.objective) == (name, objective) and n}
                 reports = [Job("report", name, r, c, i).key for r in task.report for c, n in cells.items() for i in n]
                 if cells and known.issuperset(reports):
-                    first = {c: choose(lines, c, task.tune, m.budget.points, m.budget.settings) or [] for c in cells}
+                    settings = m.budget.settings
+                    first = {c: choose(lines, c, task.tune, m.trials(c.optimizer), settings) or [] for c in cells}
                     best = sides(lines, first, {e.name: e.order for e in m.optimizers}, task.report)
                     for request, (cell, number) in itertools.product(task.report, best.values()):
                         yield Job("attack", name, request, cell, number)
@@ -135,10 +138,11 @@ class Contest:
 
     def _chosen(self, lines: list[Line], cell: Cell) -> list[int] | None:
         """Return the trials that go on to report requests: those that either utility would choose."""
-        tune, budget = self.matrix.tasks[cell.task].tune, self.matrix.budget
+        tune = self.matrix.tasks[cell.task].tune
+        sizes = self.matrix.trials(cell.optimizer), self.matrix.budget.settings
         found: set[int] = set()
         for relative in (False, True):
-            numbers = choose(lines, cell, tune, budget.points, budget.settings, relative=relative)
+            numbers = choose(lines, cell, tune, *sizes, relative=relative)
             if numbers is None:
                 return None
             found |= set(numbers)
@@ -354,7 +358,8 @@ def _refuse_other(file: Path, matrix: Matrix) -> None:
         for name, attack in matrix.attackers.items()
         if name in earlier.attackers
     ]
-    old, new = ({e.name: dataclasses.replace(e, objectives=[]) for e in m.optimizers} for m in (earlier, matrix))
+    wide = {"objectives": [], "points": 0}
+    old, new = ({e.name: dataclasses.replace(e, **wide) for e in m.optimizers} for m in (earlier, matrix))
     pairs += [(f"optimizers.{name}", old[name], entry) for name, entry in new.items() if name in old]
     for name, was, now in pairs:
         if was != now:

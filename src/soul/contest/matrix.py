@@ -69,6 +69,7 @@ class Entry:
         label: What tables call it; the optimizer's or method's name by default.
         order: ``first`` or ``second``: whose side it is on.
         objectives: Those it takes part under, by what tables call them; all where empty.
+        points: Its trials, where they are fewer than ``budget.points``: the first of the same sequence; 0 for all.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
         projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: they share the places of
@@ -83,6 +84,7 @@ class Entry:
     label: str = ""
     order: Literal["first", "second"] = "first"
     objectives: list[str] = dataclasses.field(default_factory=list)
+    points: int = 0
     knob: Knob | None = None
     projected: bool = False
     extra_retain: bool = False
@@ -242,6 +244,11 @@ class Matrix:
             if len(set(names)) != len(names):
                 raise ValueError(f"two of the {what} have the same label: {', '.join(names)}; give each its own label")
         for entry in self.optimizers:
+            if entry.points and not self.budget.settings <= entry.points <= self.budget.points:
+                raise ValueError(
+                    f"{entry.name}: points must be from budget.settings ({self.budget.settings}) to budget.points "
+                    f"({self.budget.points}), or 0 for all of these, not {entry.points}"
+                )
             for name in entry.objectives:
                 if name not in self.objective_names:
                     raise ValueError(
@@ -301,6 +308,10 @@ class Matrix:
     def entry(self, name: str) -> Entry:
         """Return the update rule that tables call so."""
         return next(e for e in self.optimizers if e.name == name)
+
+    def trials(self, name: str) -> int:
+        """Return how many trials a cell of the update rule that tables call so has."""
+        return self.entry(name).points or self.budget.points
 
     def objective(self, name: str, settings: Mapping[str, float]) -> Objective:
         """Return the objective that tables call so, with the tuned retain weight."""

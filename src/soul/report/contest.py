@@ -146,7 +146,7 @@ def distances(record: ContestRecord, standings: Sequence[Standing]) -> list[list
     rows = []
     for s in standings:
         requests = record.tasks[s.cell.task]["report"]
-        found = [d for r in requests for d in record.distances(s.cell, r)]
+        found = [d for r in requests for d in record.distances(s, r)]
         if found:
             rejected = sum(p < 0.05 for _, _, p in found)
             mean, margin = statistics.mean(d for d, _, _ in found), max(m for _, m, _ in found)

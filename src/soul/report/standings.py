@@ -75,8 +75,9 @@ class ContestRecord:
     def standing(self, cell: Cell, *, relative: bool = False) -> Standing:
         """Return what a cell showed so far, by either utility."""
         task, budget = self.tasks[cell.task], self.budget
-        tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < budget["points"]]
-        sizes = budget["points"], budget["settings"]
+        points = int(self.entries[cell.optimizer].get("points") or budget["points"])
+        tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < points]
+        sizes = points, budget["settings"]
         chosen = choose(self.lines, cell, task["tune"], *sizes, relative=relative) or []
         known = [r for r in task["tune"] if len(references_of(self.lines, cell.task, r, full=False)) == 2]
 
@@ -102,8 +103,8 @@ class ContestRecord:
             tuning_loss=tuning(chosen) if chosen else float("nan"),
             offered=tuning(None),
             chosen=chosen,
-            lost={r: lost_area(points) for r, points in whole.items()},
-            at95={r: forgetting_at(points, 0.95) for r, points in whole.items()},
+            lost={r: lost_area(offered) for r, offered in whole.items()},
+            at95={r: forgetting_at(offered, 0.95) for r, offered in whole.items()},
             warm=warm,
             cold=warm + max((x["seconds"]["curvature"] for x in pilots), default=0.0),
             memory=max((x["peak_memory_bytes"] for x in runs), default=0),
@@ -125,11 +126,17 @@ class ContestRecord:
             for objective in self.objectives
         ]
 
-    def distances(self, cell: Cell, request: str) -> list[tuple[float, float, float]]:
-        """Return, for each run's final model, TOFU's KS statistic against the retrained one, its margin and p-value."""
+    def distances(self, standing: Standing, request: str) -> list[tuple[float, float, float]]:
+        """Return, for the final models of a cell's chosen trials, how far each is from the retrained one.
+
+        Of each, TOFU's KS statistic, its margin and its p-value.
+        """
+        cell = standing.cell
         gold = references_of(self.lines, cell.task, request, full=True).get("gold", {}).get("log_truth_ratios")
         found = []
         for line in runs_of(self.lines, cell, "report", request):
+            if line["point"] not in standing.chosen:
+                continue
             final = [m["values"] for m in line["measures"] if m["share"] == 1.0]
             if gold and final and final[-1].get("log_truth_ratios"):
                 mine = final[-1]["log_truth_ratios"]
