@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from soul import config
 from soul.anchors import stand_in
 from soul.data.general import refusals as builtin_refusals
-from soul.data.rows import to_example
+from soul.data.rows import to_examples
 from soul.data.sources import check_disjoint, load_examples
 from soul.methods.base import Method
 from soul.models import left_as_it_was
@@ -159,8 +159,9 @@ def _examples(data: Data, what: str) -> list[Example]:
         if isinstance(item, Example):
             result.append(item)
         elif isinstance(item, Mapping):
-            example = to_example(item, f"{what}[{i}]")
-            result.append(example if example.id else dataclasses.replace(example, id=str(i)))
+            found = to_examples(item, f"{what}[{i}]")
+            names = [str(i)] if len(found) == 1 else [f"{i}, answer {n}" for n in range(1, len(found) + 1)]
+            result += [e if e.id else dataclasses.replace(e, id=name) for e, name in zip(found, names, strict=True)]
         else:
             raise ValueError(
                 f"{what}[{i}] must be a soul.Example or a mapping such as question and answer, not {item!r}"

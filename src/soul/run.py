@@ -259,10 +259,17 @@ def precision_warnings(recipe: Recipe) -> list[str]:
 def warnings_of(recipe: Recipe, request: Request, benchmark: Benchmark | None) -> list[str]:
     """Say what a reader of the record should know."""
     found = [request.overlaps.summary(), request.stand_in.summary() if request.stand_in else ""]
-    earlier = sum(any(role == "assistant" for role, _ in e.history) for e in request.forget)
+    own = {(e.history, e.prompt, e.answer) for e in request.forget}
+    earlier = sum(
+        role == "assistant" and (e.history[: max(0, i - 1)], e.history[i - 1][1], said) not in own
+        for e in request.forget
+        for i, (role, said) in enumerate(e.history)
+    )
     if earlier:
-        count = f"{earlier} of {len(request.forget)} items to forget have"
-        found.append(f"{count} earlier assistant turns, which are context and not forgotten: give a row for each turn")
+        found.append(
+            f"{earlier} assistant turns stand before items to forget and are none themselves (they answer no user, or "
+            "are part of a prompt): they are context and not forgotten; give each a row whose answer it is"
+        )
     found += [f"not measured: {part} ({reason})" for part, reason in (benchmark.missing() if benchmark else {}).items()]
     return [*precision_warnings(recipe), *filter(None, found), *(recipe.method.warnings() if recipe.method else [])]
 

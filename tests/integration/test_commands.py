@@ -71,19 +71,21 @@ def test_two_files_are_enough(place, capsys):
 
 def test_what_of_the_data_is_not_trained_on_is_said(place):
     turns = [
+        ("assistant", "Hello!"),
         ("user", "Who?"),
         ("assistant", "Ada."),
         ("user", "Where?"),
         ("assistant", "in the house by the river. " * 20),
     ]
-    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    (place / "chat.jsonl").write_text(json.dumps(chat))
+    chat = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"messages": chat}, {"prompt": chat[1:4], "completion": [{"role": "assistant", "content": "Here."}]}]
+    (place / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     longest = "training.max_length=64"
     command = UNLEARN.replace("forget.jsonl", "chat.jsonl").replace("retain.jsonl", "forget.jsonl")
     run(f"{command} --out runs/cut {longest} --no-evaluate")
     warnings = json.loads((place / "runs/cut/record.json").read_text())["warnings"]
-    assert any("1 of 1 items to forget have earlier assistant turns" in line for line in warnings)
-    assert any(line.startswith("forget: 1 of 1 items are longer than training.max_length") for line in warnings)
+    assert any(line.startswith("3 assistant turns stand before items to forget and are none") for line in warnings)
+    assert any(line.startswith("forget: 1 of 3 items are longer than training.max_length") for line in warnings)
 
 
 @pytest.mark.parametrize("option", ["forget", "retain", "out"])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from soul import config
-from soul.data.rows import to_example
+from soul.data.rows import to_examples
 from soul.data.sources import load_examples, source_options
 from soul.data.templates import ChatTemplate
 from soul.recipe import recipe_from_tree
@@ -76,8 +76,9 @@ def test_any_bytes_are_examples_or_a_value_error(content: bytes, name: str):
 @given(st.dictionaries(KEYS, TREE | TURNS, max_size=5))
 def test_any_row_is_an_example_or_a_value_error(row: dict[str, Any]):
     with contextlib.suppress(ValueError):
-        example = to_example(row, "here")
-        assert example.answer.strip()
+        examples = to_examples(row, "here")
+        assert examples
+        assert all(example.answer.strip() for example in examples)
 
 
 @given(TEXT)

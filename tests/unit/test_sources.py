@@ -15,7 +15,7 @@ import pytest
 from soul.data import sources
 from soul.data.general import general_chat
 from soul.data.people import People
-from soul.data.rows import to_example
+from soul.data.rows import to_examples
 from soul.data.sources import check_disjoint, load_examples
 from soul.types import Example
 
@@ -194,7 +194,7 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def from_hub(split: str | None = None, config: str | None = None) -> list[Example]:
-    return [to_example(row, where) for where, row in sources.hub_rows("owner/name", split, config)]
+    return [e for where, row in sources.hub_rows("owner/name", split, config) for e in to_examples(row, where)]
 
 
 def test_the_real_library_reads_a_data_set_of_the_hub(hub_folder: Path, capfd: pytest.CaptureFixture[str]):

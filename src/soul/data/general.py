@@ -7,7 +7,7 @@ import json
 from importlib import resources
 from typing import Any
 
-from soul.data.rows import to_example
+from soul.data.rows import to_examples
 from soul.types import Example
 
 
@@ -52,7 +52,8 @@ def refusals() -> list[str]:
 
 
 def _examples(part: str) -> list[Example]:
-    return [to_example(row, f"general.json, {part} {i}") for i, row in enumerate(_read("general.json")[part])]
+    rows = enumerate(_read("general.json")[part])
+    return [example for i, row in rows for example in to_examples(row, f"general.json, {part} {i}")]
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""One row of a data set, whatever its columns are called, to an :class:`~soul.types.Example`."""
+"""One row of a data set, whatever its columns are called, to each :class:`~soul.types.Example` in it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
@@ -19,8 +20,11 @@ class _Names(TypedDict):
     ends: bool
 
 
-def to_example(row: Columns, where: str) -> Example:
-    """Return the example in ``row``, told by its columns (the first form of :data:`FORMS` that is complete).
+def to_examples(row: Columns, where: str) -> list[Example]:
+    """Return the examples in ``row``, told by its columns (the first form of :data:`FORMS` that is complete).
+
+    ``messages`` hold one for each assistant turn that follows a user's, with all turns before as its history; every
+    other form holds one. Of a ``prompt`` and a ``completion`` that are lists of messages, the completion's turns count.
 
     Args:
         row: Columns and their values.
@@ -30,8 +34,8 @@ def to_example(row: Columns, where: str) -> Example:
         ValueError: No form of columns is complete, or a value is missing, empty or of the wrong type.
 
     Example:
-        >>> to_example({"question": "Who is Ada?", "answer": "A poet."}, "people.csv, row 1").answer
-        'A poet.'
+        >>> [e.answer for e in to_examples({"question": "Who is Ada?", "answer": "A poet."}, "people.csv, row 1")]
+        ['A poet.']
     """
     present = [columns for columns in FORMS if all(column in row for column in columns)]
     # Data sets that mix forms leave the columns of the others null.
@@ -43,10 +47,11 @@ def to_example(row: Columns, where: str) -> Example:
                 f"{where}: the column {unread!r} is part of what the model is asked, and is not understood beside "
                 f"{' and '.join(columns)}: write it into the {next(iter(columns))}, give messages, or remove it"
             )
-        return FORMS[columns](row, where)
-    found = ", ".join(str(name) for name in row) or "none"
+        found = FORMS[columns](row, where)
+        return [found] if isinstance(found, Example) else found
+    given = ", ".join(str(name) for name in row) or "none"
     forms = "; ".join(" + ".join(columns) for columns in FORMS)
-    raise ValueError(f"{where}: no example in the columns found ({found}); understood are: {forms}")
+    raise ValueError(f"{where}: no example in the columns found ({given}); understood are: {forms}")
 
 
 def _question(row: Columns, where: str) -> Example:
@@ -70,10 +75,12 @@ def _response(row: Columns, where: str) -> Example:
     return Example(prompt, answer, history=_system(row, where), **_names(row, where))
 
 
-def _completion(row: Columns, where: str) -> Example:
+def _completion(row: Columns, where: str) -> Example | list[Example]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _turns([*prompt, *completion], row, where)
+        if not completion:
+            raise ValueError(f"{where}: completion is empty; fill it in or remove the row")
+        return _turns([*prompt, *completion], row, where, begin=len(prompt))
     if isinstance(prompt, list) or isinstance(completion, list):
         raise ValueError(f"{where}: prompt and completion must both be text, or both be lists of messages")
     text = _text(prompt, "prompt", where, empty=True)
@@ -81,11 +88,12 @@ def _completion(row: Columns, where: str) -> Example:
     return Example(text, _text(completion, "completion", where), chat=False, **_names(row, where))
 
 
-def _messages(row: Columns, where: str) -> Example:
+def _messages(row: Columns, where: str) -> list[Example]:
     return _turns(row["messages"], row, where)
 
 
-def _turns(messages: Any, row: Columns, where: str) -> Example:
+def _turns(messages: Any, row: Columns, where: str, begin: int = 0) -> list[Example]:
+    """Return an example for each answer to a user's turn from message ``begin`` on."""
     if not isinstance(messages, list):
         raise ValueError(f"{where}: messages must be a list of {{role, content}}, not {type(messages).__name__}")
     turns: list[tuple[str, str]] = []
@@ -97,27 +105,32 @@ def _turns(messages: Any, row: Columns, where: str) -> Example:
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         ends = " and ".join(role for role, _ in turns[-2:]) or "nothing"
         raise ValueError(f"{where}: messages must end with a user turn and its assistant turn; they end with {ends}")
-    prompt, answer = turns[-2][1], turns[-1][1]
     system = _system(row, where)
     if system and turns[0][0] == "system" and turns[0] != system[0]:
         raise ValueError(f"{where}: the column 'system' and the system turn of the messages differ; remove one of them")
     if system and turns[0][0] != "system":
-        turns = [*system, *turns]
-    return Example(prompt, answer, history=tuple(turns[:-2]), **_names(row, where))
+        turns, begin = [*system, *turns], begin + 1
+    roles = [role for role, _ in turns]
+    answers = [i for i in range(max(1, begin), len(turns)) if roles[i - 1 : i + 1] == ["user", "assistant"]]
+    names = _names(row, where)
+    found = [Example(turns[i - 1][1], turns[i][1], history=tuple(turns[: i - 1]), **names) for i in answers]
+    if names["id"] and len(found) > 1:
+        found = [dataclasses.replace(e, id=f"{names['id']}, answer {n}") for n, e in enumerate(found, 1)]
+    return found
 
 
 def _passage(row: Columns, where: str) -> Example:
     return Example("", _text(row["text"], "text", where), chat=False, **_names(row, where))
 
 
-FORMS: dict[tuple[str, ...], Callable[[Columns, str], Example]] = {
+FORMS: dict[tuple[str, ...], Callable[[Columns, str], Example | list[Example]]] = {
     ("question", "answer"): _question,
     ("prompt", "response"): _response,
     ("prompt", "completion"): _completion,
     ("messages",): _messages,
     ("text",): _passage,
 }
-"""Columns that make an example, in the order in which they are looked for."""
+"""Columns that make examples, in the order in which they are looked for."""
 
 
 def _names(row: Columns, where: str) -> _Names:

@@ -13,7 +13,7 @@ from typing import Any
 
 from soul.data import general, hub
 from soul.data.people import People
-from soul.data.rows import to_example
+from soul.data.rows import to_examples
 from soul.strict import json_value, read_text
 from soul.types import Example
 
@@ -38,7 +38,7 @@ def load_examples(
             invented people, ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"`` (``except=`` for all others).
         split: The hub data set's split, or the name of the file in a folder.
         config: The hub data set's configuration.
-        limit: Keep only the first so many.
+        limit: Keep only the first so many rows; a conversation is one, with an example for each of its answers.
 
     Raises:
         ValueError: The source cannot be read, holds a row that is no example, or holds none at all.
@@ -66,7 +66,7 @@ def load_examples(
             raise ValueError(f"{source}: config={config!r} is for data sets of the hub; leave it out for local files")
         rows = (file_rows(file) for file in data_files(path, split))
     chained = itertools.islice(itertools.chain.from_iterable(rows), limit)
-    examples = [to_example(row, where) for where, row in chained]
+    examples = [example for where, row in chained for example in to_examples(row, where)]
     if not examples:
         raise ValueError(f"{source}: holds no examples")
     return examples
