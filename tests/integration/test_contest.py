@@ -178,6 +178,10 @@ def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):
     text = contest_tables(out)
     assert "on the report requests" in text
     assert "signum (rival)" in text
+    best = next(line for line in text.split("best of 3")[1].splitlines() if line.startswith("| signum"))
+    alone = [lost_area(points_of(lines, Cell("tiny", "npo", "signum"), "tune", "first", [i])) for i in range(3)]
+    assert best.endswith(f"| {min(alone):.3f} |")
+    assert best.startswith(f"| signum | {sum(alone) / 3:.3f} |")
     assert "| (before) | 1 |" in text.split("after attacks")[1]
     assert "| unseen_probability | 6 | +0.0000 | 0.0000 |" in text
     assert main(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from soul.metrics import tofu
-from soul.metrics.stats import bootstrap_mean, bootstrap_of, harmonic_mean, ks_margin, ks_two_sided
+from soul.metrics.stats import bootstrap_mean, bootstrap_of, expected_best, harmonic_mean, ks_margin, ks_two_sided
 from soul.metrics.text import rouge_l_recall
 from soul.types import Row
 
@@ -218,3 +219,13 @@ def test_the_three_aggregations_of_a_truth_ratio(true):
     assert tofu.truth_ratio_forget(ratio) == pytest.approx(min(plain, 1 / plain))
     assert tofu.truth_ratio_utility(ratio) == pytest.approx(max(0.0, 1 - plain))
     assert tofu.truth_ratio_share(ratio) == pytest.approx(right / (right + wrong))
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_the_best_of_fewer_trials_is_the_mean_over_all_sets_of_them(n):
+    losses = [0.4, 0.1, 0.7, 0.1, 0.3, math.inf if n == 6 else 0.9]
+    every = [min(some) for some in itertools.combinations(losses, n)]
+    assert expected_best(losses, n) == pytest.approx(sum(every) / len(every))
+    for wrong in (0, 7):
+        with pytest.raises(ValueError, match="cannot be expected of 6 trials"):
+            expected_best(losses, wrong)

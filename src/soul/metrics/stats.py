@@ -162,6 +162,32 @@ def harmonic_mean(values: ArrayLike) -> float:
     return float(items.size / np.sum(1.0 / items))
 
 
+def expected_best(losses: Sequence[float], n: int) -> float:
+    """Return what the best of ``n`` trials loses on average, out of all that were made ("Show your work", 1909.03004).
+
+    With losses ``x_(1) <= ... <= x_(N)``, over all sets of ``n`` trials, without replacement (where the paper's eq. 1
+    draws with it)::
+
+        E[min] = sum_i x_(i) C(N - i, n - 1) / C(N, n)
+
+    Args:
+        losses: Of each trial alone.
+        n: Trials that a smaller budget would have had.
+
+    Raises:
+        ValueError: There are fewer than ``n`` trials, or ``n`` is not 1 or more.
+
+    Example:
+        >>> expected_best([0.3, 0.1, 0.2], 3), round(expected_best([0.3, 0.1, 0.2], 1), 3)
+        (0.1, 0.2)
+    """
+    whole = len(losses)
+    if not 1 <= n <= whole:
+        raise ValueError(f"the best of {n} cannot be expected of {whole} trials")
+    ways = (math.comb(whole - i, n - 1) for i in range(1, whole + 1))
+    return sum(x * w for x, w in zip(sorted(losses), ways, strict=True) if w) / math.comb(whole, n)
+
+
 def ks_two_sided(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
     """Return statistic and p-value of the two-sided two-sample Kolmogorov-Smirnov test.
 

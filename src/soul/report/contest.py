@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from markupsafe import Markup
 
 from soul.metrics.contest import points_of, references_of, runs_of, sides
 from soul.metrics.frontier import FLOOR, Point, ratio_interval
+from soul.metrics.stats import expected_best
 from soul.report import plots
 from soul.report.page import frame
 from soul.report.standings import ContestRecord, Standing, rival
@@ -85,6 +87,34 @@ def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[st
     return rows
 
 
+def budgets(
+    record: ContestRecord, standings: Sequence[Standing], *, relative: bool
+) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows of what the best of fewer trials loses on the tuning requests, in expectation."""
+    losses = {s.cell.optimizer: record.trial_losses(s.cell, relative=relative) for s in standings}
+    most = max(map(len, losses.values()), default=0)
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < most] + [most]
+    rows = [
+        [name, *(f"{expected_best(found, n):.3f}" if n <= len(found) else "-" for n in sizes)]
+        for name, found in sorted(losses.items(), key=lambda pair: min(pair[1], default=math.inf))
+        if found
+    ]
+    return ["optimizer", *(f"best of {n}" for n in sizes)], rows
+
+
+def win_rates(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:
+    """Return a row for each cell whose rule clips: the share of coordinates that moved less than the clip allows."""
+    rows = []
+    for s in standings:
+        requests = record.tasks[s.cell.task]["report"]
+        runs = [x for r in requests for x in runs_of(record.lines, s.cell, "report", r) if x["point"] in s.chosen]
+        rates = [x["win_rate"] for x in runs if x["win_rate"] is not None]
+        if rates:
+            spread = f"{statistics.mean(rates):.3f} ({min(rates):.3f} to {max(rates):.3f})"
+            rows.append([s.cell.optimizer, str(len(rates)), spread])
+    return rows
+
+
 def tables(record: ContestRecord) -> list[Table]:
     """Return all tables as (title, head, rows)."""
     found: list[Table] = []
@@ -101,11 +131,19 @@ def tables(record: ContestRecord) -> list[Table]:
             rows = tuning(record, standings)
             if rows:
                 found.append((f"{how}: tuning", head, rows))
+            head, rows = budgets(record, standings, relative=relative)
+            if rows:
+                title = f"{how}: lost area of the best of so many trials on the tuning requests, expected"
+                found.append((title, head, rows))
     for task, objective, standings in record.squares():
         rows = distances(record, standings)
         if rows:
             title = f"{task}, {objective}: KS statistic to the retrained model"
             found.append((title, ["optimizer", "mean", "runs", "of these told apart (p < .05)"], rows))
+        rows = win_rates(record, standings)
+        if rows:
+            title = f"{task}, {objective}: win rate, the share of coordinates that are not clipped"
+            found.append((title, ["optimizer", "runs", "mean (least to most)"], rows))
         head, rows = attacked(record, task, objective)
         if any(not row[0].startswith("(") for row in rows):
             found.append((f"{task}, {objective}: knowledge of the forget set after attacks", head, rows))

@@ -110,6 +110,16 @@ class ContestRecord:
             memory=max((x["peak_memory_bytes"] for x in runs), default=0),
         )
 
+    def trial_losses(self, cell: Cell, *, relative: bool = False) -> list[float]:
+        """Return the lost area of each trial alone, the mean over the tuning requests; empty before all are done."""
+        tune = self.tasks[cell.task]["tune"]
+        if not self.standing(cell).chosen:
+            return []
+        return [
+            float(np.mean([lost_area(points_of(self.lines, cell, "tune", r, [i], relative=relative)) for r in tune]))
+            for i in range(int(self.entries[cell.optimizer].get("points") or self.budget["points"]))
+        ]
+
     def cells(self, task: str, objective: str) -> list[Cell]:
         """Return the cells of a square: of the entries that take part under its objective, in the order of the file."""
         return [
