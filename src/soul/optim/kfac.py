@@ -14,7 +14,8 @@ from soul.machine import has_bf16
 from soul.optim._checks import check_between
 from soul.optim._kronecker_cost import kronecker_cost
 from soul.optim.cost import RuleCost
-from soul.optim.kronecker import KroneckerRule, KroneckerSpec
+from soul.optim.kronecker import KroneckerRule
+from soul.optim.kronecker_spec import KroneckerSpec
 from soul.registry import OPTIMIZERS
 
 

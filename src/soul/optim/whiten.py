@@ -12,7 +12,8 @@ from torch import nn
 from soul.curvature.inverses import KroneckerInverse
 from soul.optim._kronecker_cost import kronecker_cost
 from soul.optim.cost import RuleCost
-from soul.optim.kronecker import KroneckerRule, KroneckerSpec
+from soul.optim.kronecker import KroneckerRule
+from soul.optim.kronecker_spec import KroneckerSpec
 from soul.registry import OPTIMIZERS
 
 

@@ -1,0 +1,88 @@
+"""What recipes set of the rules with Kronecker-factored curvature."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from soul.curvature.kronecker import KroneckerFactors
+from soul.curvature.spec import CurvatureSpec
+from soul.machine import memory_of
+from soul.optim._checks import check_above, check_common
+from soul.optim.base import CurvatureOptimizerSpec
+from soul.optim.kronecker import KroneckerRule, Others, Preconditioner
+
+
+@dataclasses.dataclass(frozen=True)
+class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
+    """What rules with Kronecker factors have in common.
+
+    Attributes:
+        lr: Longest step in the rule's metric.
+        momentum: Decay of the average of gradients.
+        decay: Decay of the factors a refresh.
+        damping: Share of each factor's mean eigenvalue that is added to it.
+        others: Parameters without factors (embeddings, head, norms): ``frozen``, or by their ``diagonal`` curvature.
+        every: Steps from one move to the next, which is longer then at the same rate of forgetting: dividing by the
+            factors costs as much as a backward pass of a small batch, and few long steps lose little.
+        curvature: When and from what the curvature is estimated; by default once, before the first step, and kept.
+    """
+
+    lr: float = 1e-3
+    momentum: float = 0.9
+    decay: float = 0.95
+    damping: float = 0.1
+    others: Others = "frozen"
+    every: int = 1
+    curvature: CurvatureSpec = dataclasses.field(
+        default_factory=lambda: CurvatureSpec(warm_start=8, interval=0, general_text=2)
+    )
+
+    needs_modules = True
+    needs_whole = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_common(self.lr, self.weight_decay, momentum=self.momentum, decay=self.decay)
+        check_above("damping", self.damping, 0.0)
+        if self.every < 1:
+            raise ValueError(f"every must be 1 or more, not {self.every}")
+
+    def curvature_settings(self) -> dict[str, Any]:
+        """Return what factors found before the first step depend on: not damping, momentum or decay."""
+        return {"others": self.others}
+
+    def rule(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        factors: KroneckerFactors,
+        preconditioner: Preconditioner,
+        newton: float,
+    ) -> KroneckerRule:
+        """Return the rule over ``params`` with the preconditioner a subclass chose."""
+        settings = {k: v for k, v in self.settings().items() if k not in ("damping", "newton", "products")}
+        worth = self.curvature.worth(0)
+        return KroneckerRule(params, factors, preconditioner, newton=newton, worth=worth, **settings)
+
+    def factors_of(self, model: nn.Module | None, *, outputs: bool) -> KroneckerFactors:
+        """Return the factors of ``model``.
+
+        Raises:
+            ValueError: No model was given, or its factors do not fit into memory.
+        """
+        if model is None:
+            raise ValueError(f"{self.name} watches the model's layers: build(params, model) needs the model")
+        factors = KroneckerFactors(model, outputs=outputs)
+        device = next(iter(factors.layers.values())).weight.device
+        needed, there = 2 * factors.bytes(), memory_of(device)  # the inverses, or bases, take as much again
+        if needed > there:
+            smaller = "whiten (the input sides alone), sophia" if outputs else "sophia"
+            raise ValueError(
+                f"{self.name} would keep at least {needed / 1e9:.0f} GB of factors and inverses for this model, "
+                f"and {device} has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
+            )
+        return factors
