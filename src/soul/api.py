@@ -8,10 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul import config
 from soul.anchors import stand_in
+from soul.cautions import context_warnings, precision_warnings
+from soul.checkpoints import check_weights
 from soul.data.general import refusals as builtin_refusals
 from soul.data.rows import to_examples
 from soul.data.sources import check_disjoint, load_examples
@@ -24,6 +27,7 @@ from soul.recipe import DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER, DataSpec, Recipe
 from soul.registry import METHODS, OBJECTIVES, OPTIMIZERS
 from soul.stopping import Stopped, StopSpec
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.truncation import training_cuts
 from soul.types import Example
 
 Data = str | Path | Iterable[Example | Mapping[str, Any]]
@@ -37,7 +41,8 @@ class UnlearnResult:
         model: The model given, changed in place.
         log: One record a step: loss terms, win rate, learning rate, seconds.
         stopped: Why training ended, where a rule could end it.
-        warnings: What stood in for a retain set, what was found in one, and what a method says of itself.
+        warnings: What stood in for a retain set, what was found in one, what was not trained on, what rounding drops,
+            and what a method says of itself.
     """
 
     model: Any
@@ -103,12 +108,16 @@ def unlearn(
     rests = stop if isinstance(stop, StopSpec) else config.parse(StopSpec, _stop_tree(stop), "stop")
     recipe = Recipe(objective=loss, optimizer=rule, method=do, training=settings, stop=rests)
     sets, warnings = _sets(model, tokenizer, forget, retain, ways, recipe)
+    rounds = any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
+    warnings += [*precision_warnings(recipe, rounds=rounds), *context_warnings(sets[0])]
     if do is not None:
         records: list[dict[str, float]] = []
         dataset = make_dataset(tokenizer, *sets, do, settings)
+        warnings += training_cuts({name: [row.lost for row in rows] for name, rows in dataset.encoded.items()})
         result = do(model, dataset, log=lambda record: records.append(dict(record)))
         return UnlearnResult(result, records, [*warnings, *do.warnings()])
     dataset = make_dataset(tokenizer, *sets, loss, settings, refusals or builtin_refusals())
+    warnings += training_cuts({name: [row.lost for row in rows] for name, rows in dataset.encoded.items()})
     log = LogCallback(None)
     with left_as_it_was(model), tempfile.TemporaryDirectory() as folder:
         device = next(model.parameters()).device.type
@@ -125,6 +134,7 @@ def unlearn(
         log.trainer = trainer
         trainer.train()
         model = trainer.whole_model()
+    check_weights(model)
     return UnlearnResult(model, log.records, warnings, trainer.stopping.stopped if trainer.stopping else None)
 
 

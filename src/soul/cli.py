@@ -103,9 +103,10 @@ def _recipe(args: argparse.Namespace, base: dict[str, Any]) -> Recipe:
 
 def _run(args: argparse.Namespace, base: dict[str, Any], default_name: str) -> int:
     recipe = _recipe(args, base)
+    from soul.cautions import precision_warnings
     from soul.console import quiet
     from soul.report import read_run, render_terminal, write_report
-    from soul.run import execute, precision_warnings
+    from soul.run import execute
 
     quiet()
     processes.join(recipe.model.device)

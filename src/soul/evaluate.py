@@ -17,6 +17,7 @@ from soul.data.templates import ChatTemplate, Encoded
 from soul.generation import Written, continue_prompts, sample_answers, write
 from soul.likelihood import sequence_nll
 from soul.metrics.text import rouge_l_recall
+from soul.origins import of_items
 from soul.stored import read_lines, write_lines
 from soul.token_scores import gradient_norms, token_scores
 from soul.truncation import mark
@@ -206,16 +207,24 @@ def _read_rows(file: Path | None, examples: Sequence[Example], spec: EvaluationS
         return None
     try:
         rows: list[Any] = read_lines(file)
-        same = [(r["prompt"], r["answer"]) for r in rows] == [(e.prompt, e.answer) for e in examples]
+        same = [row["of"] for row in rows] == [_named(e, i) for i, e in enumerate(examples)]
         return rows if same and all(_complete(row, spec, ask) for row in rows) else None
-    except (ValueError, KeyError):  # damaged: it is measured again
+    except (ValueError, KeyError):  # damaged, or of a version that did not say of what: it is measured again
         return None
+
+
+def _named(example: Example, index: int) -> str:
+    """Return a digest of all that a row is measured of: its question in its conversation, and all of its answers."""
+    return str(of_items([dataclasses.replace(example, id=example.id or str(index))])["digest"])[:16]
 
 
 def _complete(row: Row, spec: EvaluationSpec, ask: Ask) -> bool:
     samples = ask.samples if spec.generate and row["prompt"] else 0
+    generated = spec.generate and ask.generate and row["prompt"]
     return (
-        (not ask.tokens or "token_z" in row)
+        (not ask.likelihood or row["tokens"] > 0)
+        and (not generated or "generated" in row)
+        and (not ask.tokens or "token_z" in row)
         and (not ask.gradient_norm or "gradient_norm" in row)
         and (not samples or len(row.get("samples", ())) == samples)
     )
@@ -286,6 +295,7 @@ def _likelihoods(
             "subject": e.subject,
             "prompt": e.prompt,
             "answer": e.answer,
+            "of": _named(e, i),
             "nll": math.nan,
             "tokens": 0,
         }

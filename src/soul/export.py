@@ -27,6 +27,7 @@ from soul.stored import check_format, publish, write_json, write_text
 from soul.strict import json_value, read_text, yaml_tree
 from soul.types import Example, Row
 
+_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "pytorch_model*", "adapter_*"]
 MARKER = "soul_export.json"
 """Written last: a folder that holds it was loaded and measured again."""
 Progress = Callable[[str, int, int], None]
@@ -117,7 +118,7 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
             origin = dataclasses.asdict(lineage(recipe.model.path))
             facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
             write_text(part / "README.md", model_card(record, facts))
-        files = {file.name: _digest(file) for file in sorted(part.iterdir())}
+        files = {str(file.relative_to(part)): _digest(file) for file in sorted(part.rglob("*")) if file.is_file()}
         found = [dataclasses.asdict(c) for c in checked]
         write_json(
             part / MARKER, {"format": 1} | described | {"checked": found, "files": files, "soul": environment()["soul"]}
@@ -338,7 +339,7 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
     Args:
         folder: A folder that :func:`export` made.
         repo: ``owner/name``; made if it is not there.
-        private: Make a new repository private.
+        private: Make a new repository private, and refuse one that is there and public.
 
     Raises:
         ValueError: The folder was not checked, is an adapter for a model that is not on the hub, or the hub refuses.
@@ -358,7 +359,14 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
     api = HfApi(library_name="soul-unlearning")
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with soul export")
+        if private and not api.repo_info(repo).private:  # to one that is there, `private` says nothing
+            raise ValueError(f"{repo} is there already and public: give --public, or another name.")
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="Upload with soul export",
+            delete_patterns=_WEIGHTS,  # of an earlier model, which a loader would take together with these
+        )
     except (OSError, ValueError) as error:  # what the hub refuses, and what the network does
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot push to {repo}: {reason} The export in {folder} is whole.") from error

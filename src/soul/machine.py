@@ -72,7 +72,7 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def has_bf16(device: str = "cpu") -> bool:
     """Say whether the device multiplies bf16 matrices in hardware."""
     if device.startswith("cuda"):
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(supported())
 
@@ -86,11 +86,18 @@ def memory_of(device: torch.device) -> float:
     return math.inf
 
 
-def reset_peak_memory() -> None:
-    """Start :func:`peak_memory` anew, so that a second run in the same process reports its own."""
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
     gc.collect()  # models and trainers of an earlier run are in cycles
     with contextlib.suppress(OSError, AttributeError):  # glibc only: it keeps what was freed, gigabytes of it
         ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak_memory() -> None:
+    """Start :func:`peak_memory` anew, so that a second run in the same process reports its own."""
+    free_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # Linux only: 5 resets the high-water mark (man 5 proc)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from soul import processes
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
+from soul.cautions import context_warnings, precision_warnings
 from soul.checkpoints import check_weights, last_checkpoint
 from soul.data import hub
 from soul.data.batches import UnlearnDataset
@@ -31,7 +32,7 @@ from soul.inputs import (
     origins_of,
     search,
 )
-from soul.machine import peak_memory, reset_peak_memory
+from soul.machine import free_memory, peak_memory, reset_peak_memory
 from soul.methods.base import json_lines
 from soul.models import add_adapter, check_adapter, load_model, save_model, without_autocast
 from soul.origins import Origins, commit_of
@@ -125,6 +126,8 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     if benchmark:
         measure("before")
     if dataset is None:
+        model = None
+        free_memory()  # two at once need not fit
         model, tokenizer = load_model(dataclasses.replace(recipe.model, path=str(out / "model")))
     else:
         with hub.no_retries():  # peft asks about an adapter's base at every checkpoint
@@ -243,33 +246,10 @@ def default_benchmark(recipe: Recipe) -> Benchmark | None:
     return DeletionRequest(forget=recipe.data.forget, kept=retain[0] if retain else "general:chat")
 
 
-def precision_warnings(recipe: Recipe) -> list[str]:
-    """Say what a person should know about the precision asked for."""
-    lr = getattr(recipe.method, "lr", None) if recipe.method else recipe.optimizer.lr
-    kept = recipe.method is None and getattr(recipe.optimizer, "rounding", "nearest") == "stochastic"
-    if recipe.model.dtype == "bfloat16" and recipe.adapter is None and lr is not None and not kept:
-        return [
-            f"the weights are bf16: steps of size {lr:g} are smaller than most weights' rounding and "
-            "are dropped, so little will be forgotten; use model.dtype=float32 or an adapter, or with "
-            "rules that go coordinate by coordinate optimizer.rounding=stochastic"
-        ]
-    return []
-
-
 def warnings_of(recipe: Recipe, request: Request, benchmark: Benchmark | None) -> list[str]:
     """Say what a reader of the record should know."""
     found = [request.overlaps.summary(), request.stand_in.summary() if request.stand_in else ""]
-    own = {(e.history, e.prompt, e.answer) for e in request.forget}
-    earlier = sum(
-        role == "assistant" and (e.history[: max(0, i - 1)], e.history[i - 1][1], said) not in own
-        for e in request.forget
-        for i, (role, said) in enumerate(e.history)
-    )
-    if earlier:
-        found.append(
-            f"{earlier} assistant turns stand before items to forget and are none themselves (they answer no user, or "
-            "are part of a prompt): they are context and not forgotten; give each a row whose answer it is"
-        )
+    found += context_warnings(request.forget)
     found += [f"not measured: {part} ({reason})" for part, reason in (benchmark.missing() if benchmark else {}).items()]
     return [*precision_warnings(recipe), *filter(None, found), *(recipe.method.warnings() if recipe.method else [])]
 

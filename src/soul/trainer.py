@@ -134,7 +134,7 @@ class TrainingSpec:
     def arguments(self, folder: str | Path, device: str = "cpu") -> TrainingArguments:
         """Return the ``TrainingArguments`` these settings mean."""
         names = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=self.batch_size,
             gradient_accumulation_steps=self.accumulation,
@@ -158,6 +158,18 @@ class TrainingSpec:
             dataloader_pin_memory=device != "cpu",
             remove_unused_columns=False,
         )
+        return one_device(arguments)
+
+
+def one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """Keep the stock trainer off further GPUs that this process sees; a launcher gives each a process of its own.
+
+    It would put the model into ``nn.DataParallel``, whose replicas each have a part of the batch and share the hooks
+    that know the whole of it, and would multiply the batch size by the number of GPUs.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # there is no public setting
+    return arguments
 
 
 def _checkpointing(*, on: bool) -> dict[str, Any]:

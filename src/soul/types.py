@@ -102,6 +102,8 @@ class Row(TypedDict):
     Likelihoods are mean negative log-likelihoods in nats a token, end-of-turn token included, computed in fp32. ``nll``
     is nan and ``tokens`` 0 where likelihoods were not asked for (:class:`Ask`).
 
+    ``of`` is a digest of the example, by which rows of an earlier sitting are told from those of other data.
+
     ``token_logps`` holds ``log p`` of each answer token, ``token_matches`` 1 where it is the most likely one (teacher
     forcing), ``token_z`` its Min-K++ value (:func:`soul.token_scores.token_scores`).
 
@@ -114,6 +116,7 @@ class Row(TypedDict):
     subject: str
     prompt: str
     answer: str
+    of: NotRequired[str]
     nll: float
     tokens: int
     paraphrased_nll: NotRequired[float]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,10 @@ def test_what_curvature_is_made_of_comes_beside_the_retain_examples(matrix_file)
     assert len(data.curvature) == 3
     assert set(more) <= known
     assert len(set(more)) == len(more) == 12  # three epochs, and none of it twice
+    retained = {data[key]["retain"].key for key in keys} | set(more)
+    assert {row.key for row in data.rows("retain", 3)} == retained  # what a reference has to know
+    with pytest.raises(ValueError, match="extra_batches is not for"):
+        data.rows("retain_refusal", 3)
     with pytest.raises(ValueError, match="extra_batches"):
         Entry({"name": "signum"}, extra_batches=True, extra_retain=True)
 
@@ -291,6 +296,21 @@ def test_an_entry_that_comes_back_as_another_is_refused(done, matrix_file, tmp_p
     (tmp_path / "matrix.yaml").unlink()
     with pytest.raises(ValueError, match=r"was run with data '\w+'"):
         Contest(matrix_from_tree(moved), tmp_path).work(lambda *_: None)
+
+
+def test_another_model_at_the_same_path_is_refused(done, matrix_file, tmp_path):
+    """What one model does is not measured by what another was before."""
+    tree = yaml.safe_load(matrix_file.read_text())
+    place = tmp_path / "there"
+    shutil.copytree(tree["tasks"]["tiny"]["model"], place)
+    moved = matrix_from_tree({**tree, "tasks": {"tiny": {**tree["tasks"]["tiny"], "model": str(place)}}})
+    contest = Contest(moved, tmp_path / "record")
+    for line in Book(done[0]).lines():
+        contest.book.append(line)
+    assert contest.work(lambda *_: None) == 0  # the same weights elsewhere
+    shutil.copytree(tree["tasks"]["tiny"]["gold"].format(request="second"), place, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"reference/tiny/first/before was run with weights '\w+'"):
+        Contest(moved, tmp_path / "record").work(lambda *_: None)
 
 
 def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):

@@ -98,6 +98,23 @@ def test_refusals_change_with_the_epoch_and_are_known_beforehand(make_dataset):
     assert [other.refusal(4, a) for a in range(8)] == [dataset.refusal(4, a) for a in range(8)]
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_a_reference_is_asked_about_what_is_shown_alone(tokenizer, forget_set, retain_set, epochs):
+    """A large retain set is not walked through for the few of it that a short run meets."""
+    views = ("forget", "retain", "retain_refusal")
+    dataset, other = (
+        UnlearnDataset(ChatTemplate(tokenizer), forget_set[:2], retain_set, views, ["No.", "Never."]) for _ in range(2)
+    )
+    for view in views:
+        shown = {
+            dataset[key][view].key
+            for epoch in range(epochs)
+            for key in ((epoch, a, p) for a, p in dataset.pairing.epoch(epoch))
+        }
+        assert {row.key for row in other.rows(view, epochs)} == shown
+    assert len(dataset.rows("retain", epochs)) <= 2 * epochs
+
+
 @pytest.mark.parametrize(
     ("views", "forget", "retain", "phrases", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def test_a_licence_is_found_where_the_first_model_of_a_line_of_runs_came_from(ru
 class Hub:
     """What would be sent to the hub."""
 
-    refuses = ""
+    refuses, private = "", True
 
     def __init__(self, **_: Any) -> None:
         self.sent: list[tuple[str, dict[str, Any]]] = calls
@@ -223,6 +224,9 @@ class Hub:
         if self.refuses:
             raise OSError(self.refuses)
         self.sent.append(("create", {"repo_id": repo_id, **settings}))
+
+    def repo_info(self, _repo_id: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(private=self.private)
 
     def upload_folder(self, **settings: Any) -> None:
         files = sorted(p.name for p in settings.pop("folder_path").iterdir())
@@ -250,8 +254,20 @@ def test_a_push_sends_the_checked_folder_once(runs, tmp_path, recorded, capsys):
     assert [kind for kind, _ in recorded] == ["create", "upload"]
     assert recorded[0][1] == {"repo_id": "owner/name", "private": True, "exist_ok": True}
     assert {"README.md", "model.safetensors", "tokenizer.json", MARKER} <= set(recorded[1][1]["files"])
+    # or a loader would find an earlier adapter, or shards, beside the new weights
+    assert {"adapter_*", "model*.safetensors"} <= set(recorded[1][1]["delete_patterns"])
     assert main([*command, "--public"]) == 0
     assert recorded[2][1]["private"] is False
+
+
+def test_nothing_private_goes_into_a_repository_that_is_public_already(runs, tmp_path, recorded, monkeypatch, capsys):
+    monkeypatch.setattr(Hub, "private", False)
+    command = ["export", str(runs / "run"), "--out", str(tmp_path / "out"), "--push", "owner/name"]
+    assert main(command) == 2
+    assert "owner/name is there already and public: give --public" in capsys.readouterr().err
+    assert [kind for kind, _ in recorded] == ["create"]
+    assert main([*command, "--public"]) == 0
+    assert [kind for kind, _ in recorded] == ["create", "create", "upload"]
 
 
 def test_a_refused_push_is_one_message_and_keeps_the_export(runs, tmp_path, recorded, monkeypatch, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ from soul.metrics.contest import Cell, choose, point, references_of, runs_of, si
 from soul.metrics.frontier import FLOOR
 from soul.models import resolve
 from soul.optim.base import CurvatureOptimizerSpec
+from soul.origins import of_model
 from soul.rundir import note_environment
 from soul.stored import remove_parts, write_text
 
@@ -71,6 +74,7 @@ class Contest:
     def __init__(self, matrix: Matrix, folder: Path) -> None:
         self.matrix, self.book = matrix, Book(folder)
         self._sets: dict[tuple[str, str], Sets] = {}
+        self._weights: dict[str, Line] = {}
         text, file = config.dump(matrix.tree()), folder / "matrix.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != text and self.book.lines():
             _refuse_other(file, matrix)
@@ -204,18 +208,28 @@ class Contest:
         """Make sure that what is on record is what would be run now, as far as both say what they are.
 
         Raises:
-            ValueError: A run had other settings, or other data.
+            ValueError: A run had other settings, other data, or another model at the same path.
         """
         lines = {line["key"]: line for line in self.book.lines() if "of" in line}
         for job in self.jobs():
             if job.key in lines:
-                was, now = (config.flat(x) for x in (lines[job.key]["of"], self.run_of(job).identity()))
+                was, now = (config.flat(x) for x in (lines[job.key]["of"], self._identity(job)))
                 for name in was.keys() & now.keys():  # of a setting that only one version has nothing is known
                     if config.plain(was[name]) != config.plain(now[name]):
                         raise ValueError(
                             f"{self.book.file}: {job.key} was run with {name} {was[name]!r}, and would be run with "
                             f"{now[name]!r} now: choose another --out, or give the entry another label"
                         )
+
+    def _identity(self, job: Job) -> Line:
+        """Return what a job is of: a measurement, the weights; a run, its settings and its data besides."""
+        which = "gold" if job.which == "gold" else "model"
+        path = self.matrix.tasks[job.task].source(which, job.request)
+        if path not in self._weights:
+            files = {name: mark["sha256"] for name, mark in of_model(path).items()}
+            digest = hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=8).hexdigest()
+            self._weights[path] = {"weights": digest} if files else {}  # of a hub's model, or one that is gone, none
+        return {**(self.run_of(job).identity() if job.cell else {}), **self._weights[path]}
 
     def left(self) -> int:
         """Return how many of the jobs known by now are not done."""
@@ -224,7 +238,7 @@ class Contest:
 
     def _do(self, job: Job, tick: Tick) -> Line:
         m, task = self.matrix, self.matrix.tasks[job.task]
-        head: Line = {"kind": job.kind, "task": job.task, "request": job.request}
+        head: Line = {"kind": job.kind, "task": job.task, "request": job.request, "of": self._identity(job)}
         title = job.key.replace("/", " ")
         if job.cell is None:
             sets = self._sets_of(job)
@@ -240,7 +254,7 @@ class Contest:
         run = self.run_of(job)
         stop = self._stopper(job) if job.kind == "tune" else never
         line = do(run, lambda _what, d, n: tick(title, d, n), stop)
-        where = {"objective": job.cell.objective, "optimizer": job.cell.optimizer, "of": run.identity()}
+        where = {"objective": job.cell.objective, "optimizer": job.cell.optimizer}
         settings = self._settings(job)
         if job.kind == "pilot":
             assert run.optimizer is not None

@@ -24,6 +24,7 @@ from soul.curvature.picks import text_rows
 from soul.data.batches import Item, UnlearnDataset
 from soul.data.general import refusals
 from soul.data.sources import check_disjoint, load_examples
+from soul.data.templates import Encoded
 from soul.evaluate import EvaluationSpec
 from soul.machine import peak_memory, reset_peak_memory
 from soul.methods.base import Method
@@ -275,6 +276,13 @@ class _Besides(UnlearnDataset):
             raise ValueError("extra_batches is for objectives that look at retain examples")
         more = [*self.curvature, *text_rows(self)]
         self.more = [more[i] for i in np.random.default_rng([self.seed, 8]).permutation(len(more))]
+
+    def rows(self, view: str, epochs: int) -> list[Encoded]:
+        """Return what a reference has to know: the further rows among those to retain."""
+        if view == "retain_refusal":
+            raise ValueError("extra_batches is not for objectives that pair retain questions with refusals")
+        more = self.more[: epochs * len(self)] if view == "retain" else []
+        return list({row.key: row for row in (*super().rows(view, epochs), *more)}.values())
 
     def _item(self, epoch: int, anchor: int, partner: int) -> Item:
         number = epoch * len(self) + anchor

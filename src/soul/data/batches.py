@@ -227,12 +227,14 @@ class UnlearnDataset(Dataset[Item]):
 
     def rows(self, view: str, epochs: int) -> list[Encoded]:
         """Return every distinct row that ``view`` shows in ``epochs`` epochs (what a reference has to know)."""
+        shown = [(e, anchor, partner) for e in range(epochs) for anchor, partner in self.pairing.epoch(e)]
         if view in self.encoded:
-            rows = self.encoded[view]
+            places = {anchor if view == self.anchor else partner for _, anchor, partner in shown}
+            rows = [self.encoded[view][i] for i in sorted(places) if i >= 0]
         elif view == "retain_refusal":
-            rows = [self.retain_refusal(e, p) for e in range(epochs) for p in range(len(self.encoded["retain"]))]
+            rows = [self.retain_refusal(e, partner) for e, _, partner in shown]
         else:
-            rows = [getattr(self, view)(e, a) for e in range(epochs) for a in range(len(self))]
+            rows = [getattr(self, view)(e, anchor) for e, anchor, _ in shown]
         return list({row.key: row for row in rows}.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from soul.data.sources import is_hub_id, load_examples
 from soul.inputs import read_refusals
 from soul.pretrained import load_tokenizer
 from soul.recipe import Recipe
-from soul.trainer import make_dataset
+from soul.trainer import TrainingSpec, make_dataset
 from soul.types import Example
 
 SAMPLE = 256
@@ -151,7 +152,7 @@ def _counted(recipe: Recipe) -> Work:
     typical = dataclasses.replace(typical, width=mean)
     anchors = len(forget if dataset.anchor == "forget" else retain)
     asked = [row for view in _asked(recipe) for row in dataset.rows(view, 1)]
-    many = {"forget": len(forget), "retain": len(retain)}
+    many = {"forget": len(forget), "retain": min(len(retain), anchors * _epochs(training, anchors))}
     scale = max(1.0, sum(many[v if v in many else "forget"] for v in _asked(recipe)) / max(1, len(asked)))
     rows = len(asked) * scale
     reference = (
@@ -168,6 +169,12 @@ def _counted(recipe: Recipe) -> Work:
         f"{len(forget)} to forget, {len(retain)} to keep, "
         + ("tokenised" if max(len(forget), len(retain), len(own)) <= SAMPLE else f"{SAMPLE} of each tokenised"),
     )
+
+
+def _epochs(training: TrainingSpec, anchors: int) -> int:
+    """Return how many epochs a run begins."""
+    shown = training.max_steps * training.accumulation * training.batch_size
+    return -(-shown // max(1, anchors)) if training.max_steps else math.ceil(training.epochs)
 
 
 def _some(examples: Sequence[Example]) -> Sequence[Example]:

@@ -1,0 +1,44 @@
+"""What a person should know about a request before or after it is carried out, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from soul.recipe import Recipe
+from soul.types import Example
+
+
+def precision_warnings(recipe: Recipe, *, rounds: bool | None = None) -> list[str]:
+    """Say where steps are so small that the weights' precision drops them.
+
+    Args:
+        recipe: What is to be done.
+        rounds: Whether what is trained is kept in bf16; by default as the recipe's model and adapter say.
+    """
+    lr = getattr(recipe.method, "lr", None) if recipe.method else recipe.optimizer.lr
+    kept = recipe.method is None and getattr(recipe.optimizer, "rounding", "nearest") == "stochastic"
+    if rounds is None:
+        rounds = recipe.model.dtype == "bfloat16" and recipe.adapter is None
+    if rounds and lr is not None and not kept:
+        return [
+            f"the weights are bf16: steps of size {lr:g} are smaller than most weights' rounding and "
+            "are dropped, so little will be forgotten; use model.dtype=float32 or an adapter, or with "
+            "rules that go coordinate by coordinate optimizer.rounding=stochastic"
+        ]
+    return []
+
+
+def context_warnings(forget: Sequence[Example]) -> list[str]:
+    """Say how many answers stand in the context of what is to be forgotten and are not among it."""
+    own = {(e.history, e.prompt, e.answer) for e in forget}
+    earlier = sum(
+        role == "assistant" and (e.history[: max(0, i - 1)], e.history[i - 1][1], said) not in own
+        for e in forget
+        for i, (role, said) in enumerate(e.history)
+    )
+    if not earlier:
+        return []
+    return [
+        f"{earlier} assistant turns stand before items to forget and are none themselves (they answer no user, or "
+        "are part of a prompt): they are context and not forgotten; give each a row whose answer it is"
+    ]
