@@ -96,7 +96,7 @@ def test_rows_hold_what_is_asked(
     asks = {"all": everything, "little": Ask(likelihood=False, generate=False)}
     spec = EvaluationSpec(max_new_tokens=4)
     rows = evaluate(make_model(), tokenizer, splits, spec=spec, asks=asks)
-    usual = {"id", "subject", "prompt", "answer", "nll", "tokens"}
+    usual = {"id", "subject", "prompt", "answer", "of", "nll", "tokens"}
     assert set(rows["plain"][0]) == usual | {"wrong_nll", "generated", "rougeL_recall", "truncated"}
     assert rows["plain"] == evaluate(make_model(), tokenizer, {"plain": examples}, spec=spec)["plain"]
     more = {"token_logps", "token_matches", "token_z", "gradient_norm"}

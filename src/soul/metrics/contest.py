@@ -120,6 +120,8 @@ def choose(
         relative: Measure utility by :func:`soul.metrics.frontier.relative_utility`.
     """
     for request in requests:
+        if len(references_of(lines, cell.task, request, full=False)) < 2:
+            return None
         if len({x["point"] for x in runs_of(lines, cell, "tune", request) if x["point"] < points}) < points:
             return None
     by = {(r, i): points_of(lines, cell, "tune", r, [i], relative=relative) for r in requests for i in range(points)}
