@@ -141,12 +141,15 @@ def _finished(run: Path) -> tuple[RunRecord, Recipe]:
     record = read_run(run)
     if not (run / "model").is_dir() or not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} holds no model of its own: give the run directory of `soul unlearn` or `finetune`")
+    recipe = read_recipe(run / "recipe.yaml")
     if not record.rows_after:
-        raise ValueError(
-            f"{run} was not measured, so there is nothing to check an export by: give its command again without "
-            "--no-evaluate"
+        how = (
+            "give its command again without --no-evaluate"
+            if recipe.benchmark or recipe.data.forget
+            else "a run without a forget set is measured where its recipe names a benchmark, which takes another --out"
         )
-    return record, read_recipe(run / "recipe.yaml")
+        raise ValueError(f"{run} was not measured, so there is nothing to check an export by: {how}")
+    return record, recipe
 
 
 def _earlier(out: Path, described: Mapping[str, Any]) -> list[Checked]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from soul.data.batches import collate_rows
@@ -93,4 +94,7 @@ class TrustRegion(TrainerCallback):
 
     def _kl(self, logits_NV: torch.Tensor) -> float:
         assert self._before is not None
-        return float(kl_to_reference(self._answers, self._before)) / len(logits_NV)
+        kl = float(kl_to_reference(self._answers, self._before)) / len(logits_NV)
+        if self.trainer.args.world_size > 1:  # or last bits would scale each process's weights by another factor
+            kl = broadcast_object_list([kl])[0]
+        return kl

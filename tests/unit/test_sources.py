@@ -73,6 +73,18 @@ def test_json_list_of_passages(tmp_path: Path):
     assert load_examples(path) == [Example("", "One passage.", chat=False), Example("", "Another.", chat=False)]
 
 
+def test_a_csv_file_may_have_spaces_after_its_commas_and_say_where_nothing_ends(tmp_path: Path):
+    (tmp_path / "x.csv").write_text("question, answer, ends\nQ,A,\nQ,A,true\nQ,A,False\n")
+    assert [(e.prompt, e.answer, e.ends) for e in load_examples(tmp_path / "x.csv")] == [
+        ("Q", "A", True),
+        ("Q", "A", True),
+        ("Q", "A", False),
+    ]
+    (tmp_path / "x.csv").write_text("question,answer,ends\nQ,A,perhaps\n")
+    with pytest.raises(ValueError, match="ends must be true or false, not 'perhaps'"):
+        load_examples(tmp_path / "x.csv")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_messages_round_trip(tmp_path: Path, suffix: str):
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]

@@ -245,6 +245,7 @@ def _csv(path: Path) -> Numbered:
         twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
             raise ValueError(f"{path}, line 1: the column {twice!r:.60} is there twice; rename one of the two")
+        reader.fieldnames = names  # "question, answer" names the same two
         for row in reader:
             if None in row:
                 raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
@@ -254,7 +255,9 @@ def _csv(path: Path) -> Numbered:
 
 
 def _cell(column: str, value: str | None) -> Any:
-    """Return a cell as it is, except that columns which may hold a list may hold it as JSON."""
+    """Return a cell as it is, except that columns which may hold a list, true or false may hold it as JSON."""
+    if column == "ends" and value is not None:
+        return {"": None, "true": True, "false": False}.get(value.strip().lower(), value)
     if column in ("perturbed_answer", "messages") and value is not None:
         if not value:
             return None

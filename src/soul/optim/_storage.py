@@ -120,10 +120,11 @@ def moved_share(
     return moved / moving if moving else None
 
 
-def lost_updates(share: float, lr: float, dtype: torch.dtype) -> str:
-    """Say what a share of weights that move means."""
+def lost_updates(share: float, lr: float, dtype: torch.dtype, *, stochastic: bool = True) -> str:
+    """Say what a share of weights that move means; ``stochastic``, where the rule knows that rounding."""
+    way = "set optimizer.rounding=stochastic, or keep" if stochastic else "keep"
     return (
         f"{str(dtype).removeprefix('torch.')} weights: only {share:.1%} of them moved in a step at learning rate "
         f"{lr:g}, since the updates of the others are less than half the distance to the next number and are dropped; "
-        "set optimizer.rounding=stochastic, or keep the weights in fp32 (model.dtype=float32)"
+        f"{way} the weights in fp32 (model.dtype=float32)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,8 @@ from torch import nn
 from soul.curvature.inverses import EigenInverse, KroneckerInverse
 from soul.curvature.kronecker import KroneckerFactors, Layer, pack, unpack
 from soul.optim._checks import check_between, check_common, check_last_group
+from soul.optim._metrics import systematic_views
+from soul.optim._storage import NOTICEABLE, drops_updates, lost_updates, moved_share
 from soul.optim.base import UpdateRule
 
 Others = Literal["frozen", "diagonal"]
@@ -96,6 +99,7 @@ class KroneckerRule(UpdateRule):
             raise ValueError(f"every must be 1 or more, not {every}")
         self.factors, self.preconditioner = factors, preconditioner
         self._last_call = 0
+        self._watching_is_over = False  # for moves that rounding drops
         self._damping = self._damping_begun = preconditioner.damping  # wanted from the next refresh on
         self._worth = worth
         self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
@@ -246,6 +250,8 @@ class KroneckerRule(UpdateRule):
         if first["newton"]:
             scale = scale.clamp(max=first["newton"])
         factor = float(scale)
+        low = [] if self._watching_is_over else [move for move in moves if _rounds(move)]
+        before = [x.clone() for x in _sample(move.parameter for move in low)]
         for group, p, u, share, _ in moves:
             if group["weight_decay"]:
                 p.mul_(1 - float(group["lr"]) * group["weight_decay"])
@@ -254,6 +260,16 @@ class KroneckerRule(UpdateRule):
             else:
                 p.sub_((factor / share * u).to(p.dtype))
         self._last = {"newton_share": scale, "step_length": scale * length}
+        if low:
+            self._judge(low, before)
+
+    def _judge(self, moves: list[_Move], before: list[torch.Tensor]) -> None:
+        """Warn, once, where rounding dropped most of a move."""
+        self._watching_is_over = True
+        moved = moved_share(before, _sample(move.parameter for move in moves), _sample(move.u for move in moves))
+        if moved is not None and moved < NOTICEABLE:
+            said = lost_updates(moved, float(moves[0].group["lr"]), moves[0].parameter.dtype, stochastic=False)
+            warnings.warn(said, stacklevel=5)
 
     def _momentum(self, group: dict[str, Any], p: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Update the average of a parameter's gradients; return it, in fp32 at least, and ``1 - b^steps``."""
@@ -371,6 +387,14 @@ class KroneckerRule(UpdateRule):
         self.factors.load_state(parts["factor"], copy=copy)
         if isinstance(self.preconditioner, EigenInverse):
             self.preconditioner.load_state(parts["eigen"])
+
+
+def _rounds(move: _Move) -> bool:
+    return drops_updates({**move.group, "rounding": "nearest"}, move.parameter)
+
+
+def _sample(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return systematic_views([x.detach().reshape(-1) for x in tensors])
 
 
 def _parameters(layer: Layer) -> list[torch.Tensor]:
