@@ -6,7 +6,16 @@ import pytest
 from scipy import stats as scipy_stats
 
 from soul.metrics import tofu
-from soul.metrics.stats import bootstrap_mean, bootstrap_of, expected_best, harmonic_mean, ks_margin, ks_two_sided
+from soul.metrics.stats import (
+    SHARE,
+    bootstrap_mean,
+    bootstrap_of,
+    expansion,
+    expected_best,
+    harmonic_mean,
+    ks_margin,
+    ks_two_sided,
+)
 from soul.metrics.text import rouge_l_recall
 from soul.types import Row
 
@@ -154,7 +163,8 @@ def test_groups_are_drawn_whole():
     generator = np.random.default_rng(3)
     draws = [generator.integers(9, size=9) for _ in range(500)]
     means = plain_cluster_means(values.tolist(), names, draws)
-    assert (score.low, score.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    plain = np.quantile(means, [0.025, 0.975]) - values.mean()
+    assert (score.low, score.high) == pytest.approx(tuple(values.mean() + expansion(9) * plain))
     assert (score.value, score.n, score.method) == (pytest.approx(values.mean()), 47, "bootstrap(500, 9 groups)")
 
 
@@ -163,18 +173,9 @@ def test_items_that_hang_together_make_wider_intervals():
     values, names = np.repeat(rng.normal(size=20), 20), np.repeat(np.arange(20), 20).tolist()
     loose, grouped = (bootstrap_mean(values, metric="m", split="s", groups=g) for g in (None, names))
     # twenty independent values, each seen twenty times: the interval is that of the twenty
-    assert (grouped.high - grouped.low) / (loose.high - loose.low) == pytest.approx(math.sqrt(20), rel=0.1)
-
-
-def test_intervals_over_groups_cover_the_truth_about_as_often_as_they_say():
-    hits = 0
-    for trial in range(200):
-        rng = np.random.default_rng(trial)
-        values = np.repeat(rng.normal(size=40), 5) + 0.3 * rng.normal(size=200)
-        names = np.repeat(np.arange(40), 5).tolist()
-        score = bootstrap_mean(values, metric="m", split="s", seed=trial, resamples=300, groups=names)
-        hits += score.low <= 0 <= score.high
-    assert 0.88 <= hits / 200 <= 0.99
+    assert (grouped.high - grouped.low) / (loose.high - loose.low) == pytest.approx(
+        expansion(20) * math.sqrt(20), rel=0.1
+    )
 
 
 def test_names_that_do_not_repeat_or_are_empty_are_items():
@@ -229,3 +230,18 @@ def test_the_best_of_fewer_trials_is_the_mean_over_all_sets_of_them(n):
     for wrong in (0, 7):
         with pytest.raises(ValueError, match="cannot be expected of 6 trials"):
             expected_best(losses, wrong)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 5, 20, 40])
+def test_intervals_over_groups_cover_as_often_as_they_say(groups):
+    """New persons, twenty questions each: without the expansion 2 groups cover half of the time."""
+    rng = np.random.default_rng(groups)
+    names = np.repeat(np.arange(groups), 20).tolist()
+    covered = 0
+    for _ in range(300):
+        values = rng.normal(size=(groups, 1)) + rng.normal(size=(groups, 20))
+        score = bootstrap_mean(values.ravel(), metric="m", split="s", groups=names, resamples=400)
+        covered += score.low <= 0 <= score.high
+    assert 0.88 <= covered / 300 <= 0.99  # plain intervals: .50, .73, .85, .91, .93
+    shares = bootstrap_mean([0.9] * 20 + [0.8] * 20, metric="m", split="s", groups=names[:40], within=SHARE)
+    assert (shares.low, shares.high) == (pytest.approx(0.85 - 0.05 * expansion(2)), 1.0)

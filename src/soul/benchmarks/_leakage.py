@@ -9,7 +9,7 @@ import numpy as np
 from soul.metrics.membership import membership_scores, subjects
 from soul.metrics.memorization import exact_memorization, extraction_strength
 from soul.metrics.privacy import privleak_score
-from soul.metrics.stats import bootstrap_mean
+from soul.metrics.stats import SHARE, bootstrap_mean
 from soul.types import Example, Row, Score
 
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -50,7 +50,13 @@ def memorization_scores(rows: Sequence[Row], split: str, *, seed: int) -> list[S
     groups = subjects(rows)
     return [
         bootstrap_mean(
-            [measure(found) for found in matches], metric=name, split=split, seed=seed, better="lower", groups=groups
+            [measure(found) for found in matches],
+            metric=name,
+            split=split,
+            seed=seed,
+            better="lower",
+            groups=groups,
+            within=SHARE,
         )
         for name, measure in (
             ("exact_memorization", exact_memorization),

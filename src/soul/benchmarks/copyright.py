@@ -13,7 +13,7 @@ from soul.data.books import Passage, book_text, cut_passages
 from soul.data.plain import plain_text
 from soul.metrics import text as overlap
 from soul.metrics.perplexity import perplexity_score
-from soul.metrics.stats import bootstrap_mean
+from soul.metrics.stats import SHARE, bootstrap_mean
 from soul.registry import BENCHMARKS
 from soul.types import Ask, Example, Row, Score
 
@@ -199,6 +199,14 @@ class Copyright(Benchmark):
         }
         groups = [row["subject"] for row in rows]
         return [
-            bootstrap_mean(values, metric=metric, split=split, seed=self.seed, better=better, groups=groups)
+            bootstrap_mean(
+                values,
+                metric=metric,
+                split=split,
+                seed=self.seed,
+                better=better,
+                groups=groups,
+                within=(0.0, 100.0) if metric == "bleu" else SHARE,
+            )
             for metric, values in columns.items()
         ]

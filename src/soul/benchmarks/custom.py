@@ -16,7 +16,7 @@ from soul.metrics import tofu
 from soul.metrics.leakage import best_rouge, contains
 from soul.metrics.memorization import exact_memorization, extraction_strength
 from soul.metrics.perplexity import perplexity_score
-from soul.metrics.stats import bootstrap_mean
+from soul.metrics.stats import SHARE, bootstrap_mean
 from soul.registry import BENCHMARKS
 from soul.types import Ask, Example, Row, Score
 
@@ -240,7 +240,13 @@ def _scores(rows: Sequence[Row], split: str, measures: Mapping[str, Measure], be
     groups = [row["subject"] for row in rows]
     return [
         bootstrap_mean(
-            [measure(row) for row in rows], metric=metric, split=split, seed=seed, better=better, groups=groups
+            [measure(row) for row in rows],
+            metric=metric,
+            split=split,
+            seed=seed,
+            better=better,
+            groups=groups,
+            within=SHARE,
         )
         for metric, measure in measures.items()
         if all(row.get(_NEEDS.get(metric, "samples")) is not None for row in rows)

@@ -11,7 +11,7 @@ from soul.benchmarks._tofu_data import TRAIN_SETS, load_set, numbered, tofu_trai
 from soul.benchmarks.base import Benchmark, Rows, pick
 from soul.metrics import tofu
 from soul.metrics.membership import subjects
-from soul.metrics.stats import bootstrap_mean, bootstrap_of, ks_margin
+from soul.metrics.stats import SHARE, bootstrap_mean, bootstrap_of, ks_margin
 from soul.registry import BENCHMARKS
 from soul.types import Ask, Example, Row, Score
 
@@ -49,7 +49,7 @@ class Tofu(Benchmark):
     right one, paraphrased, among it and the wrong ones.
 
     Intervals are over authors, 20 questions each, where the sets are whole (or name a ``subject``); real authors and
-    world facts count one by one.
+    world facts count one by one, and so do all questions in the KS statistic's margin and p-value.
 
     Args:
         forget: The forget set: 1, 5 or 10 % of the authors.
@@ -162,6 +162,7 @@ class Tofu(Benchmark):
                         seed=self.seed,
                         better="higher",
                         clusters=[subjects(rows[split]) for split in tofu.UTILITY_SPLITS],
+                        within=SHARE,
                     )
                 )
         if reference is not None and "forget" in known:
@@ -198,6 +199,7 @@ class Tofu(Benchmark):
                 seed=self.seed,
                 better="lower" if split == "forget" else "higher",
                 groups=subjects(rows[split]),
+                within=SHARE,
             )
             for split, name in sets.items()
             if rows.get(split) and all("generated" in row for row in rows[split])
@@ -255,7 +257,9 @@ def split_scores(
     direction: dict[str, str] = dict(zip(("probability", "rougeL_recall", "truth_ratio"), better, strict=True))
     groups = subjects(rows) if grouped else None
     return [
-        bootstrap_mean(values, metric=metric, split=split, seed=seed, better=direction[metric], groups=groups)
+        bootstrap_mean(
+            values, metric=metric, split=split, seed=seed, better=direction[metric], groups=groups, within=SHARE
+        )
         for metric, values in columns.items()
     ]
 

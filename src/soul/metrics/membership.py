@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from soul.metrics.stats import Array, bootstrap_of
+from soul.metrics.stats import SHARE, Array, bootstrap_of
 from soul.types import Row, Score
 
 ATTACKS = ("loss", "min_k", "min_k_plus", "zlib", "reference", "gradient_norm")
@@ -235,6 +235,7 @@ def membership_scores(
             seed=seed,
             resamples=resamples,
             clusters=clusters,
+            within=SHARE,
         )
         for attack in inside
         if attack in outside

@@ -45,7 +45,10 @@ def perplexity_score(
     """
     sums = [(row["nll"], float(row["tokens"])) for row in rows]
     clusters = [groups] if groups is not None else None
-    return bootstrap_of(_of, [sums], metric="perplexity", split=split, seed=seed, better="lower", clusters=clusters)
+    within = (1.0, math.inf)
+    return bootstrap_of(
+        _of, [sums], metric="perplexity", split=split, seed=seed, better="lower", clusters=clusters, within=within
+    )
 
 
 def _of(groups: list[Array]) -> float:

@@ -15,6 +15,8 @@ from soul.types import Score
 Array = NDArray[np.float64]
 
 LEVEL = 0.95
+ANYWHERE, SHARE = (-math.inf, math.inf), (0.0, 1.0)
+"""Where metrics can lie: see ``within`` of :func:`bootstrap_mean`."""
 _DRAWS = 4_000_000  # indices drawn at once: 32 MB, whatever the number of items
 
 
@@ -27,6 +29,7 @@ def bootstrap_mean(
     resamples: int = 2000,
     better: str = "",
     groups: Sequence[Hashable] | None = None,
+    within: tuple[float, float] = ANYWHERE,
 ) -> Score:
     """Return the mean of ``values`` with its percentile bootstrap interval (Efron 1979).
 
@@ -35,7 +38,8 @@ def bootstrap_mean(
 
     With ``groups`` it speaks of new persons: whole groups are drawn, as many as there are, and the mean is that of all
     items in them (cluster bootstrap; Davison and Hinkley 1997, section 3.8). An item whose group is empty (``""`` or
-    None) is a group of its own.
+    None) is a group of its own. Both ends move away from the mean by :func:`expansion`, since few groups resampled vary
+    by too little: of 2, 5 and 20 groups a plain interval covers about 50, 85 and 91 % where it says 95.
 
     Args:
         values: One number an item, shape ``(n,)``.
@@ -45,6 +49,7 @@ def bootstrap_mean(
         resamples: How many means the quantiles are taken of.
         better: ``"higher"``, ``"lower"`` or ``""``.
         groups: The group of each item, e.g. ``[row["subject"] for row in rows]``; where none repeats, items are drawn.
+        within: Where the metric can lie at all, which no interval leaves.
 
     Returns:
         The score, whose ``n`` counts items. One item or one group, or a value that is not a number, has a mean but no
@@ -69,7 +74,8 @@ def bootstrap_mean(
     if members:
         sums = np.array([[items[picked].sum(), len(picked)] for picked in members])
         score = bootstrap_of(_ratio, [sums], metric=metric, split=split, seed=seed, resamples=resamples, better=better)
-        return dataclasses.replace(score, value=mean, n=n, method=f"bootstrap({resamples}, {len(members)} groups)")
+        wide = _expanded(dataclasses.replace(score, value=mean, n=n), len(members), within)
+        return dataclasses.replace(wide, method=f"bootstrap({resamples}, {len(members)} groups)")
     rng = np.random.default_rng(seed)
     block = max(1, _DRAWS // n)
     means = [
@@ -89,11 +95,13 @@ def bootstrap_of(
     resamples: int = 2000,
     better: str = "",
     clusters: Sequence[Sequence[Hashable] | None] | None = None,
+    within: tuple[float, float] = ANYWHERE,
 ) -> Score:
     """Return ``fn(groups)`` with the percentile bootstrap interval of an aggregate of several sets.
 
     Each group is resampled along its first axis, on its own, with replacement. The columns of a row stay together, so
-    that metrics which hang together within an item still do so in the interval.
+    that metrics which hang together within an item still do so in the interval. With clusters the interval is expanded
+    as that of :func:`bootstrap_mean` is, for the set that has the fewest.
 
     Args:
         fn: From a list of arrays, shaped as ``groups``, to the aggregate.
@@ -104,6 +112,7 @@ def bootstrap_of(
         resamples: How many aggregates the quantiles are taken of.
         better: ``"higher"``, ``"lower"`` or ``""``.
         clusters: For each group the cluster (author, document) of each of its items, or None where items are drawn.
+        within: Where the metric can lie at all.
 
     Returns:
         The score, whose ``n`` counts the items of all groups. No interval where every group is of one item or cluster.
@@ -139,7 +148,33 @@ def bootstrap_of(
     score = _score(value, draws, n, metric=metric, split=split, seed=seed, better=better)
     if not any(members):
         return score
-    return dataclasses.replace(score, method=f"bootstrap({resamples}, {sum(units)} groups)")
+    fewest = min(count for count, picked in zip(units, members, strict=True) if picked)
+    wide = _expanded(score, fewest, within)
+    return dataclasses.replace(wide, method=f"bootstrap({resamples}, {sum(units)} groups)")
+
+
+def expansion(groups: int) -> float:
+    """Return by how much the interval of so many resampled groups is too narrow: ``sqrt(G / (G - 1)) t / z``.
+
+    ``t`` and ``z`` are the .975 quantiles of Student's distribution with ``G - 1`` degrees of freedom and of the normal
+    one (Hesterberg 2015, "What teachers should know about the bootstrap", arXiv 1411.5279, on the narrowness bias of
+    percentile intervals). The paper moves the quantiles outward; of few groups there are none to move to, so the ends
+    move.
+
+    Example:
+        >>> round(expansion(2), 2), round(expansion(20), 2)
+        (9.17, 1.1)
+    """
+    upper = (1 + LEVEL) / 2
+    return math.sqrt(groups / (groups - 1)) * float(stats.t.ppf(upper, groups - 1) / stats.norm.ppf(upper))
+
+
+def _expanded(score: Score, groups: int, within: tuple[float, float]) -> Score:
+    if groups < 2:
+        return score
+    ends = (score.value + expansion(groups) * (end - score.value) for end in (score.low, score.high))
+    low, high = (min(max(end, within[0]), within[1]) for end in ends)
+    return dataclasses.replace(score, low=low, high=high)
 
 
 def harmonic_mean(values: ArrayLike) -> float:
