@@ -44,9 +44,8 @@ def verdict(standings: Sequence[Standing]) -> list[list[str]]:
         name = s.cell.optimizer + (" (rival)" if s is best else "")
         spread = f"{mean(s):.3f} ({min(s.lost.values()):.3f} to {max(s.lost.values()):.3f})"
         cost = [f"{s.warm:.0f}", f"{s.cold:.0f}", f"{s.memory / 1e9:.1f}"]
-        rows.append(
-            [name, s.order, str(len(s.lost)), spread, ratio, wins, f"{statistics.mean(s.at95.values()):.2f}", *cost]
-        )
+        counts = [str(sum(s.tuned.values())), str(len(s.lost))]
+        rows.append([name, s.order, *counts, spread, ratio, wins, f"{statistics.mean(s.at95.values()):.2f}", *cost])
     return rows
 
 
@@ -121,19 +120,20 @@ def tables(record: ContestRecord) -> list[Table]:
     for relative in (False, True):
         for task, objective, standings in record.squares(relative=relative):
             how = f"{task}, {objective}" + (", each part of utility by its own before" if relative else "")
-            head = ["optimizer", "order", "requests", "lost area", "ratio to rival", "won / tied / lost"]
-            head += ["forgetting at .95", "s a run, warm cache", "s a run, cold", "peak GB"]
+            head = ["optimizer", "order", "trials", "requests", "lost area", "ratio to rival", "won / tied / lost"]
+            head += ["forgetting at .95", "s a run, less its curvature", "s with the pilot's curvature", "peak GB"]
             rows = verdict(standings)
             if rows:
                 found.append((f"{how}: on the report requests{'' if relative else _saturated(standings)}", head, rows))
             head = ["optimizer", "whole", "stopped", "lost", "lost area, all trials", "the chosen", "chosen"]
-            head += ["s a run, warm cache"]
+            head += ["s a run, less its curvature"]
             rows = tuning(record, standings)
             if rows:
                 found.append((f"{how}: tuning", head, rows))
             head, rows = budgets(record, standings, relative=relative)
             if rows:
                 title = f"{how}: lost area of the best of so many trials on the tuning requests, expected"
+                title += " (stopped trials by what they reached)" if any(s.tuned["stopped"] for s in standings) else ""
                 found.append((title, head, rows))
     for task, objective, standings in record.squares():
         rows = distances(record, standings)

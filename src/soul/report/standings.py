@@ -29,8 +29,8 @@ class Standing:
         chosen: Numbers of the chosen trials; empty before tuning is done.
         lost: Lost area by report request.
         at95: Forgetting at a utility of .95 by report request.
-        warm: Median seconds of a run where the cache has its curvature: of the runs on report requests, which come
-            last, and of trials before there are any.
+        warm: Median seconds of a run, those that its curvature took left out, since some find it in the cache: of the
+            runs on report requests, which come last, and of trials before there are any.
         cold: The same and the seconds of the pilot's curvature, which the cache had not.
         memory: Largest peak memory in bytes.
     """
