@@ -151,7 +151,7 @@ def of_model(path: str, known: Origins | None = None) -> dict[str, dict[str, Any
     files = {file.name: file for file in _files(place)}
     with contextlib.suppress(ValueError):  # a base that is gone, of an adapter that is still there
         if place and (place / "adapter_config.json").is_file():
-            files |= {f"base/{file.name}": file for file in _files(source_of(check_adapter_files(place)))}
+            files |= {f"base/{file.name}": file for file in _files(source_of(check_adapter_files(place)[0]))}
     was = known.model if known else {}
     with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
         marks = pool.map(lambda item: _mark(item[1], was.get(item[0])), files.items())
