@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,7 @@ from soul.cli import main
 from soul.data import hub
 from soul.export import lineage
 from soul.models import AdapterSpec, ModelSpec, add_adapter, load_model, save_model
-from soul.origins import commit_of
+from soul.origins import Origins, commit_of, read_origins
 from soul.pretrained import load_config, load_tokenizer
 
 DATA = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
@@ -170,6 +171,55 @@ def test_a_local_folder_has_no_revisions(cache, whole, tmp_path, command, capsys
     assert "model.revision=v1 is for models of the hub, and model is on this machine: leave it out" in said(capsys)
 
 
+def test_a_run_goes_on_with_the_revision_it_began_with(cache, whole, tmp_path, capsys):
+    first = cache.push("owner/name", whole(3))
+    command = ["unlearn", "--model", "owner/name", *DATA, *SHORT, "--out", "run"]
+    assert main(command) == 0
+    assert (read_origins(tmp_path / "run") or Origins()).commit == first
+    (tmp_path / "run/record.json").unlink()
+    second = cache.push("owner/name", whole(4))
+    assert main(command) == 2
+    assert f"commit {first:.12} then, {second:.12} now" in (words := said(capsys))
+    assert f"model.revision={first} goes on with what was begun" in words
+    for name in ("model", "log.jsonl"):  # so that it is trained, and not only measured
+        place = tmp_path / "run" / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    (tmp_path / "run/rows/before").mkdir(parents=True)
+    assert main([*command, f"model.revision={first}"]) == 0
+    assert main(["unlearn", *command[1:-1], "again", f"model.revision={first}"]) == 0
+    pair = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("run", "again")]
+    assert pair[0] == pair[1]
+    assert main([*command, f"model.revision={second}"]) == 2  # though it is finished
+    assert "model.revision was '' there" in said(capsys)
+
+
+def test_changed_data_are_not_brought_back_by_a_revision(cache, whole, tmp_path, capsys):
+    cache.push("owner/name", whole(3))
+    command = ["unlearn", "--model", "owner/name", *DATA, *SHORT, "--out", "run"]
+    assert main(command) == 0
+    (tmp_path / "run/record.json").unlink()
+    cache.push("owner/name", whole(4))
+    (tmp_path / "forget.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}')
+    assert main(command) == 2
+    assert "model.revision" not in said(capsys)
+
+
+def test_an_evaluation_goes_on_with_the_revision_it_began_with(cache, whole, tmp_path, capsys):
+    first = cache.push("owner/name", whole(3))
+    command = ["evaluate", "owner/name", "--benchmark", "request", *REQUEST, "--out", "e", "evaluation.generate=no"]
+    assert main(command) == 0
+    recipe = yaml.safe_load((tmp_path / "e/recipe.yaml").read_text())
+    del recipe["model"]["revision"]  # as an earlier version left it
+    (tmp_path / "e/recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert main(command) == 0
+    cache.push("owner/name", whole(4))
+    assert main(command) == 2
+    assert f"model.revision={first} goes on" in said(capsys)
+    assert main([*command, f"model.revision={first}"]) == 0
+    assert main([*command, f"model.revision={first}", "model.dtype=bfloat16"]) == 2
+    assert "another evaluation" in said(capsys)
+
+
 def test_an_adapter_kept_alone_asks_for_the_revision_of_its_base(cache, whole, make_model, tmp_path):
     first = cache.push("owner/name", whole(3))
     words = ["--model", "owner/name", *DATA, *SHORT, *KEPT, "optimizer.name=adamw", "optimizer.lr=1e-8"]
@@ -184,6 +234,19 @@ def test_an_adapter_kept_alone_asks_for_the_revision_of_its_base(cache, whole, m
     model, _ = load_model(ModelSpec("owner/lora"))
     assert close(model, make_model(3).state_dict())
     assert commit_of(model).endswith(f"+{first}")
+
+
+def test_a_base_that_moved_under_an_adapter_is_noticed(cache, whole, make_model, tokenizer, tmp_path, capsys):
+    cache.push("owner/base", whole(3))
+    adapted = moved_adapter(make_model(3))
+    cache.push("owner/lora", lambda folder: save_model(adapted, tokenizer, folder, "owner/base"))
+    command = ["unlearn", "--model", "owner/lora", *DATA, *SHORT, "--out", "run"]
+    assert main(command) == 0
+    (tmp_path / "run/record.json").unlink()
+    cache.push("owner/base", whole(4))
+    assert main(command) == 2
+    assert "model owner/lora (commit" in (words := said(capsys))
+    assert "model.revision" not in words  # which is the adapter's
 
 
 def test_the_licence_is_that_of_the_revision(cache, whole, tmp_path):
