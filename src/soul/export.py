@@ -115,7 +115,7 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
         checked = _measure(part, dataclasses.replace(recipe.model, dtype=dtype), measured, picked, tick)
         _compare(checked, spec, exact=dtype == recipe.model.dtype == "float32")
         if spec.card:
-            origin = dataclasses.asdict(lineage(recipe.model.path))
+            origin = dataclasses.asdict(lineage(recipe.model.path, recipe.model.revision))
             facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
             write_text(part / "README.md", model_card(record, facts))
         files = {str(file.relative_to(part)): _digest(file) for file in sorted(part.rglob("*")) if file.is_file()}
@@ -212,7 +212,7 @@ def _write(model_folder: Path, part: Path, spec: ModelSpec, adapter: bool) -> No
         part.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(model_folder, part)
         return
-    model, tokenizer = load_model(dataclasses.replace(spec, path=str(model_folder)))
+    model, tokenizer = load_model(spec.at(model_folder))
     save_model(model, tokenizer, part)
 
 
@@ -220,7 +220,7 @@ def _measure(
     folder: Path, spec: ModelSpec, evaluation: EvaluationSpec, picked: Picked, tick: Progress
 ) -> list[Checked]:
     """Load what was written and measure its likelihoods."""
-    model, tokenizer = load_model(dataclasses.replace(spec, path=str(folder)))
+    model, tokenizer = load_model(spec.at(folder))
     splits = {name: examples for name, (examples, _) in picked.items()}
     only = dataclasses.replace(evaluation, generate=False)
     rows = evaluate(model, tokenizer, splits, spec=only, progress=lambda what, d, n: tick(f"export, {what}", d, n))
@@ -278,8 +278,12 @@ class Lineage:
     dequantized: bool = False
 
 
-def lineage(path: str) -> Lineage:
+def lineage(path: str, revision: str = "") -> Lineage:
     """Return what the model at ``path``, or the first of a line of runs there, began as.
+
+    Args:
+        path: As :attr:`soul.models.ModelSpec.path`.
+        revision: As :attr:`soul.models.ModelSpec.revision`.
 
     Example:
         >>> lineage("smollm2-135m").base
@@ -290,18 +294,16 @@ def lineage(path: str) -> Lineage:
         run = local.parent if local.name == "model" else local
         if not (run / "recipe.yaml").is_file():
             break
-        path = read_recipe(run / "recipe.yaml").model.path
+        first = read_recipe(run / "recipe.yaml").model
+        path, revision = first.path, first.revision
     gguf = path.endswith(".gguf") or (path in OFFLINE and importlib.util.find_spec(OFFLINE[path][0]) is not None)
     path = OFFLINE[path][1] if path in OFFLINE else path
     local = Path(path).expanduser()
     if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf"):
         return Lineage("", _licence(local / "README.md"), gguf)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    with contextlib.suppress(OSError, HFValidationError), hub.no_retries():
-        return Lineage(path, _licence(Path(hf_hub_download(path, "README.md"))), gguf)
-    return Lineage(path, "", gguf)
+    with hub.no_retries():
+        card = hub.file_of(path, "README.md", revision)
+    return Lineage(path, _licence(card) if card else "", gguf)
 
 
 def _licence(card: Path) -> str:

@@ -62,7 +62,7 @@ def _sources(data: DataSpec) -> dict[str, list[str]]:
 
 
 def _is_on_hub(source: str) -> bool:
-    place = source.partition(",")[0]  # after it come split=, config= and limit=
+    place = source.partition(",")[0]  # after it come split=, config=, limit= and revision=
     return is_hub_id(place) and not Path(place).expanduser().exists()
 
 

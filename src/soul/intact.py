@@ -28,7 +28,7 @@ _WIDTHS = re.compile(
 
 
 class BrokenModelError(ValueError):
-    """A model's file is cut short, altered, missing or a pickle; says which, and what to do."""
+    """A model's file is cut short, altered, missing, a pickle or not what was asked for; says which, and what to do."""
 
 
 def json_object(file: Path) -> dict[str, Any]:
@@ -62,23 +62,22 @@ def check_model(folder: Path) -> None:
     check_tokenizer(folder)
 
 
-def check_adapter_files(folder: Path) -> str:
-    """Make sure that a folder holds a whole adapter, and return the base that it names.
+def check_adapter_files(folder: Path) -> tuple[str, str]:
+    """Make sure that a folder holds a whole adapter, and return the base that it names, and the base's revision.
 
     Raises:
         ValueError: As :func:`check_model`, or no base is named.
     """
     file = folder / "adapter_config.json"
-    base = json_object(file).get("base_model_name_or_path")
+    described = json_object(file)
+    base, revision = (described.get(name) for name in ("base_model_name_or_path", "revision"))
     if not isinstance(base, str) or not base:
         raise BrokenModelError(f"{file} names no base_model_name_or_path: write there what the adapter belongs to")
     if not (folder / "adapter_model.safetensors").is_file():
         _refuse_pickles(folder)
         raise BrokenModelError(f"{folder} holds adapter_config.json and no adapter_model.safetensors; copy all of it")
     shapes(folder / "adapter_model.safetensors")
-    if (Path(base) / "adapter_config.json").is_file() and not (Path(base) / "config.json").is_file():
-        raise BrokenModelError(f"{file} names {base}, which is an adapter itself: merge that one first")
-    return base
+    return base, revision if isinstance(revision, str) else ""  # which peft leaves at null
 
 
 def check_tokenizer(folder: Path) -> None:

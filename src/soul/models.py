@@ -39,6 +39,7 @@ class ModelSpec:
 
     Attributes:
         path: A hub id, a local folder, a GGUF file, or ``smollm2-135m``.
+        revision: A branch, a tag or a commit of a hub id; empty: the newest.
         dtype: Weights' dtype. fp32 by default: in plain bf16 small unlearning steps round away.
         trust_remote_code: Run code that comes with the model. Off unless asked for.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -48,11 +49,16 @@ class ModelSpec:
     """
 
     path: str = "smollm2-135m"
+    revision: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     quantize: Quantized = "none"
     system: str = ""
+
+    def at(self, folder: Path) -> ModelSpec:
+        """Return the same settings for a folder on this machine, which has no revisions."""
+        return dataclasses.replace(self, path=str(folder), revision="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +103,10 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     device = ("cuda" if torch.cuda.is_available() else "cpu") if spec.device == "auto" else spec.device
     try:
         with hub.no_retries():
-            model, tokenizer = _load(resolve(spec.path), spec, device)
+            model, tokenizer = _load(locate(spec.path, spec.revision), spec, device)
     except Exception as error:  # configurations, tokenizers and code of others raise what they like
-        raise ValueError(f"cannot load a model from {spec.path!r}: {reason_of(spec.path, error)}") from error
+        reason = reason_of(spec.path, error, spec.revision)
+        raise ValueError(f"cannot load a model from {spec.path!r}: {reason}") from error
     if spec.system:
         set_system_turn(tokenizer, spec.system)
     if tokenizer.pad_token_id is None:
@@ -113,37 +120,40 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model, tokenizer
 
 
-def _load(path: str, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load from a folder or a hub id; of an adapter, the model that it belongs to, with the adapter merged."""
+def _load(where: Location, spec: ModelSpec, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load from a folder or the hub; of an adapter, the model that it belongs to, with the adapter merged."""
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    adapter = Path(path) / "adapter_config.json"
-    base = check_adapter_files(Path(path)) if adapter.is_file() else path
-    folder, dtype = resolve(base), getattr(torch, spec.dtype)
+    folder, dtype = where.base, getattr(torch, spec.dtype)
     if Path(folder).is_dir():
         check_model(Path(folder))
     quantized: dict[str, Any] = {}
     if spec.quantize != "none" and not _was_quantized(folder):
         quantized = {"quantization_config": quantization_config(spec.quantize, dtype), "device_map": {"": device}}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, use_safetensors=True, **quantized, **options
+        folder, dtype=dtype, output_loading_info=True, use_safetensors=True, **where.pinned, **quantized, **options
     )
     model, found = loaded
+    if _injected(model):  # it would be frozen, and the bare base trained
+        raise BrokenModelError(
+            f"transformers put an adapter on {folder} by itself, since the folder or repository holds an adapter too: "
+            "merge the two, or remove adapter_config.json from a copy"
+        )
+    model.config._commit_hash = where.commit  # as earlier versions of transformers did; it is never saved
     keep_gradients(model)
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would leave them at random values, and only say so in its log
         raise ValueError(f"{len(missing)} weights are missing there, the first is {missing[0]}.")
-    bare = adapter.is_file() and not (Path(path) / "tokenizer_config.json").is_file()  # peft saves none with an adapter
-    tokenizer = AutoTokenizer.from_pretrained(folder if bare else path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(where.tokenizer, **where.tokenizer_pinned, **options)
     longest: Any = tokenizer.model_max_length
     if not isinstance(longest, int) or longest < 1:
         raise ValueError(f"its tokenizer_config.json says model_max_length {longest!r:.40}, no whole number above 0.")
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ValueError(f"its tokenizer has {tokenizer.vocab_size:,} tokens, and the model embeds {rows:,} of them.")
-    if adapter.is_file():
+    if where.adapter is not None:
         from peft import PeftModel
 
-        adapted: Any = PeftModel.from_pretrained(model, path)
+        adapted: Any = PeftModel.from_pretrained(model, str(where.adapter))
         if is_quantized(model):
             model = merge_dense(adapted)
         else:
@@ -159,7 +169,12 @@ def _was_quantized(folder: str) -> bool:
     return file.is_file() and "dequantized_from" in json_object(file)
 
 
-def reason_of(path: str, error: Exception) -> str:
+def _injected(model: Any) -> bool:
+    """Say whether transformers put an adapter on a model by itself, or was asked to by others than peft."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def reason_of(path: str, error: Exception, revision: str = "") -> str:
     """Say in one line why loading failed and what to do, in our words where theirs would puzzle a person."""
     if isinstance(error, BrokenModelError):
         return str(error)
@@ -170,7 +185,8 @@ def reason_of(path: str, error: Exception) -> str:
             "set model.trust_remote_code=true."
         )
     if isinstance(error, OSError) and not Path(path).exists() and not hub.reachable():
-        text = "the hub cannot be reached, and no copy is in this machine's cache."
+        copy = f"copy of revision {revision}" if revision else "copy"
+        text = f"the hub cannot be reached, and no {copy} is in this machine's cache."
     elif len(text) > 300:
         text = f"{text[:300]} ..."
     known = ", ".join(OFFLINE)
@@ -196,10 +212,37 @@ def check_adapter(model: PreTrainedModel, spec: AdapterSpec) -> None:
     )
 
 
+def check_kept(spec: ModelSpec, adapter: AdapterSpec) -> None:
+    """Make sure that an adapter which is saved alone can be loaded again: below it must be whole weights.
+
+    Raises:
+        ValueError: Below it is another adapter.
+    """
+    if adapter.merge:
+        return
+    with hub.no_retries():
+        where = locate(spec.path, spec.revision)
+    if where.adapter is not None:
+        raise ValueError(
+            f"adapter.merge=false keeps an adapter alone, and {spec.path} is an adapter itself (on {where.base}), "
+            "which nothing can be loaded on top of: set adapter.merge=true, or make whole weights of it first "
+            "(of a run: `soul export RUN --out FOLDER`) and give that folder as the model"
+        )
+
+
 def add_adapter(model: PreTrainedModel, spec: AdapterSpec, seed: int = 0) -> Any:
-    """Wrap the model in a LoRA adapter, whose start depends on ``seed`` alone."""
+    """Wrap the model in a LoRA adapter, whose start depends on ``seed`` alone.
+
+    Raises:
+        ValueError: transformers put another adapter on it, which peft would begin anew under its name.
+    """
     from peft import LoraConfig, get_peft_model
 
+    if _injected(model):
+        raise ValueError(
+            "the model has an adapter that transformers put on it: load it with soul.load_model, which merges "
+            "adapters, or merge it first"
+        )
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
@@ -256,7 +299,9 @@ def freeze_embeddings(model: Any) -> None:
             p.requires_grad_(False)
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str = "") -> None:
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str = "", revision: str = ""
+) -> None:
     """Write the model (of a PEFT model, its adapter) and tokenizer as safetensors.
 
     The folder appears when it is complete.
@@ -266,7 +311,8 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, bas
         tokenizer: Its tokenizer.
         folder: Where to.
         base: Where the model under an adapter came from, for its file to name: a short name or a hub id says more
-            than the folder in which this machine caches it.
+            than the folder in which this machine caches it; of a run it is the folder of its model.
+        revision: The base's commit, where it came from the hub.
 
     Raises:
         StorageError: The disk does not take it.
@@ -278,9 +324,10 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, bas
         _write(model, tokenizer, part)
     file = part / "adapter_config.json"
     if base and file.is_file():
-        local = Path(base).expanduser()
+        local = None if base in OFFLINE else source_of(base)
         described = json.loads(file.read_text(encoding="utf-8"))
-        described["base_model_name_or_path"] = str(local.resolve()) if local.exists() else base
+        described["base_model_name_or_path"] = str(local.resolve()) if local else base
+        described["revision"] = None if local else revision or None
         write_text(file, json.dumps(described, indent=2))
     publish(part, folder)
 
@@ -318,6 +365,76 @@ def resolve(path: str) -> str:
     if path.startswith((".", "/", "~")) or path.count("/") > 1:  # a hub's names are owner/name
         raise ValueError(f"no such model folder: {path}")
     return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where a model is read from.
+
+    Attributes:
+        base: Folder or hub id of the weights.
+        revision: That of a hub id: its commit, or what was asked for where the commit is not known.
+        adapter: Folder of the adapter that is to be merged into them, if there is one.
+        commit: The hub's commit of what was named, or of the base of a local adapter; of both, with ``+`` between,
+            where adapter and base are on the hub. Empty where nothing is there, or it is not known.
+    """
+
+    base: str
+    revision: str = ""
+    adapter: Path | None = None
+    commit: str = ""
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """What ``from_pretrained`` takes for the revision of the base."""
+        return {"revision": self.revision} if self.revision else {}
+
+    @property
+    def tokenizer(self) -> str:
+        """Folder or hub id of the tokenizer: the adapter's, or the base's where it has none, as peft leaves it."""
+        own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return str(self.adapter) if own else self.base
+
+    @property
+    def tokenizer_pinned(self) -> dict[str, str]:
+        """What ``from_pretrained`` takes for the revision of the tokenizer."""
+        return self.pinned if self.tokenizer == self.base else {}
+
+
+def locate(path: str, revision: str = "") -> Location:
+    """Find the weights of a model, and the adapter that belongs on them; without a network, in the hub's cache.
+
+    Args:
+        path: As :attr:`ModelSpec.path`.
+        revision: As :attr:`ModelSpec.revision`. An adapter's file names that of its base.
+
+    Raises:
+        ValueError: There is no such folder or file, a folder is to have a revision, or an adapter is not whole, names
+            no base, or one that is an adapter.
+    """
+    place = resolve(path)
+    if revision and Path(place).is_dir():
+        raise BrokenModelError(
+            f"model.revision={revision} is for models of the hub, and {path} is on this machine: leave it out"
+        )
+    adapter, revision, commit = _look(place, revision)
+    if adapter is None:
+        return Location(place, revision, commit=commit)
+    named, wanted = check_adapter_files(adapter)
+    base = resolve(named)
+    below, wanted, its_commit = _look(base, wanted)
+    if below is not None:
+        file = adapter / hub.ADAPTER
+        raise BrokenModelError(f"{file} names {named}, which is an adapter itself: merge that one first")
+    return Location(base, wanted, adapter, "+".join(filter(None, (commit, its_commit))))
+
+
+def _look(place: str, revision: str) -> tuple[Path | None, str, str]:
+    """Return the folder of the adapter that a place is, if any, the revision to ask for, and the hub's commit."""
+    if Path(place).is_dir():
+        return (Path(place) if (Path(place) / hub.ADAPTER).is_file() else None), "", ""
+    commit = hub.commit_of(place, revision)
+    return hub.adapter_of(place, commit or revision), commit or revision, commit
 
 
 def _of_run(folder: Path) -> Path:

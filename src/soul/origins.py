@@ -40,7 +40,7 @@ class Origins:
     Attributes:
         data: By name (``forget``, ``retain`` ...), how many items there are and the digest of their content.
         model: By file, its size, the time of its last change and its digest; empty where the model is not local.
-        commit: The hub's commit of a model that is not local.
+        commit: The hub's commit of a model that is not local, as :attr:`soul.models.Location.commit`.
     """
 
     data: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -75,13 +75,20 @@ class Origins:
         if files:
             changed["model"] = f"{', '.join(files[:3])}{' ...' if len(files) > 3 else ''}"
         elif earlier.commit and self.commit and earlier.commit != self.commit:
-            changed["model"] = f"commit {earlier.commit:.12} then, {self.commit:.12} now"
+            changed["model"] = f"commit {_short(earlier.commit)} then, {_short(self.commit)} now"
         if changed:
             said = " and ".join(f"{name} {sources.get(name, '')} ({how})" for name, how in changed.items())
             raise ValueError(
                 f"{out} holds what was done with other content: {said} changed since it began. Choose another --out, "
-                "or delete that folder"
+                f"or delete that folder{self._way_back(earlier) if [*changed] == ['model'] else ''}"
             )
+
+    def _way_back(self, earlier: Origins) -> str:
+        """Say how to go on where the hub has what was begun with: where the repository named moved, not a base."""
+        (named, _, below), (now, _, below_now) = (o.commit.partition("+") for o in (earlier, self))
+        if earlier.model or self.model or named == now or below != below_now:
+            return ""
+        return f"; model.revision={named} goes on with what was begun"
 
     def write(self, out: Path) -> None:
         """Keep it in a run's folder."""
@@ -108,8 +115,18 @@ def read_origins(out: Path) -> Origins | None:
         raise ValueError(f"{file} is damaged ({error!r:.80}): delete it, and what changed is not noticed") from error
 
 
+def began_with(out: Path, revision: str) -> bool:
+    """Say whether a revision is the hub's commit that the model of a run in ``out`` was, whatever its recipe names."""
+    earlier = read_origins(out) if revision else None
+    return earlier is not None and not earlier.model and earlier.commit.partition("+")[0] == revision
+
+
+def _short(commit: str) -> str:
+    return "+".join(f"{part:.12}" for part in commit.split("+"))
+
+
 def commit_of(model: Any) -> str:
-    """Return the hub's commit that a loaded model came from; empty where it came from a folder."""
+    """Return the hub's commit that a loaded model came from, as :attr:`soul.models.Location.commit`."""
     return str(getattr(model.config, "_commit_hash", None) or "")
 
 
@@ -151,7 +168,7 @@ def of_model(path: str, known: Origins | None = None) -> dict[str, dict[str, Any
     files = {file.name: file for file in _files(place)}
     with contextlib.suppress(ValueError):  # a base that is gone, of an adapter that is still there
         if place and (place / "adapter_config.json").is_file():
-            files |= {f"base/{file.name}": file for file in _files(source_of(check_adapter_files(place)))}
+            files |= {f"base/{file.name}": file for file in _files(source_of(check_adapter_files(place)[0]))}
     was = known.model if known else {}
     with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
         marks = pool.map(lambda item: _mark(item[1], was.get(item[0])), files.items())

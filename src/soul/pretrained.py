@@ -18,15 +18,16 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from soul.data import hub
-from soul.intact import check_adapter_files, check_sizes, check_tokenizer, json_object
-from soul.models import reason_of, resolve
+from soul.intact import check_sizes, check_tokenizer, json_object
+from soul.models import locate, reason_of
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
     """Load a model's tokenizer without its weights.
 
     Args:
         path: As :attr:`soul.models.ModelSpec.path`.
+        revision: As :attr:`soul.models.ModelSpec.revision`.
 
     Raises:
         ValueError: Nothing can be loaded from there.
@@ -37,11 +38,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     try:
         with hub.no_retries():
-            folder = resolve(path)
-            check_tokenizer(Path(folder))
-            return AutoTokenizer.from_pretrained(folder)
+            where = locate(path, revision)
+            check_tokenizer(Path(where.tokenizer))
+            return AutoTokenizer.from_pretrained(where.tokenizer, **where.tokenizer_pinned)
     except Exception as error:  # as in soul.models: the libraries raise what they like
-        raise ValueError(f"cannot load a tokenizer from {path!r}: {reason_of(path, error)}") from error
+        raise ValueError(f"cannot load a tokenizer from {path!r}: {reason_of(path, error, revision)}") from error
 
 
 def load_text_classifier(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -95,11 +96,12 @@ def load_text_encoder(path: str, *, download: bool = True) -> tuple[Any, PreTrai
     return model.eval(), tokenizer
 
 
-def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(path: str, revision: str = "", *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Load a model's configuration without its weights; a GGUF file is converted once, as for a run.
 
     Args:
         path: As :attr:`soul.models.ModelSpec.path`.
+        revision: As :attr:`soul.models.ModelSpec.revision`.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -107,16 +109,13 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     """
     try:
         with hub.no_retries():
-            folder = resolve(path)
-            adapter = Path(folder) / "adapter_config.json"
-            if adapter.is_file():
-                folder = resolve(check_adapter_files(Path(folder)))
-            file = Path(folder) / "config.json"
+            where = locate(path, revision)
+            file = Path(where.base) / "config.json"
             if file.is_file():
                 check_sizes(json_object(file), str(file))
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(where.base, trust_remote_code=trust_remote_code, **where.pinned)
     except Exception as error:  # as in soul.models: the libraries raise what they like
-        raise ValueError(f"cannot load a configuration from {path!r}: {reason_of(path, error)}") from error
+        raise ValueError(f"cannot load a configuration from {path!r}: {reason_of(path, error, revision)}") from error
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import shutil
 import time
@@ -34,7 +33,7 @@ from soul.inputs import (
 )
 from soul.machine import free_memory, peak_memory, reset_peak_memory
 from soul.methods.base import json_lines
-from soul.models import add_adapter, check_adapter, load_model, save_model, without_autocast
+from soul.models import add_adapter, check_adapter, check_kept, load_model, save_model, without_autocast
 from soul.origins import Origins, commit_of
 from soul.recipe import Recipe
 from soul.rundir import check_folder, claim_folder, environment_warnings, holds_results, score_dict
@@ -96,6 +95,8 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     processes.from_main(lambda: check_origins(recipe, out, origins))
     if recipe.adapter is not None:
         check_adapter(model, recipe.adapter)
+        adapter = recipe.adapter
+        processes.from_main(lambda: check_kept(recipe.model, adapter))
     found = request
     request = processes.from_main(lambda: anchor(found, recipe, model, tokenizer, out, tick))
     done = processes.from_main((out / "model").is_dir)
@@ -128,7 +129,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     if dataset is None:
         model = None
         free_memory()  # two at once need not fit
-        model, tokenizer = load_model(dataclasses.replace(recipe.model, path=str(out / "model")))
+        model, tokenizer = load_model(recipe.model.at(out / "model"))
     else:
         with hub.no_retries():  # peft asks about an adapter's base at every checkpoint
             model = train_and_save(model, tokenizer, recipe, dataset, out, tick)
@@ -186,7 +187,8 @@ def train_and_save(
         model = merge()
         processes.from_main(lambda: save_model(model, tokenizer, out / "model"))
     else:
-        processes.from_main(lambda: save_model(model, tokenizer, out / "model", recipe.model.path))
+        base = (recipe.model.path, commit_of(model) or recipe.model.revision)
+        processes.from_main(lambda: save_model(model, tokenizer, out / "model", *base))
         model = merge()
     tick("saving model", 1, 1)
     return model

@@ -16,16 +16,16 @@ from soul.benchmarks.base import Benchmark
 from soul.evaluate import EvaluationSpec
 from soul.machine import changes, environment
 from soul.models import ModelSpec
-from soul.origins import Origins, of_model, read_origins
+from soul.origins import Origins, began_with, of_model, read_origins
 from soul.recipe import Recipe, read_recipe
 from soul.stored import check_format, write_json, write_text
-from soul.strict import json_value, plain_number, read_text
+from soul.strict import json_value, plain_number, read_text, yaml_tree
 from soul.types import Score
 
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment.json"
-_WINDOW = "training.accumulation"
+_WINDOW, _REVISION = "training.accumulation", "model.revision"
 _NOT_SAME = "an uninterrupted run may end with other bytes"
 _RESULTS = ("checkpoints", "log.jsonl", "model", "record.json", "scores.json")
 
@@ -125,7 +125,8 @@ def _make(out: Path) -> None:
 def _difference(file: Path, recipe: Recipe) -> str:
     """Say in what the recipe in ``file`` differs, or return an empty text where it means the same.
 
-    Accumulation is left aside: with another number of processes another one means the same.
+    Accumulation is left aside: with another number of processes another one means the same. So does the commit that
+    a run began with, in place of what its recipe names.
     """
     try:
         earlier = config.flat(read_recipe(file))  # settings not named there have their defaults
@@ -133,6 +134,8 @@ def _difference(file: Path, recipe: Recipe) -> str:
         return " (which cannot be read)"
     now = config.flat(recipe)
     for key in [*now, *earlier]:
+        if key == _REVISION and began_with(file.parent, recipe.model.revision):
+            continue
         if now.get(key) != earlier.get(key) and key != _WINDOW:
             return f" ({key} was {earlier.get(key)!r} there and is {now.get(key)!r} now)"
     return ""
@@ -157,8 +160,8 @@ def claim_evaluation(
     file = out / "recipe.yaml"
     # a definition that changed would otherwise join rows measured by the old one
     version = f"{benchmark.name} {benchmark.version}"
-    text = config.dump({"model": model, "benchmark": benchmark, "evaluation": evaluation, "version": version})
-    if file.is_file() and read_text(file) != text:
+    tree = {"model": model, "benchmark": benchmark, "evaluation": evaluation, "version": version}
+    if file.is_file() and not _same_evaluation(file, tree):
         raise ValueError(
             f"{out} holds another evaluation, or one by another version than {version}: choose another --out, or "
             "delete that folder"
@@ -176,8 +179,23 @@ def claim_evaluation(
         if any((out / name).exists() for name in _RESULTS):
             raise ValueError(f"{out} holds other things: choose another --out")
         origins.write(out)
-        write_text(file, text)
+        write_text(file, config.dump(tree))
     note_environment(out)
+
+
+def _same_evaluation(file: Path, tree: Mapping[str, Any]) -> bool:
+    """Say whether a file holds the same evaluation; settings of the model that are not named there have defaults."""
+    text = read_text(file)
+    if text == config.dump(tree):
+        return True
+    try:
+        earlier = yaml_tree(text, str(file))
+        model = config.parse(ModelSpec, earlier["model"], "model")
+    except (ValueError, KeyError, TypeError):
+        return False
+    if began_with(file.parent, tree["model"].revision):
+        model = dataclasses.replace(model, revision=tree["model"].revision)
+    return config.plain({**earlier, "model": model}) == config.plain(tree)
 
 
 def write_evaluation(

@@ -55,7 +55,7 @@ def run_sequence(
         folder = out / f"request-{k}"
         step = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, forget=source))
         if folders:
-            step = dataclasses.replace(step, model=dataclasses.replace(recipe.model, path=str(folders[-1] / "model")))
+            step = dataclasses.replace(step, model=recipe.model.at(folders[-1] / "model"))
             measured = folders[-1] / "rows/after"
             if evaluate_it and measured.is_dir() and not (folder / "rows/before").exists():
                 _copy(measured, folder / "rows/before")

@@ -12,7 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from soul.data import sources
+from soul.benchmarks._muse_data import read_rows as muse_rows
+from soul.benchmarks._tofu_data import tofu_train
+from soul.data import raw, sources
 from soul.data.general import general_chat
 from soul.data.people import People
 from soul.data.rows import to_examples
@@ -169,8 +171,17 @@ def test_settings_that_do_not_apply_are_refused(tmp_path: Path):
         load_examples(path, split="train")
     with pytest.raises(ValueError, match="config='c' is for data sets of the hub"):
         load_examples(path, config="c")
+    for found in (f"{path},revision=v1", f"{tmp_path},split=x,revision=v1"):
+        with pytest.raises(ValueError, match="revision='v1' is for data sets of the hub; leave it out for local files"):
+            load_examples(found)
+        with pytest.raises(ValueError, match="revision='v1' is for data sets of the hub"):
+            list(raw.read_rows(found))
+    with pytest.raises(ValueError, match="config='c' is for data sets of the hub"):
+        list(raw.read_rows(f"{path},config=c"))
     with pytest.raises(ValueError, match="is built in"):
         load_examples("general:facts", split="train")
+    with pytest.raises(ValueError, match="is built in"):
+        load_examples("general:facts", revision="v1")
     with pytest.raises(ValueError, match="limit must be at least 1"):
         load_examples(path, limit=0)
 
@@ -185,7 +196,39 @@ def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "hub_rows", rows)
     assert load_examples("owner/name", config="forget10", split="train", limit=1) == EXPECTED[:1]
     assert load_examples("owner/name,config=forget10, split=train,limit=1") == EXPECTED[:1]
-    assert asked == [("owner/name", "train", "forget10")] * 2
+    assert load_examples("owner/name,revision=v1.0,split=train") == EXPECTED
+    assert load_examples("owner/name", revision="refs/convert/parquet") == EXPECTED
+    assert asked == [
+        *[("owner/name", "train", "forget10", None)] * 2,
+        ("owner/name", "train", None, "v1.0"),
+        ("owner/name", None, None, "refs/convert/parquet"),
+    ]
+    asked.clear()
+    monkeypatch.setattr(raw, "hub_rows", rows)
+    assert [row for _, row in raw.read_rows("owner/name,revision=v1.0,limit=2")] == ROWS[:2]
+    assert asked == [("owner/name", None, None, "v1.0")]
+
+
+def test_the_library_is_asked_for_the_revision(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or ROWS)
+    assert load_examples("owner/name,config=c,revision=abc") == EXPECTED
+    assert [e.prompt for e in tofu_train("owner/name,revision=abc", "forget01")] == [e.prompt for e in EXPECTED]
+    assert len(list(muse_rows("owner/name,limit=1,revision=abc", "knowmem", "forget_qa"))) == 1
+    assert [(config, k["split"], k["revision"]) for (_, config), k in asked] == [
+        ("c", None, "abc"),
+        ("forget01", "train", "abc"),
+        ("knowmem", "forget_qa", "abc"),
+    ]
+
+
+def test_a_revision_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
+    def missing(*_: Any, **__: Any) -> None:
+        raise ValueError("Revision 'abc' doesn't exist")
+
+    monkeypatch.setattr("datasets.load_dataset", missing)
+    with pytest.raises(ValueError, match=r"\(config None, split None, revision abc\) from the hub.*doesn't exist"):
+        load_examples("owner/name,revision=abc")
 
 
 @pytest.fixture
@@ -257,7 +300,7 @@ def test_settings_after_a_comma(tmp_path: Path):
     assert load_examples(f"{tmp_path},split=forget,limit=1") == EXPECTED[:1]
     write(tmp_path / "a,split=b.jsonl", ROWS[1:])
     assert load_examples(f"{tmp_path}/a,split=b.jsonl") == EXPECTED[1:]  # a file of that very name comes first
-    with pytest.raises(ValueError, match="after a comma, only split=, config= and limit= are understood"):
+    with pytest.raises(ValueError, match="after a comma, only split=, config=, limit= and revision= are understood"):
         load_examples(f"{tmp_path},spilt=forget")
     with pytest.raises(ValueError, match="limit must be a whole number, not 'all'"):
         load_examples(f"{tmp_path},split=forget,limit=all")

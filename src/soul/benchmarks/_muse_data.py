@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from soul.data.sources import file_rows, hub_rows
+from soul.data.sources import file_rows, hub_rows, source_options
 from soul.types import Example
 
 if TYPE_CHECKING:
@@ -118,9 +118,12 @@ def read_rows(source: str, subset: str, split: str) -> Iterator[tuple[str, Any]]
             raise ValueError(f"{source!r} holds no {subset}_{split}.json and no {subset}/{split}.json")
         yield from file_rows(file)
         return
-    if source.count("/") != 1 or folder.is_absolute():
+    place = source.partition(",")[0]  # behind it may stand revision= and limit=
+    if place.count("/") != 1 or folder.is_absolute():
         raise ValueError(f"{source!r} is neither a folder nor a hub id such as {HUB['news']!r}")
-    yield from hub_rows(source, split, subset)
+    options = source_options(source, split, subset)[1] if place != source else {}
+    rows = hub_rows(place, split, subset, options.get("revision"))
+    yield from itertools.islice(rows, options.get("limit"))
 
 
 def holds(source: str, subset: str, split: str) -> bool | None:

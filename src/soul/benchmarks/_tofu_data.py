@@ -59,7 +59,7 @@ def load_set(source: str, name: str) -> list[Example]:
         if not path.is_file():
             raise ValueError(f"{source!r} holds no {path.name}; TOFU's sets are JSON Lines files named after them")
         return _authors(numbered(load_examples(path), name), name)
-    if not _HUB_ID.fullmatch(source):
+    if not _HUB_ID.fullmatch(source.partition(",")[0]):  # behind it may stand revision=
         raise ValueError(f"{source!r} is neither a folder nor a hub id such as 'locuslab/TOFU'")
     return _authors(numbered(load_examples(source, config=name, split="train"), name), name)
 

@@ -9,7 +9,11 @@ import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+ADAPTER = "adapter_config.json"
+"""The file by which a repository, or a folder, is an adapter."""
 
 
 def reachable() -> bool:
@@ -49,3 +53,48 @@ def no_retries() -> Iterator[None]:
     finally:
         for client, value in zip(clients, before, strict=True):
             client.HF_HUB_OFFLINE = value
+
+
+def file_of(repo: str, name: str, revision: str = "") -> Path | None:
+    """Return a file of a model's repository in this machine's cache, where it is put if it can be had.
+
+    Args:
+        repo: A hub id.
+        name: The file.
+        revision: A branch, a tag or a commit; the newest by default.
+
+    Returns:
+        None where there is no such file, revision or repository, or no way to it: who loads the model says why.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    with contextlib.suppress(OSError, EntryNotFoundError, HFValidationError):
+        return Path(hf_hub_download(repo, name, revision=revision or None))
+    return None
+
+
+def commit_of(repo: str, revision: str = "") -> str:
+    """Return the commit that a revision of a model's repository is; empty where that cannot be found out.
+
+    The cache keeps each commit's files in a folder of its name, with every version of the hub's client.
+    """
+    for name in ("config.json", ADAPTER):
+        file = file_of(repo, name, revision)
+        if file is not None and file.parent.parent.name == "snapshots":
+            return file.parent.name
+    return ""
+
+
+def adapter_of(repo: str, revision: str = "") -> Path | None:
+    """Return the folder in the cache with the files of an adapter; None where the repository is none, as far as known.
+
+    Raises:
+        OSError: It is one, and its files cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    if file_of(repo, ADAPTER, revision) is None:
+        return None
+    wanted = ["adapter_*", "*.json", "*.jinja", "*.txt", "*.model"]  # no states of its training, no merged weights
+    return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]))

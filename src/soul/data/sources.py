@@ -25,7 +25,12 @@ _GENERAL = {"facts": general.general_facts, "text": general.general_text, "chat"
 
 
 def load_examples(
-    source: str | Path, *, split: str | None = None, config: str | None = None, limit: int | None = None
+    source: str | Path,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    limit: int | None = None,
+    revision: str | None = None,
 ) -> list[Example]:
     """Read examples from a file, a folder, the hub, or the library's own sets.
 
@@ -33,12 +38,13 @@ def load_examples(
 
     Args:
         source: A ``.jsonl``, ``.json`` (a list, or JSON Lines), ``.csv`` or ``.parquet`` file; a folder with one of
-            these; a hub id ``"owner/name"``; either followed by ``",config=...,split=...,limit=..."`` where the
-            arguments below are not at hand; ``"general:facts"``, ``"general:text"`` or ``"general:chat"``; or
+            these; a hub id ``"owner/name"``; either followed by ``",config=...,split=...,limit=...,revision=..."``
+            where the arguments below are not at hand; ``"general:facts"``, ``"general:text"`` or ``"general:chat"``; or
             invented people, ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"`` (``except=`` for all others).
         split: The hub data set's split, or the name of the file in a folder.
         config: The hub data set's configuration.
         limit: Keep only the first so many rows; a conversation is one, with an example for each of its answers.
+        revision: The hub data set's branch, tag or commit; the newest by default.
 
     Raises:
         ValueError: The source cannot be read, holds a row that is no example, or holds none at all.
@@ -51,19 +57,21 @@ def load_examples(
         raise ValueError(f"limit must be at least 1, or left out for all examples; got {limit}")
     scheme, colon, rest = str(source).partition(":")
     if isinstance(source, str) and colon and scheme in ("people", "general"):
-        if split is not None or config is not None:
-            raise ValueError(f"{source!r} is built in and has no splits or configurations; leave split and config out")
+        if split is not None or config is not None or revision is not None:
+            raise ValueError(
+                f"{source!r} is built in and has no splits, configurations or revisions; leave split, config and "
+                "revision out"
+            )
         examples = _people(rest) if scheme == "people" else _general(rest)
         return examples[:limit]
     if isinstance(source, str) and "," in source and not Path(source).exists():
-        source, options = source_options(source, split, config, limit)
+        source, options = source_options(source, split, config, limit, revision)
         return load_examples(source, **options)
     path = Path(source).expanduser()
     if not path.exists() and isinstance(source, str) and is_hub_id(source):
-        rows = (hub_rows(source, split, config),)
+        rows = (hub_rows(source, split, config, revision),)
     else:
-        if config is not None:
-            raise ValueError(f"{source}: config={config!r} is for data sets of the hub; leave it out for local files")
+        check_local(source, config, revision)
         rows = (file_rows(file) for file in data_files(path, split))
     chained = itertools.islice(itertools.chain.from_iterable(rows), limit)
     examples = [example for where, row in chained for example in to_examples(row, where)]
@@ -72,10 +80,32 @@ def load_examples(
     return examples
 
 
-def source_options(source: str, split: str | None, config: str | None, limit: int | None) -> tuple[str, dict[str, Any]]:
-    """Read ``owner/name,config=...,split=...,limit=...`` into the source and the arguments it stands for."""
-    options: dict[str, Any] = {"split": split, "config": config, "limit": limit}
-    while match := re.fullmatch(r"(.+),\s*(split|config|limit)=([^,=]+)", source):
+def check_local(source: str | Path, config: str | None, revision: str | None) -> None:
+    """Make sure that a local source is given nothing that only data sets of the hub have.
+
+    Raises:
+        ValueError: It is.
+    """
+    for name, value in (("config", config), ("revision", revision)):
+        if value is not None:
+            raise ValueError(f"{source}: {name}={value!r} is for data sets of the hub; leave it out for local files")
+
+
+def source_options(
+    source: str,
+    split: str | None = None,
+    config: str | None = None,
+    limit: int | None = None,
+    revision: str | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Read ``owner/name,config=...,split=...,limit=...,revision=...`` into the source and the arguments it stands for.
+
+    Raises:
+        ValueError: Something else is behind a comma, or something is given twice.
+    """
+    options: dict[str, Any] = {"split": split, "config": config, "limit": limit, "revision": revision}
+    given = dict(options)
+    while match := re.fullmatch(r"(.+),\s*(split|config|limit|revision)=([^,=]+)", source):
         source, key, value = match.groups()
         if options[key] is not None:
             raise ValueError(f"{key} is given twice for {source!r}")
@@ -84,8 +114,10 @@ def source_options(source: str, split: str | None, config: str | None, limit: in
         if not options["limit"].isdecimal():
             raise ValueError(f"{source}: limit must be a whole number, not {options['limit']!r}")
         options["limit"] = int(options["limit"])
-    if options == {"split": split, "config": config, "limit": limit}:
-        raise ValueError(f"there is no file {source!r}; after a comma, only split=, config= and limit= are understood")
+    if options == given:
+        raise ValueError(
+            f"there is no file {source!r}; after a comma, only split=, config=, limit= and revision= are understood"
+        )
     return source, options
 
 
@@ -290,7 +322,7 @@ def _numbered(rows: Iterable[Any]) -> Numbered:
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def hub_rows(source: str, split: str | None, config: str | None) -> Numbered:
+def hub_rows(source: str, split: str | None, config: str | None, revision: str | None = None) -> Numbered:
     """Yield the rows of a data set of the hub, as they are, with where they are."""
     try:
         import datasets
@@ -301,15 +333,16 @@ def hub_rows(source: str, split: str | None, config: str | None) -> Numbered:
     try:
         datasets.disable_progress_bars()
         with hub.no_retries():
-            loaded = datasets.load_dataset(source, config, split=split)
+            loaded = datasets.load_dataset(source, config, split=split, revision=revision)
     except Exception as error:  # the hub's client lets errors of several network libraries through
         if str(error) == "An error occurred while generating the dataset" and error.__cause__:
             error = error.__cause__  # which says more
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        at = f", revision {revision}" if revision else ""
         raise ValueError(
-            f"cannot load {source!r} (config {config}, split {split}) from the hub, and there is no such local path: "
-            f"{reason}. Check the name and the connection, choose as in '{source},config=...,split=...', or give a "
-            "local file"
+            f"cannot load {source!r} (config {config}, split {split}{at}) from the hub, and there is no such local "
+            f"path: {reason}. Check the name and the connection, choose as in '{source},config=...,split=...', or "
+            "give a local file"
         ) from error
     if isinstance(loaded, dict):
         if len(loaded) != 1:

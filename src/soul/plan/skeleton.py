@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from soul.forward import decoder_blocks, head_of
-from soul.models import add_adapter, check_adapter, freeze_embeddings
+from soul.models import add_adapter, check_adapter, check_kept, freeze_embeddings
 from soul.optim.groups import embedding_ids
 from soul.pretrained import empty_model, load_config
 from soul.recipe import Recipe
@@ -75,15 +75,16 @@ def build(recipe: Recipe, depth: int | None = None) -> Any:
         depth: Keep so many decoder blocks only, and leave out what an objective freezes by block.
 
     Raises:
-        ValueError: There is no configuration, or the adapter names modules that the model lacks.
+        ValueError: There is no configuration, or the adapter names modules that the model lacks or could not be loaded.
     """
     spec = recipe.model
-    config = _config(spec.path, spec.trust_remote_code)
+    config = _config(spec.path, spec.revision, spec.trust_remote_code)
     if depth is not None:
         config = shallow(config, depth)
     model = empty_model(config, getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code)
     if recipe.adapter is not None:
         check_adapter(model, recipe.adapter)
+        check_kept(spec, recipe.adapter)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers
             model = add_adapter(model, recipe.adapter)
@@ -95,8 +96,8 @@ def build(recipe: Recipe, depth: int | None = None) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _config(path: str, trust_remote_code: bool) -> Any:
-    return load_config(path, trust_remote_code=trust_remote_code)
+def _config(path: str, revision: str, trust_remote_code: bool) -> Any:
+    return load_config(path, revision, trust_remote_code=trust_remote_code)
 
 
 def shallow(config: Any, depth: int) -> Any:
