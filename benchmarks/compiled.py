@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from _machine import autocast, cpu_name, table
+from soul.adapters import AdapterSpec, add_adapter
 from soul.attention import ShortAttention
 from soul.compiled import CompiledBlocks
 from soul.console import quiet
@@ -28,7 +29,7 @@ from soul.data.batches import collate_rows
 from soul.data.sources import load_examples
 from soul.data.templates import ChatTemplate
 from soul.forward import forward_answers
-from soul.models import AdapterSpec, ModelSpec, add_adapter, load_model
+from soul.models import ModelSpec, load_model
 
 ROWS = 8
 Batch = Mapping[str, torch.Tensor]

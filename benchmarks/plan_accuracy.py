@@ -84,9 +84,10 @@ def recipe_of(args: argparse.Namespace, trained: str, optimizer: str) -> Recipe:
 
 def measure(args: argparse.Namespace, trained: str, optimizer: str) -> Outcome:
     """Plan a run, then make it."""
+    from soul.adapters import add_adapter
     from soul.console import quiet
     from soul.inputs import load_request
-    from soul.models import add_adapter, load_model
+    from soul.models import load_model
     from soul.plan import find_machine, find_work, make_plan
     from soul.run import tokenise, train
 

@@ -37,11 +37,12 @@ import torch
 
 from _machine import Clock, Matrices, Step, Work, cpu_name, gemm_peak, in_own_process, table
 from _paths import Laps, TimedTrainer
+from soul.adapters import AdapterSpec, add_adapter
 from soul.console import quiet
 from soul.data.general import refusals
 from soul.data.sources import load_examples
 from soul.machine import peak_memory, reset_peak_memory
-from soul.models import AdapterSpec, ModelSpec, add_adapter, load_model
+from soul.models import ModelSpec, load_model
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.trainer import TrainingSpec, make_dataset
 from soul.types import Example

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soul import config
+from soul.adapters import AdapterSpec
 from soul.benchmarks.base import Benchmark
 from soul.evaluate import EvaluationSpec
 from soul.methods.base import Method
-from soul.models import AdapterSpec, ModelSpec
+from soul.models import ModelSpec
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
 from soul.registry import BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul import processes
+from soul.adapters import add_adapter, check_adapter, check_kept
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
 from soul.cautions import context_warnings, precision_warnings
@@ -33,7 +34,7 @@ from soul.inputs import (
 )
 from soul.machine import free_memory, peak_memory, reset_peak_memory
 from soul.methods.base import json_lines
-from soul.models import add_adapter, check_adapter, check_kept, load_model, save_model, without_autocast
+from soul.models import load_model, save_model, without_autocast
 from soul.origins import Origins, commit_of
 from soul.recipe import Recipe
 from soul.rundir import check_folder, claim_folder, environment_warnings, holds_results, score_dict

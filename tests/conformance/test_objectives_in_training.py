@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from soul.adapters import AdapterSpec, add_adapter
 from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate
 from soul.forward import forward_answers
-from soul.models import AdapterSpec, add_adapter
 from soul.objectives.schedule import RetainSchedule
 from soul.recipe import DEFAULT_OPTIMIZER
 from soul.registry import OBJECTIVES, OPTIMIZERS

@@ -10,9 +10,9 @@ import torch
 import torch._inductor.config as inductor
 
 from soul import config
+from soul.adapters import AdapterSpec, add_adapter
 from soul.compiled import CompiledBlocks
 from soul.forward import decoder_blocks
-from soul.models import AdapterSpec, add_adapter
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.trainer import TrainingSpec, UnlearnTrainer, make_dataset
 

@@ -284,7 +284,7 @@ def test_state_survives_a_reload_to_the_bit(name: str) -> None:
 
 
 def test_lora_at_its_start_moves_b_alone(make_model, tokenizer, retain_set) -> None:
-    from soul.models import AdapterSpec, add_adapter
+    from soul.adapters import AdapterSpec, add_adapter
 
     model = add_adapter(make_model(0), AdapterSpec(r=2))
     rule = KFACSpec(lr=0.05).build([p for p in model.parameters() if p.requires_grad], model)

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from soul import config, processes
+from soul.adapters import AdapterSpec, add_adapter
 from soul.console import quiet
 from soul.data.sources import load_examples
 from soul.evaluate import EvaluationSpec, evaluate
-from soul.models import AdapterSpec, add_adapter
 from soul.objectives.base import Objective
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset

@@ -16,9 +16,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import soul
+from soul.adapters import AdapterSpec, add_adapter
 from soul.data.templates import ChatTemplate
 from soul.evaluate import EvaluationSpec, evaluate
-from soul.models import AdapterSpec, ModelSpec, add_adapter, load_model, save_model
+from soul.models import ModelSpec, load_model, save_model
 from soul.types import Example
 
 ROTARY: dict[str, Any] = {

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from soul import config
+from soul.adapters import AdapterSpec
 from soul.folderlock import LOCK
-from soul.models import AdapterSpec
 from soul.recipe import Recipe, recipe_from_tree
 from soul.run import execute
 from soul.sequence import run_sequence, sequence_scores

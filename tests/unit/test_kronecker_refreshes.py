@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from soul.adapters import AdapterSpec, add_adapter
 from soul.curvature.ihvp import INVERSES, InverseSpec
 from soul.curvature.inverses import EigenInverse, KroneckerInverse
 from soul.curvature.kronecker import KroneckerFactors
@@ -20,7 +21,6 @@ from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate
 from soul.forward import forward_answers
-from soul.models import AdapterSpec, add_adapter
 from soul.optim.ekfac import EKFACSpec
 from soul.optim.kronecker import KroneckerRule
 from soul.registry import OPTIMIZERS

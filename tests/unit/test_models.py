@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soul import models
+from soul.adapters import AdapterSpec, add_adapter, check_adapter
+from soul.evaluate import EvaluationSpec, evaluate
 from soul.machine import cache_dir
-from soul.models import AdapterSpec, ModelSpec, add_adapter, check_adapter, load_model, save_model
+from soul.models import ModelSpec, load_model, save_model
 
 OWN_CODE = """
 from pathlib import Path
@@ -67,6 +70,20 @@ def test_saving_replaces_what_a_kill_left(saved, make_model, tokenizer):
 def test_weights_are_kept_in_the_precision_asked_for(saved):
     assert load_model(ModelSpec(str(saved)))[0].dtype == torch.float32
     assert load_model(ModelSpec(str(saved), dtype="bfloat16"))[0].dtype == torch.bfloat16
+
+
+def test_a_padding_token_that_was_added_without_a_row_of_its_own(saved, make_model, tokenizer, forget_set):
+    """As in fine-tunes that add [PAD] and do not resize: what rows are filled up with is looked up like all others."""
+    added = copy.deepcopy(tokenizer)
+    rows = make_model(3).get_input_embeddings().weight.shape[0]
+    added.add_tokens([f"<extra {i}>" for i in range(rows - len(added))])
+    added.add_special_tokens({"pad_token": "[PAD]"})
+    assert added.pad_token_id >= rows
+    added.save_pretrained(saved)
+    model, again = load_model(ModelSpec(str(saved)))
+    found = evaluate(model, again, {"forget": forget_set}, spec=EvaluationSpec(generate=False))["forget"]
+    known = evaluate(model, tokenizer, {"forget": forget_set}, spec=EvaluationSpec(generate=False))["forget"]
+    assert [row["nll"] for row in found] == pytest.approx([row["nll"] for row in known], abs=1e-6)
 
 
 def test_a_run_directory_is_its_model(saved, tmp_path, make_model):

@@ -10,12 +10,13 @@ import torch
 import transformers as hf
 from torch import nn
 
+from soul.adapters import AdapterSpec, add_adapter
 from soul.curvature import kronecker
 from soul.curvature.observer import ends_of
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.spec import CurvatureSpec
 from soul.data.templates import Encoded
-from soul.models import AdapterSpec, add_adapter, freeze_embeddings
+from soul.models import freeze_embeddings
 from soul.optim.ekfac import EKFACSpec
 from soul.optim.kfac import KFACSpec
 

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from soul.adapters import AdapterSpec, add_adapter
 from soul.cli import main
 from soul.forward import head_on
-from soul.models import AdapterSpec, add_adapter, freeze_embeddings
+from soul.models import freeze_embeddings
 from soul.plan import Machine, Plan, find_machine, find_work, make_plan
 from soul.plan.activations import saved
 from soul.plan.advice import options, smaller_batches

@@ -11,10 +11,11 @@ import torch
 
 import soul
 from soul import quantized
+from soul.adapters import AdapterSpec, add_adapter
 from soul.attacks.quantize import Quantize
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.export import export
-from soul.models import AdapterSpec, ModelSpec, add_adapter, load_model, save_model
+from soul.models import ModelSpec, load_model, save_model
 from soul.quantized import is_quantized
 from soul.recipe import recipe_from_tree
 from soul.run import execute

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from soul.models import AdapterSpec
+from soul.adapters import AdapterSpec
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.plan import Plan, make_plan
 from soul.plan.work import resized

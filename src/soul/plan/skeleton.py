@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from soul.adapters import add_adapter, check_adapter, check_kept
 from soul.forward import decoder_blocks, head_of
-from soul.models import add_adapter, check_adapter, check_kept, freeze_embeddings
+from soul.models import freeze_embeddings
 from soul.optim.groups import embedding_ids
 from soul.pretrained import empty_model, load_config
 from soul.recipe import Recipe
