@@ -81,7 +81,9 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         raise ValueError(f"cannot load a model from {spec.path!r}: {reason}") from error
     if spec.system:
         set_system_turn(tokenizer, spec.system)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+    embedded: Any = model.get_input_embeddings()
+    pad: Any = tokenizer.pad_token_id
+    if pad is None or pad >= len(embedded.weight):
         tokenizer.pad_token = tokenizer.eos_token  # one that was added without a row of its own cannot be looked up
     config: Any = model.config.get_text_config()
     if not getattr(config, "rope_parameters", None):  # positions that are learned end where their table ends
