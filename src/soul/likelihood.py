@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,11 @@ from soul.forward import forward_answers, head_on, unwrap
 
 Count = Callable[[int, int], None]
 
+_WIDTH = 6
+"""Attention to this times the hidden size D of tokens is as much work as the rest: 12 D^2 weights, 2 D a token seen."""
+_WORTH_A_TREE, _WORTH_A_CACHE = 0.9, 2 / 3
+"""Share of the work that trees may take of reading whole, and keys and values of what trees take: they are copied."""
+
 
 @torch.no_grad()
 def sequence_nll(
@@ -29,18 +35,22 @@ def sequence_nll(
 
     Rows that begin alike up to their answer are measured together, by the first of these ways that the model allows:
 
-    1. As a tree: each token after a common beginning goes through the model once, also within answers, and attends to
-       what stands before it. Needs rotary positions and attention to everything before, in transformers' own code.
+    1. As trees: each token after a common beginning goes through the model once, also within answers, and attends to
+       what stands before it. Needs rotary positions and attention to everything before, in transformers' own code. A
+       tree has at most ``max_tokens`` nodes, and no more than make it cheaper a row: its attention grows with their
+       square. Where that leaves little to save, rows are read the second or the third way.
     2. The prompt goes through the model once, and its keys and values serve all its answers.
     3. Every row is read whole, as are rows whose prompt is theirs alone.
 
-    The numbers are the same up to rounding.
+    The numbers are the same up to rounding. Memory is that of ``max_tokens``, or of the longest row, however many rows
+    share a prompt.
 
     Args:
         model: A causal language model; it is run in its own dtype, without autocast.
         rows: Tokenised examples.
         pad_id: Token that fills rows up.
-        max_tokens: Padded tokens in a batch, at most (:func:`soul.data.batches.fitting`).
+        max_tokens: Padded tokens in a batch, at most, those of a prompt whose keys and values are kept included
+            (:func:`soul.data.batches.fitting`).
         progress: Called with (done, of).
     """
     values = [math.nan] * len(rows)
@@ -57,11 +67,13 @@ def sequence_nll(
             progress(done, len(rows))
 
     if _can_branch(model):
-        trees = [_grow([rows[i] for i in group]) for group in shared]
+        width = _WIDTH * _without_adapters(model).config.get_text_config().hidden_size
+        parts, shared, rest = _arrange(rows, shared, max_tokens, width)
+        alone += rest
+        trees = [_grow([rows[i] for i in part]) for part in parts]
         for picked in length_batches([len(tree.tokens) for tree in trees], max_tokens):
             nll = _in_trees(model, [trees[i] for i in picked], pad_id)
-            note([i for g in picked for i in shared[g]], nll)
-        shared = []
+            note([i for p in picked for i in parts[p]], nll)
     for groups in _same_length(rows, shared, max_tokens):
         flat = [i for group in groups for i in group]
         for picked, nll in _after_prompts(model, [[rows[i] for i in group] for group in groups], pad_id, max_tokens):
@@ -180,7 +192,7 @@ def _after_prompts(
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{name: cache})
     flat = [(g, row) for g, group in enumerate(groups) for row in group]
     found = []
-    for picked in length_batches([row.answer_length for _, row in flat], max_tokens):
+    for picked in length_batches([len(row) for _, row in flat], max_tokens):  # each row has a copy of its prompt's keys
         of = torch.tensor([flat[i][0] for i in picked], device=device)
         tails = [flat[i][1].input_ids[flat[i][1].answer_start - 1 :] for i in picked]
         longest = max(map(len, tails)) - 1
@@ -246,6 +258,62 @@ def _grow(rows: Sequence[Encoded]) -> _Tree:
     return tree
 
 
+def _work(read: int, seen: int, width: int) -> int:
+    """Return the work of reading tokens that attend to ``seen`` each, of which ``width`` are as much as the rest."""
+    return read * (width + seen)
+
+
+def _arrange(
+    rows: Sequence[Encoded], groups: Sequence[Sequence[int]], max_tokens: int, width: int
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Return what of the groups is read as trees, what after its prompt, and what whole, by estimated work."""
+    trees, after, whole = list[list[int]](), list[list[int]](), list[int]()
+    for group in groups:
+        parts, rest, work = _split(rows, group, max_tokens, width)
+        prompt = rows[group[0]].answer_start - 1
+        lengths = [len(rows[i]) - 1 for i in group]
+        continued = _work(prompt, prompt, width) + sum(_work(n - prompt, n, width) for n in lengths)
+        if continued < _WORTH_A_CACHE * work:
+            after.append(list(group))
+        else:
+            trees += parts
+            whole += rest
+    return trees, after, whole
+
+
+def _split(
+    rows: Sequence[Encoded], group: Sequence[int], max_tokens: int, width: int
+) -> tuple[list[list[int]], list[int], int]:
+    """Return the trees that a group makes, the rows that are better read whole, and the work of both.
+
+    A row joins the tree before it where that has room and the share of the work that it takes does not rise.
+    """
+    begun: list[tuple[list[int], int, int]] = []  # rows, nodes, work of reading the rows whole
+    before: tuple[int, ...] = ()
+    for i in sorted(group, key=lambda i: rows[i].input_ids[:-1]):  # what has most in common stands side by side
+        ids = rows[i].input_ids[:-1]
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
+        before, alone = ids, _work(len(ids), len(ids), width)
+        if begun:
+            part, old, whole = begun[-1]
+            nodes = old + len(ids) - common
+            if nodes <= max_tokens and _work(nodes, nodes, width) * whole <= _work(old, old, width) * (whole + alone):
+                part.append(i)
+                begun[-1] = part, nodes, whole + alone
+                continue
+        begun.append(([i], len(ids), alone))
+    parts, rest, total = list[list[int]](), list[int](), 0
+    for part, nodes, whole in begun:
+        work = _work(nodes, nodes, width)
+        saves = work < _WORTH_A_TREE * whole
+        if saves:
+            parts.append(part)
+        else:
+            rest += part
+        total += work if saves else whole
+    return parts, rest, total
+
+
 def _can_branch(model: nn.Module) -> bool:
     """Say whether a token's place is told by ``position_ids`` and its sight by a mask, and by nothing else.
 
@@ -262,6 +330,7 @@ def _can_branch(model: nn.Module) -> bool:
     return (
         own
         and rotary
+        and hasattr(config, "hidden_size")
         and not bounded
         and kinds <= {"full_attention"}
         and config._attn_implementation == "sdpa"

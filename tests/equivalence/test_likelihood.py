@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -124,6 +125,86 @@ def test_what_is_common_is_read_once_where_the_model_can(name: str) -> None:
     rows = [Encoded((*range(3, 23), 41, 42, 43, 30 + i, 40), 20) for i in range(6)]
     alike = positions_read(build(name), rows)
     assert alike == (20 + 3 + 6 if name in BRANCHING else apart + 6 * 3)
+
+
+def draw_rows(prompt: int, answers: Sequence[int], seed: int = 2) -> list[Encoded]:
+    """Answers of these lengths to one prompt, with as little in common as chance has it."""
+    generator = torch.Generator().manual_seed(seed)
+    head, *tails = (tuple(torch.randint(3, V, (n,), generator=generator).tolist()) for n in (prompt, *answers))
+    return [Encoded(head + tail, prompt) for tail in tails]
+
+
+LENGTHS = [3 + 7 * i % 19 for i in range(60)]
+LARGE = {
+    "an instruction of all": draw_rows(12, LENGTHS),
+    "an instruction and a beginning of all": [
+        Encoded((*row.input_ids[:12], *range(3, 9), *row.input_ids[12:]), 12) for row in draw_rows(12, LENGTHS)
+    ],
+    "hardly a prompt": draw_rows(2, [22 + n for n in LENGTHS]),
+    "a prompt that fills most of a batch": draw_rows(80, LENGTHS),
+    "a prompt longer than a batch": draw_rows(130, LENGTHS),
+    "a row longer than a batch": draw_rows(12, [4, 150, 5, 6, 150, 3]),
+    "two prompts and one alone": draw_rows(12, LENGTHS) + draw_rows(9, LENGTHS, seed=3) + draw_rows(7, [5], seed=4),
+    "one answer many times": draw_rows(12, [9, 5]) * 40,
+}
+
+
+@pytest.mark.parametrize("rows", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.float64),
+        ("llama", torch.float32),
+        ("mistral, window shorter than the prompt", torch.float64),
+    ],
+)
+def test_many_rows_of_a_prompt_take_the_memory_of_a_batch(name: str, rows: list[Encoded], dtype: torch.dtype) -> None:
+    model, limit, masks = build(name).to(dtype), 100, list[torch.Size]()
+
+    def note(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs["attention_mask"].shape)
+
+    with torch.no_grad():
+        expected = [likelihood._whole(model, [row], 0)[0] for row in rows]
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    found = likelihood.sequence_nll(model, rows, pad_id=0, max_tokens=limit)
+    handle.remove()
+    assert found == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-5)
+    trees = [mask for mask in masks if len(mask) == 4]  # (trees, 1, nodes, nodes)
+    assert all(mask[0] * mask[-1] <= limit for mask in trees)
+    # what is padded, and keys and values kept of a prompt, count as tokens of a batch
+    assert all(mask.numel() <= limit or mask[0] == 1 for mask in masks if len(mask) == 2)
+
+
+def test_rows_are_read_as_a_tree_after_their_prompt_or_whole_by_what_they_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used: set[str] = set()
+    for way in ("_in_trees", "_after_prompts", "_whole"):
+        inner = getattr(likelihood, way)
+        monkeypatch.setattr(likelihood, way, lambda *args, way=way, inner=inner: used.add(way) or inner(*args))
+    for name, ways in {
+        "hardly a prompt": {"_whole"},
+        "an instruction and a beginning of all": {"_in_trees"},
+        "a prompt longer than a batch": {"_after_prompts"},
+    }.items():
+        used.clear()
+        likelihood.sequence_nll(build("llama"), LARGE[name], pad_id=0, max_tokens=100)
+        assert used == ways, name
+
+
+def test_a_tree_of_more_rows_takes_less_work_than_reading_them_whole() -> None:
+    """The nodes counted are those that grow, and the trees and rows of a group are all of it."""
+    width = 400
+    for rows in LARGE.values():
+        for limit in (40, 100, 1000):
+            parts, whole, work = likelihood._split(rows, range(len(rows)), limit, width)
+            assert sorted([i for part in parts for i in part] + whole) == list(range(len(rows)))
+            nodes = [len(likelihood._grow([rows[i] for i in part]).tokens) for part in parts]
+            alone = [len(rows[i]) - 1 for i in whole]
+            assert max(nodes, default=0) <= limit
+            assert work == sum(n * (width + n) for n in nodes + alone)
+            assert work <= sum((len(row) - 1) * (width + len(row) - 1) for row in rows)
 
 
 def test_progress_counts_every_row_once() -> None:
