@@ -88,7 +88,9 @@ def hashed(row: Row) -> Row:
         >>> hashed(row)["answer"][:20]
         'sha256:99a563ab2f6e2'
     """
-    kept: dict[str, Any] = {name: value for name, value in row.items() if not name.startswith("token_")}
+    kept: dict[str, Any] = {
+        name: value for name, value in row.items() if name != "of" and not name.startswith("token_")
+    }
     for name in ("prompt", "answer", "generated"):
         if name in kept:
             kept[name] = digest(kept[name]) if kept[name] else ""
