@@ -241,8 +241,15 @@ def tables(plan: Plan) -> str:
         head = f"| {c['objective']} | {c['optimizer']} | {c['lr']:g} |"
         out.append(f"{head} {values} | {c.get('steps', '-')} | {seconds} | {mark} |")
     first = next(iter(next(iter(before.values())).values())) if before else None
-    told = f"Intervals: {100 * first['level']:g} %, {first['method']}, seed {first['seed']}." if first else ""
+    told = intervals(first) if first else ""
     return "\n".join([*out, "", told]).rstrip() + "\n"
+
+
+def intervals(score: Mapping[str, Any]) -> str:
+    """Say how the intervals of a table were made, by one of its scores."""
+    plain = score["method"].endswith("groups)")
+    few = ", plain percentiles, too narrow where groups are few: of two they cover about half" if plain else ""
+    return f"Intervals: {100 * score['level']:g} %, {score['method']}, seed {score['seed']}{few}."
 
 
 def write_tables(plan: Plan, title: str) -> Path:

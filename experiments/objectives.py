@@ -143,7 +143,7 @@ def table(plan: Plan) -> str:
             f"| {line.get('objective', line['cell'])} | {line.get('optimizer', '')} | {' | '.join(shown)} | {seconds} |"
         )
     first = next((s for line in lines for s in line.get("scores", []) if s["method"].startswith("bootstrap")), None)
-    told = f"Intervals: {100 * first['level']:g} %, {first['method']}, seed {first['seed']}." if first else ""
+    told = cells.intervals(first) if first else ""
     return "\n".join([*out, "", f"{told} s: seconds of training, one thread."]) + "\n"
 
 

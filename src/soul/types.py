@@ -143,7 +143,8 @@ class Score:
         low: Lower end of the interval.
         high: Upper end of the interval.
         method: How the interval was made, e.g. ``"bootstrap(2000)"`` or, over groups of items,
-            ``"bootstrap(2000, 20 groups)"``; ``"none"`` where no interval exists.
+            ``"bootstrap(2000, 20 groups, widened)"`` (in older records plain percentiles, without the last word);
+            ``"none"`` where no interval exists.
         level: Coverage of the interval.
         seed: Seed of the interval's randomness.
         better: ``"higher"``, ``"lower"`` or ``""`` where it depends on the reader's question.

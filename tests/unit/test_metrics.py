@@ -165,7 +165,11 @@ def test_groups_are_drawn_whole():
     means = plain_cluster_means(values.tolist(), names, draws)
     plain = np.quantile(means, [0.025, 0.975]) - values.mean()
     assert (score.low, score.high) == pytest.approx(tuple(values.mean() + expansion(9) * plain))
-    assert (score.value, score.n, score.method) == (pytest.approx(values.mean()), 47, "bootstrap(500, 9 groups)")
+    assert (score.value, score.n, score.method) == (
+        pytest.approx(values.mean()),
+        47,
+        "bootstrap(500, 9 groups, widened)",
+    )
 
 
 def test_items_that_hang_together_make_wider_intervals():
@@ -184,7 +188,7 @@ def test_names_that_do_not_repeat_or_are_empty_are_items():
     assert bootstrap_mean(values, metric="m", split="s", groups=["a", "b", "c", "d"]) == plain
     assert bootstrap_mean(values, metric="m", split="s", groups=["", "", "", None]) == plain
     mixed = bootstrap_mean(values, metric="m", split="s", groups=["a", "", "a", ""])
-    assert mixed.method == "bootstrap(2000, 3 groups)"
+    assert mixed.method == "bootstrap(2000, 3 groups, widened)"
     alone = bootstrap_mean(values, metric="m", split="s", groups=["a"] * 4)
     assert (alone.method, math.isnan(alone.low), alone.n) == ("none", True, 4)
     with pytest.raises(ValueError, match="4 items, but the groups of 3"):
@@ -200,7 +204,7 @@ def test_bootstrap_of_draws_clusters_whole():
 
     left, right = [1.0, 1.0, 2.0, 3.0], [5.0, 6.0]
     score = bootstrap_of(total, [left, right], metric="m", resamples=50, clusters=[["a", "a", "b", "c"], None])
-    assert score.method == "bootstrap(50, 5 groups)"
+    assert score.method == "bootstrap(50, 5 groups, widened)"
     assert all(drawn.count(1.0) % 2 == 0 and len(other) == 2 for drawn, other in seen)
     assert len({len(drawn) for drawn, _ in seen}) > 1
     flat = bootstrap_of(total, [left, right], metric="m", resamples=50)

@@ -75,7 +75,7 @@ def bootstrap_mean(
         sums = np.array([[items[picked].sum(), len(picked)] for picked in members])
         score = bootstrap_of(_ratio, [sums], metric=metric, split=split, seed=seed, resamples=resamples, better=better)
         wide = _expanded(dataclasses.replace(score, value=mean, n=n), len(members), within)
-        return dataclasses.replace(wide, method=f"bootstrap({resamples}, {len(members)} groups)")
+        return dataclasses.replace(wide, method=f"bootstrap({resamples}, {len(members)} groups, widened)")
     rng = np.random.default_rng(seed)
     block = max(1, _DRAWS // n)
     means = [
@@ -150,7 +150,7 @@ def bootstrap_of(
         return score
     fewest = min(count for count, picked in zip(units, members, strict=True) if picked)
     wide = _expanded(score, fewest, within)
-    return dataclasses.replace(wide, method=f"bootstrap({resamples}, {sum(units)} groups)")
+    return dataclasses.replace(wide, method=f"bootstrap({resamples}, {sum(units)} groups, widened)")
 
 
 def expansion(groups: int) -> float:
