@@ -174,7 +174,7 @@ def test_scores_are_the_means_they_say(tmp_path):
     }
     assert {metric: score.value for metric, score in scores.items()} == pytest.approx(expected)
     assert all(score.better == "lower" and score.n == 3 for score in scores.values())
-    assert scores["leaked"].method == "bootstrap(2000, 2 groups)"
+    assert scores["leaked"].method == "bootstrap(2000, 2 groups, widened)"
     reference = {"forget": [row(text, [], [1]) for text in ("In Accra.", "No.", "No")]}
     for theirs in reference["forget"]:
         theirs["rougeL_recall"] = 0.25
@@ -242,7 +242,7 @@ def test_an_audit_of_documents_makes_its_probes(tmp_path, make_model, tokenizer)
     assert list(rows) == ["forget_cloze", "forget_continuation"]
     leaked = [score for score in audit.score(rows) if score.metric == "leaked"]
     assert [(score.split, score.n) for score in leaked] == [("forget_cloze", 6), ("forget_continuation", 2)]
-    assert leaked[0].method in ("bootstrap(2000, 2 groups)", "none")
+    assert leaked[0].method in ("bootstrap(2000, 2 groups, widened)", "none")
 
 
 def reciting(model: Any, template: ChatTemplate, examples: Sequence[Example]) -> Any:

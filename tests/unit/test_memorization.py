@@ -66,4 +66,4 @@ def test_perplexity_of_rows_has_an_interval_over_rows_or_groups() -> None:
     assert score.low < score.value < score.high
     assert (score.n, score.better, score.method) == (40, "lower", "bootstrap(2000)")
     grouped = perplexity_score(rows, "text", groups=[r["subject"] for r in rows])
-    assert (grouped.value, grouped.n, grouped.method) == (score.value, 40, "bootstrap(2000, 8 groups)")
+    assert (grouped.value, grouped.n, grouped.method) == (score.value, 40, "bootstrap(2000, 8 groups, widened)")

@@ -403,8 +403,8 @@ def test_leakage_scores_are_those_of_plain_loops():
     assert scores["extraction_strength", "forget"].value == pytest.approx(sum(strength) / 20)
     assert scores["exact_memorization", "forget"].value == pytest.approx(sum(exact) / 20)
     for metric in ("probability", "extraction_strength", "exact_memorization"):
-        assert scores[metric, "forget"].method == "bootstrap(2000, 4 groups)"
-    assert scores["privleak", "forget"].method == "bootstrap(2000, 8 groups)"
+        assert scores[metric, "forget"].method == "bootstrap(2000, 4 groups, widened)"
+    assert scores["privleak", "forget"].method == "bootstrap(2000, 8 groups, widened)"
 
 
 def test_leakage_is_scored_where_rows_allow_and_it_is_asked_for():
@@ -439,8 +439,8 @@ def test_intervals_over_authors_keep_the_value_and_are_wider():
     one, other = by_name(Tofu().score(plain)), by_name(Tofu().score(grouped))
     assert {key: s.value for key, s in one.items()} == {key: pytest.approx(s.value) for key, s in other.items()}
     assert one["probability", "forget"].method == "bootstrap(2000)"
-    assert other["probability", "forget"].method == "bootstrap(2000, 15 groups)"
-    assert other["model_utility", ""].method == f"bootstrap(2000, {15 + 100 + 117} groups)"
+    assert other["probability", "forget"].method == "bootstrap(2000, 15 groups, widened)"
+    assert other["model_utility", ""].method == f"bootstrap(2000, {15 + 100 + 117} groups, widened)"
     assert other["probability", "real_authors"] == one["probability", "real_authors"]
     width = {key: s.high - s.low for key, s in other.items()}
     assert width["rougeL_recall", "forget"] > 1.05 * (
