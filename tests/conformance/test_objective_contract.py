@@ -31,7 +31,11 @@ def setting(name, tokenizer, make_model, forget_set, retain_set, refusals):
         model = make_model()
         objective.prepare(model)
         reference = objective.ask_reference(model, lambda view: data.rows(view, 1))
-        return model, collate_items([data[0, i, i + 1] for i in range(4)], pad_id=tokenizer.pad_token_id), reference
+        return (
+            model,
+            collate_items([data[0, a, p] for a, p in data.pairing.epoch(0)[:4]], pad_id=tokenizer.pad_token_id),
+            reference,
+        )
 
     return build
 

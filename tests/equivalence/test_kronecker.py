@@ -17,7 +17,7 @@ from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate
 from soul.forward import forward_answers
-from soul.optim import kronecker as module
+from soul.optim import kronecker_spec as module
 from soul.optim.ekfac import EKFACSpec
 from soul.optim.kfac import KFACSpec
 from soul.optim.whiten import WhitenSpec
