@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from soul.adapters import AdapterSpec, add_adapter
 from soul.types import Example
 
 torch.set_num_threads(1)
@@ -131,6 +133,22 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCaus
                 )
             )
         return model.to(dtype).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moved_adapter() -> Callable[..., PeftModel]:
+    """Put a LoRA adapter on a model that changes what it says."""
+
+    def make(model: LlamaForCausalLM) -> PeftModel:
+        adapted: PeftModel = add_adapter(model, AdapterSpec(r=2))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in adapted.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+        return adapted
 
     return make
 

@@ -110,14 +110,13 @@ def unlearn(
     sets, warnings = _sets(model, tokenizer, forget, retain, ways, recipe)
     rounds = any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
     warnings += [*precision_warnings(recipe, rounds=rounds), *context_warnings(sets[0])]
+    dataset = make_dataset(tokenizer, *sets, do or loss, settings, refusals or builtin_refusals())
+    warnings += training_cuts({name: [row.lost for row in rows] for name, rows in dataset.encoded.items()})
     if do is not None:
         records: list[dict[str, float]] = []
-        dataset = make_dataset(tokenizer, *sets, do, settings)
-        warnings += training_cuts({name: [row.lost for row in rows] for name, rows in dataset.encoded.items()})
         result = do(model, dataset, log=lambda record: records.append(dict(record)))
+        check_weights(result)
         return UnlearnResult(result, records, [*warnings, *do.warnings()])
-    dataset = make_dataset(tokenizer, *sets, loss, settings, refusals or builtin_refusals())
-    warnings += training_cuts({name: [row.lost for row in rows] for name, rows in dataset.encoded.items()})
     log = LogCallback(None)
     with left_as_it_was(model), tempfile.TemporaryDirectory() as folder:
         device = next(model.parameters()).device.type

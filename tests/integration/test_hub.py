@@ -64,19 +64,8 @@ def whole(make_model, tokenizer) -> Callable[[int], Callable[[Path], object]]:
     return lambda seed: lambda folder: save_model(make_model(seed), tokenizer, folder)
 
 
-def moved_adapter(model):
-    """Return a LoRA adapter that changes what the model says."""
-    adapted = add_adapter(model, AdapterSpec(r=2))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
-    return adapted
-
-
 @pytest.fixture
-def adapter(cache, whole, make_model, tokenizer) -> dict[str, torch.Tensor]:
+def adapter(cache, whole, make_model, tokenizer, moved_adapter) -> dict[str, torch.Tensor]:
     """Put ``owner/lora`` on the hub, an adapter on ``owner/base``, and return the weights of both together."""
     cache.push("owner/base", whole(3))
     adapted = moved_adapter(make_model(3))
@@ -102,7 +91,7 @@ def test_an_adapter_of_the_hub_is_merged(adapter):
     assert load_tokenizer("owner/lora")("Who?").input_ids == tokenizer("Who?").input_ids
 
 
-def test_an_adapter_of_the_hub_without_a_tokenizer_takes_its_bases(cache, whole, make_model, tokenizer):
+def test_an_adapter_of_the_hub_without_a_tokenizer_takes_its_bases(cache, whole, make_model, tokenizer, moved_adapter):
     """As peft's own ``save_pretrained`` leaves it."""
     cache.push("owner/base", whole(3))
     adapted = moved_adapter(make_model(3))
@@ -131,7 +120,7 @@ def test_an_adapter_that_transformers_put_on_is_refused(adapter, monkeypatch):
         load_model(ModelSpec("owner/lora"))
 
 
-def test_an_adapter_on_an_adapter_of_the_hub_is_refused(adapter, make_model, tokenizer, tmp_path):
+def test_an_adapter_on_an_adapter_of_the_hub_is_refused(adapter, make_model, tokenizer, moved_adapter, tmp_path):
     save_model(moved_adapter(make_model(3)), tokenizer, tmp_path / "second", "owner/lora")
     with pytest.raises(ValueError, match="names owner/lora, which is an adapter itself: merge that one first"):
         load_model(ModelSpec("second"))
@@ -237,7 +226,9 @@ def test_an_adapter_kept_alone_asks_for_the_revision_of_its_base(cache, whole, m
     assert commit_of(model).endswith(f"+{first}")
 
 
-def test_a_base_that_moved_under_an_adapter_is_noticed(cache, whole, make_model, tokenizer, tmp_path, capsys):
+def test_a_base_that_moved_under_an_adapter_is_noticed(
+    cache, whole, make_model, tokenizer, moved_adapter, tmp_path, capsys
+):
     cache.push("owner/base", whole(3))
     adapted = moved_adapter(make_model(3))
     cache.push("owner/lora", lambda folder: save_model(adapted, tokenizer, folder, "owner/base"))

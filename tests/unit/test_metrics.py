@@ -241,11 +241,14 @@ def test_intervals_over_groups_cover_as_often_as_they_say(groups):
     """New persons, twenty questions each: without the expansion 2 groups cover half of the time."""
     rng = np.random.default_rng(groups)
     names = np.repeat(np.arange(groups), 20).tolist()
-    covered = 0
+    covered = plainly = 0
     for _ in range(300):
         values = rng.normal(size=(groups, 1)) + rng.normal(size=(groups, 20))
         score = bootstrap_mean(values.ravel(), metric="m", split="s", groups=names, resamples=400)
         covered += score.low <= 0 <= score.high
-    assert 0.88 <= covered / 300 <= 0.99  # plain intervals: .50, .73, .85, .91, .93
+        low, high = (score.value + (end - score.value) / expansion(groups) for end in (score.low, score.high))
+        plainly += low <= 0 <= high
+    assert plainly / 300 == pytest.approx({2: 0.5, 3: 0.73, 5: 0.85, 20: 0.91, 40: 0.93}[groups], abs=0.06)
+    assert 0.88 <= covered / 300 <= 0.99
     shares = bootstrap_mean([0.9] * 20 + [0.8] * 20, metric="m", split="s", groups=names[:40], within=SHARE)
     assert (shares.low, shares.high) == (pytest.approx(0.85 - 0.05 * expansion(2)), 1.0)

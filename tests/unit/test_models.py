@@ -130,15 +130,12 @@ def test_code_of_a_model_is_not_run_unless_asked_for(own_code, tmp_path, make_mo
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_an_adapter_is_loaded_with_the_model_it_belongs_to(saved, tmp_path, tokenizer, merged, monkeypatch):
+def test_an_adapter_is_loaded_with_the_model_it_belongs_to(
+    saved, tmp_path, tokenizer, merged, monkeypatch, moved_adapter
+):
     monkeypatch.chdir(tmp_path)
     model, _ = load_model(ModelSpec("saved" if merged else str(saved)))
-    adapted = add_adapter(model, AdapterSpec(r=2))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    adapted = moved_adapter(model)
     if not merged:
         save_model(adapted, tokenizer, tmp_path / "adapter", "saved")
     whole = adapted.merge_and_unload()

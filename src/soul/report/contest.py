@@ -90,7 +90,7 @@ def budgets(
     record: ContestRecord, standings: Sequence[Standing], *, relative: bool
 ) -> tuple[list[str], list[list[str]]]:
     """Return head and rows of what the best of fewer trials loses on the tuning requests, in expectation."""
-    losses = {s.cell.optimizer: record.trial_losses(s.cell, relative=relative) for s in standings}
+    losses = {s.cell.optimizer: record.trial_losses(s, relative=relative) for s in standings}
     most = max(map(len, losses.values()), default=0)
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < most] + [most]
     rows = [

@@ -75,7 +75,7 @@ class ContestRecord:
     def standing(self, cell: Cell, *, relative: bool = False) -> Standing:
         """Return what a cell showed so far, by either utility."""
         task, budget = self.tasks[cell.task], self.budget
-        points = int(self.entries[cell.optimizer].get("points") or budget["points"])
+        points = self.trials(cell)
         tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < points]
         sizes = points, budget["settings"]
         chosen = choose(self.lines, cell, task["tune"], *sizes, relative=relative) or []
@@ -110,14 +110,17 @@ class ContestRecord:
             memory=max((x["peak_memory_bytes"] for x in runs), default=0),
         )
 
-    def trial_losses(self, cell: Cell, *, relative: bool = False) -> list[float]:
+    def trials(self, cell: Cell) -> int:
+        """Return how many trials a cell is to have."""
+        return int(self.entries[cell.optimizer].get("points") or self.budget["points"])
+
+    def trial_losses(self, standing: Standing, *, relative: bool = False) -> list[float]:
         """Return the lost area of each trial alone, the mean over the tuning requests; empty before all are done."""
+        cell = standing.cell
         tune = self.tasks[cell.task]["tune"]
-        if not self.standing(cell).chosen:
-            return []
         return [
             float(np.mean([lost_area(points_of(self.lines, cell, "tune", r, [i], relative=relative)) for r in tune]))
-            for i in range(int(self.entries[cell.optimizer].get("points") or self.budget["points"]))
+            for i in range(self.trials(cell) if standing.chosen else 0)
         ]
 
     def cells(self, task: str, objective: str) -> list[Cell]:
