@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from soul.trainer import has_bf16
+from soul.machine import has_bf16
 
 GEMM_SHAPES = ((2048, 2048, 2048), (1024, 1024, 1024), (512, 1536, 576))
 """(m, n, k): large squares, and one layer of a small model, which may stay in the cache and then is the fastest."""

@@ -23,7 +23,8 @@ from soul.evaluate import EvaluationSpec, evaluate
 from soul.models import ModelSpec, load_model
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.run import peak_memory, reset_peak_memory
-from soul.trainer import TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 from soul.types import Example
 
 IGNORED = -100

@@ -49,11 +49,11 @@ from soul.data.batches import collate_rows
 from soul.data.sources import load_examples
 from soul.data.templates import ChatTemplate, Encoded
 from soul.forward import forward_answers
+from soul.machine import has_bf16
 from soul.models import ModelSpec, load_model
 from soul.optim import Sophia
 from soul.optim.base import UpdateRule
 from soul.run import peak_memory, reset_peak_memory
-from soul.trainer import has_bf16
 
 RECORD = Path(__file__).parents[1] / "docs/results/curvature.json"
 WITH_PASSES = [name for name, kind in ESTIMATORS.items() if kind.needs_pass]

@@ -36,11 +36,10 @@ from soul.data.batches import collate_rows
 from soul.data.sources import load_examples
 from soul.data.templates import ChatTemplate, Encoded
 from soul.forward import forward_answers
-from soul.machine import peak_memory, reset_peak_memory
+from soul.machine import has_bf16, peak_memory, reset_peak_memory
 from soul.models import ModelSpec, load_model
 from soul.registry import OPTIMIZERS
 from soul.stored import write_json
-from soul.trainer import has_bf16
 
 RECORD = Path(__file__).parents[1] / "docs/results/rule-cost.json"
 EXAMPLES, REPEATS, CG_ITERATIONS = 8, 3, 4

@@ -31,9 +31,9 @@ from soul.data.batches import collate_rows
 from soul.data.sources import load_examples
 from soul.data.templates import ChatTemplate, Encoded
 from soul.forward import forward_answers
+from soul.machine import has_bf16
 from soul.models import ModelSpec, load_model
 from soul.optim.groups import embedding_ids
-from soul.trainer import has_bf16
 
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
 SHARES = (0.1, 0.3, 1.0)

@@ -44,7 +44,8 @@ from soul.data.sources import load_examples
 from soul.machine import peak_memory, reset_peak_memory
 from soul.models import ModelSpec, load_model
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import TrainingSpec, make_dataset
+from soul.trainer import make_dataset
+from soul.training import TrainingSpec
 from soul.types import Example
 
 GIGA, MIB = 1e9, 1 << 20

@@ -34,7 +34,7 @@ import torch
 import _paths
 from _machine import Step, cpu_name, gemm_peak, in_own_process, table
 from soul.data.sources import load_examples
-from soul.trainer import has_bf16
+from soul.machine import has_bf16
 
 GIGA, MIB = 1e9, 1 << 20
 KEPT_EVERY = 99  # of the 3,960 questions of retain99: 40, of all authors

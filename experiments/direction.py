@@ -40,10 +40,10 @@ from soul.data.general import general_text
 from soul.data.sources import load_examples
 from soul.data.templates import ChatTemplate, Encoded
 from soul.forward import forward_answers, head_of
+from soul.machine import has_bf16
 from soul.models import ModelSpec, load_model
 from soul.recipe import read_recipe
 from soul.run import execute
-from soul.trainer import has_bf16
 from soul.types import Example
 
 RECORD = Path(__file__).parents[1] / "docs/results/direction.jsonl"

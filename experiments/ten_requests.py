@@ -42,7 +42,8 @@ from soul.models import ModelSpec, load_model
 from soul.objectives.npo import NPO
 from soul.recipe import read_recipe
 from soul.run import execute
-from soul.trainer import TrainingSpec, make_dataset
+from soul.trainer import make_dataset
+from soul.training import TrainingSpec
 from soul.types import Ask, Row
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from soul.data.sources import load_examples as load_examples
     from soul.models import ModelSpec as ModelSpec
     from soul.models import load_model as load_model
-    from soul.trainer import TrainingSpec as TrainingSpec
     from soul.trainer import UnlearnTrainer as UnlearnTrainer
+    from soul.training import TrainingSpec as TrainingSpec
     from soul.types import Example as Example
     from soul.types import Score as Score
 
@@ -24,7 +24,7 @@ _HOME = {
     "Example": "soul.types",
     "ModelSpec": "soul.models",
     "Score": "soul.types",
-    "TrainingSpec": "soul.trainer",
+    "TrainingSpec": "soul.training",
     "UnlearnResult": "soul.api",
     "UnlearnTrainer": "soul.trainer",
     "load_examples": "soul.data.sources",

@@ -26,7 +26,8 @@ from soul.overlaps import find_overlaps, without_overlaps
 from soul.recipe import DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER, DataSpec, Recipe
 from soul.registry import METHODS, OBJECTIVES, OPTIMIZERS
 from soul.stopping import Stopped, StopSpec
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 from soul.truncation import training_cuts
 from soul.types import Example
 

@@ -20,8 +20,9 @@ UNLEARN = """examples:
   soul unlearn --model M --forget forget.jsonl stop.kl_budget=0.02
   soul unlearn recipe.yaml optimizer.lr=1e-5
 
-A line of forget.jsonl is {"question": "...", "answer": "..."}, or prompt and response, or messages, whose last answer
-is forgotten; prompt and completion, and text, are plain text without the chat template. CSV, Parquet and JSON work too.
+A line of forget.jsonl is {"question": "...", "answer": "..."}, or prompt and response, or messages, of which every
+answer is forgotten; prompt and completion, and text, are plain text without the chat template. CSV, Parquet and JSON
+work too.
 Without --retain, samples of the model itself and everyday requests hold it in place: give examples of your own to keep
 what matters to you. Without a recipe the run ends when it has forgotten, or when behaviour elsewhere has moved by
 stop.kl_budget, and says which. The same command continues an interrupted run."""

@@ -305,11 +305,18 @@ def _publish(benchmark: Benchmark, rows: Rows, folder: Path, *, keep: bool = Fal
 
 def _public(tree: dict[str, Any], *, private: bool) -> dict[str, Any]:
     """Return a record without the command line and, where texts are private, without what settings and reasons name."""
-    kept = {k: _public(v, private=False) if k == "environment" else v for k, v in tree.items() if k != "command"}
+    kept = _uncommanded(tree)
     if private:
         names = [k for k in ("settings", "left_out", "warnings") if k in kept]
         kept |= {name: hidden(kept[name]) for name in names}
     return kept
+
+
+def _uncommanded(value: Any) -> Any:
+    """Return a tree without the command lines in it: of this sitting, and of later ones that went on with it."""
+    if isinstance(value, dict):
+        return {k: _uncommanded(v) for k, v in value.items() if k != "command"}
+    return [_uncommanded(v) for v in value] if isinstance(value, list) else value
 
 
 def _versions(rows: Rows) -> dict[str, Any]:

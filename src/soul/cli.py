@@ -55,6 +55,8 @@ def _attempt(args: argparse.Namespace) -> tuple[int, Callable[[], Any] | None]:
         if isinstance(error, OSError) and error.errno in _PLACES:
             what = f"{error.filename or 'a file'}: {error.strerror}; check the name, and what may be done there"
             return 2, functools.partial(fail, what)
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's, without loading it
+            return 2, functools.partial(fail, f"out of memory ({one_line(str(error))[:160]}): {_ROOM}")
         if processes.count() == 1:
             raise
         if processes.is_loss(error):
@@ -62,6 +64,12 @@ def _attempt(args: argparse.Namespace) -> tuple[int, Callable[[], Any] | None]:
         return 1, functools.partial(sys.stderr.write, traceback.format_exc())  # the others are to end, too
 
 
+_ROOM = (
+    "while measuring, set evaluation.generation_batch and evaluation.max_tokens lower: with these the same command "
+    "goes on. While training, take training.batch_size lower and training.accumulation higher, "
+    "training.gradient_checkpointing=true, or adapter.r=16: another run, so another --out. `soul plan` says what takes "
+    "how much"
+)
 _SAME = "the same command continues where it stopped"
 _DIVIDED = ("unlearn", "finetune", "evaluate")
 
@@ -225,7 +233,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from soul.console import quiet
-    from soul.export import ExportSpec, check_push, export, push
+    from soul.export import ExportSpec, check_push, ended, export, push
 
     quiet()
     spec = ExportSpec(dtype=args.dtype, adapter=args.adapter, card=args.card, show_data=args.show_data)
@@ -235,6 +243,9 @@ def _export(args: argparse.Namespace) -> int:
         checked = export(Path(args.run), Path(args.out), spec, progress=tick)
     for c in checked:
         say(f"{c.split}: NLL {c.after:.5f}, in the run {c.before:.5f} (n={c.n}, at most {c.largest:.2g} apart)")
+    stopped = ended(Path(args.run))
+    if stopped:
+        say(f"the run: {stopped}")
     say(f"export: {args.out}")
     if args.push:
         say(f"pushed: {push(Path(args.out), args.push, private=not args.public)}")

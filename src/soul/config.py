@@ -63,8 +63,20 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
                 raise ValueError(f"cannot set {path!r:.200}: {key!r:.60} holds {child!r:.60}, which has no parts")
             node[key] = child
             node = child
+        _refuse_inherited(parents, node, last, text)
         node[last] = _scalar(text, path) if text else ""  # to a person `data.retain=` is an empty text
     return tree
+
+
+def _refuse_inherited(parents: Sequence[str], node: Mapping[str, Any], last: str, text: str) -> None:
+    """Refuse another component under the settings of the one before: a rate of AdamW's is none of K-FAC's."""
+    before, rest = node.get("name"), [key for key in node if key != "name"]
+    if last == "name" and before is not None and before != text and rest:
+        path = ".".join(parents)
+        raise ValueError(
+            f"{path}.name={text:.60} would keep {', '.join(rest)} of {before!s:.60}, which mean something else there: "
+            f"write {path}={text:.60} for its defaults, and name what else you want after it"
+        )
 
 
 def _scalar(text: str, where: str) -> Any:

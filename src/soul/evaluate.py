@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from soul import processes
 from soul.benchmarks.base import Benchmark, Measures
-from soul.data.templates import ChatTemplate, Encoded
+from soul.data.templates import ChatTemplate, Encoded, ends
 from soul.generation import Written, continue_prompts, sample_answers, write
 from soul.likelihood import sequence_nll
 from soul.metrics.text import rouge_l_recall
@@ -224,7 +224,7 @@ def _complete(row: Row, spec: EvaluationSpec, ask: Ask) -> bool:
     return (
         (not ask.likelihood or row["tokens"] > 0)
         and (not generated or "generated" in row)
-        and (not ask.tokens or "token_z" in row)
+        and (not ask.tokens or "ends" in row)
         and (not ask.gradient_norm or "gradient_norm" in row)
         and (not samples or len(row.get("samples", ())) == samples)
     )
@@ -348,10 +348,11 @@ def _tokens(
         max_tokens=spec.max_tokens,
         progress=_part(report, f"{name}: tokens"),
     )
-    for row, text, scores in zip(rows, encoded, found, strict=True):
+    for row, example, text, scores in zip(rows, examples, encoded, found, strict=True):
         mark(row, "likelihood", text.lost > 0)
         row["nll"], row["tokens"] = -math.fsum(scores.logps) / len(scores.logps), len(scores.logps)
         row["token_logps"], row["token_matches"], row["token_z"] = scores
+        row["ends"] = ends(example) and not text.lost
 
 
 def _sample(

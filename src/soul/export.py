@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import math
@@ -23,6 +22,7 @@ from soul.recipe import Recipe, read_recipe
 from soul.report.card import CardFacts, Checked, model_card
 from soul.report.record import RunRecord, read_run
 from soul.run import default_benchmark
+from soul.rundir import changed_files, sha256
 from soul.stored import check_format, publish, write_json, write_text
 from soul.strict import json_value, read_text, yaml_tree
 from soul.types import Example, Row
@@ -99,7 +99,7 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
         raise ValueError(f"{run} kept no adapter (its recipe has adapter.merge: true, or none): leave out --adapter")
     dtype = spec.dtype or recipe.model.dtype
     how: dict[str, Any] = {"dtype": dtype, "adapter": spec.adapter}
-    described = {"run": _digest(run / "record.json"), **how}
+    described = {"run": sha256(run / "record.json"), **how}
     if (out / MARKER).is_file():
         return _earlier(out, described)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -118,7 +118,7 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
             origin = dataclasses.asdict(lineage(recipe.model.path, recipe.model.revision))
             facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
             write_text(part / "README.md", model_card(record, facts))
-        files = {str(file.relative_to(part)): _digest(file) for file in sorted(part.rglob("*")) if file.is_file()}
+        files = {str(file.relative_to(part)): sha256(file) for file in sorted(part.rglob("*")) if file.is_file()}
         found = [dataclasses.asdict(c) for c in checked]
         write_json(
             part / MARKER, {"format": 1} | described | {"checked": found, "files": files, "soul": environment()["soul"]}
@@ -149,7 +149,18 @@ def _finished(run: Path) -> tuple[RunRecord, Recipe]:
             else "a run without a forget set is measured where its recipe names a benchmark, which takes another --out"
         )
         raise ValueError(f"{run} was not measured, so there is nothing to check an export by: {how}")
+    changed = changed_files(run)
+    if changed:
+        raise ValueError(
+            f"{run} was changed since it was finished ({', '.join(changed)}): what would be exported is not what was "
+            "measured; restore it, or run it again into another --out"
+        )
     return record, recipe
+
+
+def ended(run: Path) -> str:
+    """Return how a run ended, in a sentence, where a rule could end it: what is exported may not have forgotten all."""
+    return read_run(run).stopped
 
 
 def _earlier(out: Path, described: Mapping[str, Any]) -> list[Checked]:
@@ -164,16 +175,11 @@ def _earlier(out: Path, described: Mapping[str, Any]) -> list[Checked]:
     changed = [
         name
         for name, digest in marker["files"].items()
-        if name != "README.md" and (not (out / name).is_file() or _digest(out / name) != digest)  # a card may be edited
+        if name != "README.md" and (not (out / name).is_file() or sha256(out / name) != digest)  # a card may be edited
     ]
     if changed:
         raise ValueError(f"{out} was changed since it was checked ({', '.join(changed)}): delete that folder")
     return [Checked(**found) for found in marker["checked"]]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 Picked = dict[str, tuple[list[Example], list[Row]]]

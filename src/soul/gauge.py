@@ -15,7 +15,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from soul.data.batches import UnlearnDataset, collate_rows, length_batches
-from soul.data.general import general_chat, general_text
+from soul.data.general import general_chat, general_text, heldout_chat, heldout_text
 from soul.data.overlap import words
 from soul.data.templates import Encoded
 from soul.forward import forward_answers, unwrap
@@ -24,6 +24,7 @@ from soul.likelihood import sequence_nll
 from soul.objectives.base import kl_to_reference
 from soul.reference import Reference, build_reference
 from soul.types import Example
+from soul.words import CAPITALS
 
 POOL = 4000
 """Most retained examples that false answers are looked for in."""
@@ -92,7 +93,7 @@ class Gauge:
     and the larger of two such numbers where rows carry their question in other words.
 
     **How far it moved.** Mean ``KL(p_before || p_now)`` over answer tokens, in nats, on retained answers and on general
-    text (built-in prose and everyday requests); :meth:`moved` returns both.
+    text (built-in prose and everyday requests that no run looks at otherwise); :meth:`moved` returns both.
 
     Args:
         model: The model before training.
@@ -135,7 +136,7 @@ class Gauge:
         self.answers = answers
         self._true = [self._halved(self.template.encode(e), e) for e in self.asked]
         self._false, self.false_answers = self._least_likely(self._false_rows(retain, false, seed))
-        prose, chat = general_text(), general_chat()
+        prose, chat = heldout_text(), heldout_chat()
         half = (rows + 1) // 2
         general = [of[i] for of in (prose, chat) for i in _picks(len(of), half // 2 or 1, seed)]
         kept = {"retained": [retain[i] for i in _picks(len(retain), half, seed)], "general": general}
@@ -293,7 +294,7 @@ def nearest(examples: Iterable[Example], pool: Sequence[Example], count: int) ->
         yield [pool[i] for i in order[: 4 * count] if words(pool[i].answer) != said][:count]
 
 
-_NAME = re.compile(r"[^\W\d_a-z][\w'-]*(?: [^\W\d_a-z][\w'-]*)*")
+_NAME = re.compile(rf"\b[{CAPITALS}][\w'-]*(?: [{CAPITALS}][\w'-]*)*")
 
 
 def renamed(other: Example, question: str) -> str:

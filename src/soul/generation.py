@@ -75,6 +75,7 @@ def write(
         ValueError: A prompt fills the model's positions.
     """
     answers = [Written("", 0)] * len(prompts)
+    ends = _ends(model, template)
     device = next(model.parameters()).device
     done = 0
     for room, group in _batches(template, prompts, max_new_tokens, rows):
@@ -89,14 +90,13 @@ def write(
                 attention_mask=mask,
                 max_new_tokens=room,
                 do_sample=False,
-                eos_token_id=template.end_of_turn,
+                eos_token_id=ends,
                 pad_token_id=pad,
                 **chosen,
             )
         for i, tokens in zip(group, out[:, width:].tolist(), strict=True):
-            ended = template.end_of_turn in tokens
-            if ended:
-                tokens = tokens[: tokens.index(template.end_of_turn)]
+            end = next((k for k, token in enumerate(tokens) if token in ends), None)
+            ended, tokens = end is not None, tokens[:end]
             text = str(template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             answers[i] = Written(text, 0 if ended else room)
         done += len(group)
@@ -120,6 +120,18 @@ def _batches(
         alike = [i for i, found in enumerate(rooms) if found == room]
         for group in length_batches([len(prompts[i]) for i in alike], 1 << 30, rows):
             yield room, [alike[k] for k in group]
+
+
+def _ends(model: Any, template: ChatTemplate) -> list[int]:
+    """Return the tokens that end an answer: the turn's, and those by which the model ends a text.
+
+    A chat model that goes on with plain text ends it with a token of its own (Llama 3's ``<|end_of_text|>``); what it
+    writes after that is another text.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own: Any = getattr(inner.generation_config, "eos_token_id", None)
+    found = [template.end_of_turn, template.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({int(token) for token in found if token is not None})
 
 
 @contextlib.contextmanager
@@ -199,7 +211,8 @@ class _Draw(LogitsProcessor):
         at = torch.from_numpy(self.draws_BT[:, self.position, None]) * ends[:, -1:]
         # below the end, to which rounding may lift it: then what is drawn has a share
         at = at.minimum(ends[:, -1:].nextafter(torch.zeros((), dtype=at.dtype)))
-        chosen = torch.searchsorted(ends, at, right=True)
+        # scores that are no numbers, of a model that has diverged, are above every share: the last token, then
+        chosen = torch.searchsorted(ends, at, right=True).clamp_(max=scores.shape[-1] - 1)
         if order is not None:
             chosen = order.gather(-1, chosen)
         self.position += 1

@@ -93,7 +93,8 @@ def extraction_strength(
     ``ES = 1 - min{k : greedy decoding from x and y_<k gives the rest of y} / |y|`` (arXiv 2012.07805 in spirit; defined
     so in arXiv 2506.12618): 1 where the question alone brings the answer, 0 where even its last token must be given.
     Greedy decoding gives the rest exactly where the most likely token is the true one at every later position, so one
-    teacher-forced pass tells. The end-of-turn token counts as one of ``|y|``.
+    teacher-forced pass tells. The end-of-turn token counts as one of ``|y|``, as it does in all contests on record; the
+    benchmarks leave it out (:func:`soul.metrics.memorization.answer_matches`).
 
     Args:
         model: A causal language model; it is run in its own dtype, without autocast.

@@ -65,6 +65,8 @@ class ParallelTrainer(Trainer):
             zero.keep_weights_wide(state.deepspeed_plugin)
         if self.is_fsdp_enabled:
             state.fsdp_plugin.mixed_precision_policy = _policy(self.accelerator.mixed_precision)
+            # gradients put off to a window's last micro-batch would be whole until then, in every process
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Return autocast where the model is sharded, which accelerate then does not put into ``model.forward``."""
@@ -172,6 +174,12 @@ def check_parallel(trainer: ParallelTrainer, rule: OptimizerSpec) -> None:
     """
     if trainer.is_deepspeed_enabled:
         zero.check(trainer, rule)
+    objective: Any = getattr(trainer, "objective", None)
+    if objective is not None and objective.needs_whole and (trainer.shards or zero.shards_weights(trainer)):
+        raise ValueError(
+            f"{objective.name} sums over whole weights, of which sharded processes (FSDP2, ZeRO-3) have parts: choose "
+            "another objective, or leave weights whole (DDP: examples/accelerate/ddp.yaml)"
+        )
     if not trainer.shards:
         return
     plugin: Any = trainer.accelerator.state.fsdp_plugin

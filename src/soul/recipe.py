@@ -17,7 +17,7 @@ from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
 from soul.registry import BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS
 from soul.stopping import StopSpec
-from soul.trainer import TrainingSpec
+from soul.training import TrainingSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,8 @@ def request_defaults(settings: Sequence[str] = ()) -> dict[str, Any]:
         return {}
     sized = given & {"training.epochs", "training.max_steps"}
     stop = {"when": "forgotten", **({"steps": 0} if sized else {})}
-    return {"stop": stop, "training": {"schedule": "constant"}}
+    # of the 100 steps such a run may take, an interruption loses no more than this
+    return {"stop": stop, "training": {"schedule": "constant", "save_steps": 25}}
 
 
 @dataclasses.dataclass(frozen=True)

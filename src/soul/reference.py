@@ -172,7 +172,7 @@ def build_reference(
         states: Rows whose output of decoder block ``layer`` is needed at answer positions (RMU).
         layer: That block, from 0.
         as_model: The reference must answer as a model, at any position (what some public code asks): with its adapters
-            off where it has any, else as a frozen copy, and the log says so.
+            off where it has any that add nothing yet, else as a frozen copy, and the log says so.
         mode: ``"cache"``; ``"adapter_off"`` for distributions from a PEFT model with its adapters off; ``"copy"`` for a
             frozen second copy of the model, which ``"cache"`` too falls back on, and says so in the log, where what a
             model does after its backbone cannot be taken apart.
@@ -181,7 +181,7 @@ def build_reference(
         autocast: The precision training runs in: both sides of a log-ratio must be rounded alike.
 
     Raises:
-        ValueError: Unknown mode, or ``adapter_off`` on a model without adapters.
+        ValueError: Unknown mode, or ``adapter_off`` on a model without adapters, or with one that was trained before.
     """
     if mode not in ("cache", "adapter_off", "copy"):
         raise ValueError(f"reference mode must be cache, adapter_off or copy, not {mode!r}")
@@ -213,7 +213,7 @@ def build_reference(
     model.train(was_training)
     live = (distributions and reference.head is None) or (states and mode != "cache")
     if as_model and mode == "cache":
-        mode = "adapter_off" if hasattr(model, "disable_adapter") else mode
+        mode = "adapter_off" if hasattr(model, "disable_adapter") and not _adds_something(model) else mode
         if mode == "cache":
             log.warning("this objective asks a frozen copy of the model, which takes as much memory again")
     if live or as_model:
@@ -244,4 +244,15 @@ def _ask_live(model: nn.Module, mode: str) -> Callable[[], contextlib.AbstractCo
     disable = getattr(model, "disable_adapter", None)
     if disable is None:
         raise ValueError("reference mode adapter_off needs a model with adapters (adapter: {r: 8, ...})")
+    if _adds_something(model):
+        raise ValueError(
+            "reference mode adapter_off takes the model with its adapters off for the model before, and this adapter "
+            "has been trained already: set training.reference to cache or copy, or merge the adapter first"
+        )
     return disable
+
+
+def _adds_something(model: nn.Module) -> bool:
+    """Say whether a LoRA adapter changes what the model says: not where the factor that begins as 0 still is."""
+    begin_as_zero = (".lora_B.", ".lora_embedding_A.")  # peft draws the other one at random
+    return any(bool(p.any()) for name, p in model.named_parameters() if any(x in name for x in begin_as_zero))

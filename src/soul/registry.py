@@ -95,13 +95,13 @@ class Registry:
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
         for point in entry_points(group=self.package):
             if point.name not in self._classes:
                 self.register(point.name)(point.load())
+        self._loaded = True  # last: where a module fails, the next look fails too, and does not find half of them
 
 
 def _declared(source: str) -> Iterator[tuple[str, str]]:

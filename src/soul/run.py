@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +39,13 @@ from soul.methods.base import json_lines
 from soul.models import load_model, save_model, without_autocast
 from soul.origins import Origins, commit_of
 from soul.recipe import Recipe
-from soul.rundir import check_folder, claim_folder, environment_warnings, holds_results, score_dict
+from soul.rundir import check_folder, claim_folder, environment_warnings, file_digests, holds_results, score_dict
 from soul.stored import check_format, read_lines, write_json
 from soul.strict import json_objects, json_value, read_text
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.truncation import training_cuts, truncation_warnings
+
+log = logging.getLogger(__name__)
 
 STOPPED = "stopped.json"
 """The file of a run that says why its training ended, where a rule may end it."""
@@ -103,10 +107,14 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     done = processes.from_main((out / "model").is_dir)
     tokenised = tokenise(tokenizer, recipe, request)
     lost = training_cuts({name: [row.lost for row in rows] for name, rows in tokenised.encoded.items()})
+    for line in (*lost, *context_warnings(request.forget)) if processes.is_main() else ():
+        log.warning("%s", line)  # now, and not when all is done
     dataset = None if done else tokenised
     processes.from_main(
         lambda: claim(out, recipe, request, origins)
     )  # what can be wrong with recipe and data has been found
+    if dataset is not None:
+        rehearse(model, recipe, dataset)
     evaluate_seconds = 0.0
     rows: dict[str, Rows] = {}
 
@@ -171,6 +179,28 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, request: Reques
     )
 
 
+def rehearse(model: Any, recipe: Recipe, dataset: UnlearnDataset) -> None:
+    """Set up what will change the model, and take it down again: what is refused then is refused before hours of work.
+
+    The model is as it was afterwards, but for gradients that its weights will not need.
+
+    Raises:
+        ValueError: As the objective, the update rule, the training's settings or the method say.
+    """
+    if recipe.method is not None:
+        recipe.method.check(model)
+        return
+    adapted = add_adapter(model, recipe.adapter, recipe.training.seed) if recipe.adapter is not None else model
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(adapted, dataset, recipe, Path(folder))
+            if processes.count() == 1:  # in several, rules are made of what each of them holds of the model
+                trainer.create_optimizer()
+    finally:
+        if adapted is not model:
+            adapted.unload()
+
+
 def train_and_save(
     model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, dataset: UnlearnDataset, out: Path, tick: Progress
 ) -> Any:
@@ -204,19 +234,9 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Any:
     """Train, resuming from the last whole checkpoint in ``out/checkpoints`` if there is one; return the whole model."""
-    device = next(model.parameters()).device.type
-    log = LogCallback(out / "log.jsonl", lambda step, of, _: tick("training", step, of))
-    trainer = UnlearnTrainer(
-        model,
-        recipe.training.arguments(out / "checkpoints", device),
-        dataset=dataset,
-        objective=recipe.objective,
-        optimizer=recipe.optimizer,
-        training=recipe.training,
-        stop=recipe.stop,
-        callbacks=[log, *callbacks],
-    )
-    log.trainer = trainer
+    steps = LogCallback(out / "log.jsonl", lambda step, of, _: tick("training", step, of))
+    trainer = make_trainer(model, dataset, recipe, out, [steps, *callbacks])
+    steps.trainer = trainer
     checkpoint = processes.from_main(lambda: last_checkpoint(out / "checkpoints"))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -231,6 +251,23 @@ def train(
     return trainer.whole_model()
 
 
+def make_trainer(
+    model: Any, dataset: UnlearnDataset, recipe: Recipe, out: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> UnlearnTrainer:
+    """Return the trainer that a recipe means."""
+    device = next(model.parameters()).device.type
+    return UnlearnTrainer(
+        model,
+        recipe.training.arguments(out / "checkpoints", device),
+        dataset=dataset,
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
+        training=recipe.training,
+        stop=recipe.stop,
+        callbacks=callbacks,
+    )
+
+
 def read_stopped(out: Path) -> dict[str, Any]:
     """Return why a run's training ended as ``record.json`` holds it; nothing where no rule could end it."""
     file = out / STOPPED
@@ -242,11 +279,11 @@ def read_stopped(out: Path) -> dict[str, Any]:
 
 
 def default_benchmark(recipe: Recipe) -> Benchmark | None:
-    """Judge on the forget set, the first retain source, general facts and plain text."""
+    """Judge on the forget set, some of the first retain source, general facts and plain text."""
     if not recipe.data.forget:
         return None
     retain = recipe.data.retain_sources
-    return DeletionRequest(forget=recipe.data.forget, kept=retain[0] if retain else "general:chat")
+    return DeletionRequest(forget=recipe.data.forget, kept=retain[0] if retain else "general:heldout_chat")
 
 
 def warnings_of(recipe: Recipe, request: Request, benchmark: Benchmark | None) -> list[str]:
@@ -302,6 +339,7 @@ def write_record(
         **({"overlap": request.overlaps.record()} if request.overlaps.action != "ignore" else {}),
         **({"stood_in": request.stand_in.sources()} if request.stand_in else {}),
         "checks": [],
+        "files": file_digests(out),
         "n_forget": len(request.forget),
         "n_retain": len(request.retain),
     }

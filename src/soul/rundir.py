@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -48,8 +49,26 @@ def check_folder(out: Path, recipe: Recipe) -> None:
         other = _difference(file, recipe)
         if other:
             raise ValueError(f"{out} holds a run of another recipe{other}: choose another --out, or delete that folder")
-        if not (out / "record.json").is_file():
+        if _trained(out) and not (out / "record.json").is_file():
             _check_window(out, read_recipe(file), recipe)
+
+
+def _trained(out: Path) -> bool:
+    return any((out / name).exists() for name in _RESULTS)
+
+
+def _renewed(earlier: Recipe, now: Recipe, *, whole: bool) -> Recipe:
+    """Return the recipe a run began with, with what may have been set anew; all of it where nothing was trained."""
+    if whole:
+        return dataclasses.replace(now, model=dataclasses.replace(now.model, revision=earlier.model.revision))
+    batches = {name: getattr(now.evaluation, name) for name in ("generation_batch", "max_tokens")}
+    return dataclasses.replace(
+        earlier,
+        label=now.label,
+        reference_run=now.reference_run,
+        evaluation=dataclasses.replace(earlier.evaluation, **batches),
+        training=dataclasses.replace(earlier.training, save_steps=now.training.save_steps),
+    )
 
 
 def holds_results(out: Path) -> bool:
@@ -59,10 +78,14 @@ def holds_results(out: Path) -> bool:
 
 def claim_folder(out: Path, recipe: Recipe) -> None:
     """Write the recipe into a folder that :func:`check_folder` found fit."""
-    text = config.dump(recipe)
-    if not (out / "recipe.yaml").is_file() or _difference(out / "recipe.yaml", recipe):
+    text, file = config.dump(recipe), out / "recipe.yaml"
+    if not file.is_file() or _difference(file, recipe):
         (out / ENVIRONMENT).unlink(missing_ok=True)
-        write_text(out / "recipe.yaml", text)
+        write_text(file, text)
+    elif config.dump(read_recipe(file)) != text:
+        if not _trained(out):
+            (out / ENVIRONMENT).unlink(missing_ok=True)  # with it, how many processes the steps were divided over
+        write_text(file, config.dump(_renewed(read_recipe(file), recipe, whole=not _trained(out))))
     note_environment(out)
 
 
@@ -122,18 +145,30 @@ def _make(out: Path) -> None:
         raise ValueError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
 
 
+_FREE = ("label", "reference_run", "evaluation.generation_batch", "evaluation.max_tokens", "training.save_steps")
+"""What changes neither a model nor a row: it may be set anew until a run is finished."""
+_BEFORE = ("model", "data", "benchmark", "evaluation")
+"""What rows that were measured before training are of; the rest may be another while there are only these."""
+
+
 def _difference(file: Path, recipe: Recipe) -> str:
     """Say in what the recipe in ``file`` differs, or return an empty text where it means the same.
 
-    Accumulation is left aside: with another number of processes another one means the same. So does the commit that
-    a run began with, in place of what its recipe names.
+    Of a run that has only been measured so far, how it will train is left aside; until it is finished, what changes no
+    number. Accumulation is left aside: with another number of processes another one means the same. So does the commit
+    that a run began with, in place of what its recipe names.
     """
     try:
         earlier = config.flat(read_recipe(file))  # settings not named there have their defaults
     except ValueError:
         return " (which cannot be read)"
     now = config.flat(recipe)
+    out = file.parent
+    trained = _trained(out)
+    finished = all((out / name).is_file() for name in ("record.json", "scores.json"))
     for key in [*now, *earlier]:
+        if (key in _FREE and not finished) or (not trained and key.split(".")[0] not in _BEFORE):
+            continue
         if key == _REVISION and began_with(file.parent, recipe.model.revision):
             continue
         if now.get(key) != earlier.get(key) and key != _WINDOW:
@@ -195,7 +230,37 @@ def _same_evaluation(file: Path, tree: Mapping[str, Any]) -> bool:
         return False
     if began_with(file.parent, tree["model"].revision):
         model = dataclasses.replace(model, revision=tree["model"].revision)
-    return config.plain({**earlier, "model": model}) == config.plain(tree)
+    return _of_numbers({**earlier, "model": model}) == _of_numbers(tree)
+
+
+def _of_numbers(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an evaluation's settings without those that change no number."""
+    return {key: value for key, value in config.flat(config.plain(tree)).items() if key not in _FREE}
+
+
+_BOUND = ("recipe.yaml", "scores.json", "rows/*/*.jsonl")
+"""What a finished run's record vouches for, beside itself."""
+
+
+def file_digests(out: Path) -> dict[str, str]:
+    """Return the SHA-256 of what a run's report is made of, by name, for ``record.json``."""
+    found = sorted(file for pattern in _BOUND for file in out.glob(pattern))
+    return {str(file.relative_to(out)): sha256(file) for file in found}
+
+
+def changed_files(out: Path) -> list[str]:
+    """Return the files of a finished run that are gone or not what they were; none of a run that kept no digests."""
+    record = json_value(read_text(out / "record.json"), str(out / "record.json"), lenient=True)
+    kept = record.get("files", {}) if isinstance(record, dict) else {}
+    if not isinstance(kept, dict):
+        return ["record.json"]
+    return [name for name, was in kept.items() if not (out / name).is_file() or sha256(out / name) != was]
+
+
+def sha256(file: Path) -> str:
+    """Return the digest of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_evaluation(

@@ -58,7 +58,8 @@ def run_sequence(
             step = dataclasses.replace(step, model=recipe.model.at(folders[-1] / "model"))
             measured = folders[-1] / "rows/after"
             if evaluate_it and measured.is_dir() and not (folder / "rows/before").exists():
-                _copy(measured, folder / "rows/before")
+                # without a benchmark of the whole sequence, what was forgotten before is no part of this one's report
+                _copy(measured, folder / "rows/before", without="" if recipe.benchmark else "forget*")
         execute(step, folder, progress=_named(progress, k, len(requests)), evaluate_it=evaluate_it)
         folders.append(folder)
     return folders
@@ -78,11 +79,11 @@ def sequence_scores(folders: Sequence[Path]) -> list[list[dict[str, Any]]]:
     return [found[0]["before"], *(scores["after"] for scores in found)] if found else []
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a folder so that it is either whole or absent."""
+def _copy(source: Path, target: Path, *, without: str) -> None:
+    """Copy a folder, but for files of a name, so that it is either whole or absent."""
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part)
+    shutil.copytree(source, part, ignore=shutil.ignore_patterns(without))
     publish(part, target)
 
 

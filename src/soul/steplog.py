@@ -34,6 +34,7 @@ class LogCallback(TrainerCallback):
         self.records: list[dict[str, float]] = []
         self.trainer: UnlearnTrainer | None = None
         self._started = time.perf_counter()
+        self._rate = math.nan
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step out of the next one's seconds."""
@@ -51,6 +52,11 @@ class LogCallback(TrainerCallback):
         write_lines(self.path, records)
         return records
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        """Keep the learning rate that the step is made with: when it ends, the schedule has gone on to the next."""
+        assert self.trainer is not None
+        self._rate = float(self.trainer.update_rule.param_groups[0]["lr"])
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
         """Write the step's line, and stop a run whose model is lost."""
         assert self.trainer is not None
@@ -66,7 +72,7 @@ class LogCallback(TrainerCallback):
             record.update(self.trainer.trust.last)
         if self.trainer.stopping:
             record.update(self.trainer.stopping.last)
-        record["learning_rate"] = self.trainer.update_rule.param_groups[0]["lr"]
+        record["learning_rate"] = self._rate
         record["seconds"] = round(now - self._started, 4)
         if self.trainer.curvature_seconds is not None:
             record["curvature_seconds"] = round(self.trainer.curvature_seconds, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import numpy as np
 
 from soul.data.toxic import scored_prompts
 from soul.metrics.membership import auc
-from soul.metrics.stats import Array, bootstrap_of
+from soul.metrics.stats import SHARE, Array, bootstrap_of
 from soul.types import Score
 
 HUB = "unitary/toxic-bert"
@@ -209,10 +210,16 @@ def _quality(classifier: Classifier, pairs: Sequence[tuple[tuple[str, float], ..
     truth = np.array([[score >= THRESHOLD for _, score in pair] for pair in pairs], dtype=np.float64)
     both = np.stack([found, truth], axis=-1)  # (rows, texts of a row, score and truth)
     return bootstrap_of(
-        _auc, [both], metric=f"classifier_auc[{classifier.label}]", seed=seed, resamples=500, better="higher"
+        _auc,
+        [both],
+        metric=f"classifier_auc[{classifier.label}]",
+        seed=seed,
+        resamples=500,
+        better="higher",
+        within=SHARE,
     )
 
 
 def _auc(groups: list[Array]) -> float:
     scores, toxic = groups[0][..., 0].ravel(), groups[0][..., 1].ravel() > 0
-    return auc(scores[toxic], scores[~toxic])
+    return auc(scores[toxic], scores[~toxic]) if toxic.any() and not toxic.all() else math.nan

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +16,17 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from soul.attention import ShortAttention
 from soul.checkpoints import WholeCheckpoints
-from soul.combine import Combine, make_combination
+from soul.combine import make_combination
 from soul.compiled import CompiledBlocks
 from soul.curvature.estimators import ESTIMATORS
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.picks import source_rows, text_rows
 from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items
+from soul.data.pieces import pieces
 from soul.data.templates import ChatTemplate
 from soul.forward import unwrap
 from soul.hooks import CurvatureCallback, ObjectiveCallback
-from soul.machine import has_bf16
 from soul.models import checkpointing_of, freeze_embeddings
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
@@ -37,147 +35,9 @@ from soul.parallel import ParallelTrainer, check_parallel
 from soul.reference import Reference
 from soul.steplog import LogCallback as LogCallback
 from soul.stopping import Stopping, StopSpec
+from soul.training import TrainingSpec
 from soul.trust_region import TrustRegion
 from soul.types import Example
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingSpec:
-    """How long, how fast and in what precision to train.
-
-    Attributes:
-        batch_size: Forget/retain pairs in a micro-batch, of each process.
-        accumulation: Micro-batches in a step; ``b x a`` gives the gradient of a batch of ``b * a``, times the number of
-            processes.
-        epochs: Walks through the forget set (the retain set for ``ft``).
-        max_steps: Stop after this many steps; 0 leaves it to ``epochs``.
-        warmup: Share of the steps with rising learning rate.
-        schedule: Learning-rate schedule after warm-up.
-        max_grad_norm: Gradient clipping; 0 turns it off.
-        precision: ``auto`` is bf16 autocast where the hardware has it; ``float32`` turns it off.
-        seed: Seed of pairing, refusals and curvature noise.
-        max_length: Longest sequence in tokens.
-        save_steps: Steps between checkpoints; 0 saves none.
-        reference: How KL gets its reference: ``cache``, ``adapter_off`` or ``copy``.
-        trust_kl: Largest KL (nats a token, on retained answers) of a step; a larger one is shrunk. 0 for no bound.
-        trust_batch: Retained examples it is measured on.
-        frozen: ``embeddings`` leaves input embeddings and language-model head as they are, for every optimizer alike.
-        combine: What becomes of the forget gradient ``f`` and the retain gradient ``r``: ``sum`` adds them;
-            ``projected`` takes the part along ``r`` out of ``f``, ``f - (f.r / r.r) r``, before they are added: a
-            control that protects one direction where curvature protects all; ``dual`` gives each an optimizer state of
-            its own and steps twice (arXiv 2504.15827). The last two take a backward pass more.
-        retain_lr: Of ``dual``, the learning rate of the retain step as a multiple of ``optimizer.lr``.
-        compile: Compile the decoder blocks for training steps (``torch.compile``): on a CPU with matrix instructions a
-            step takes about a quarter less, after some seconds for compiling, so it pays in long runs; needs a C++
-            compiler there. Rounding differs from that of an uncompiled run.
-        gradient_checkpointing: Keep only what enters each decoder block and run it again in the backward pass: much
-            less memory for a third more time (arXiv 1604.06174).
-        max_retain_loss: A step whose retain term (nats a token: NLL, whose perplexity is e to it, or KL) is larger ends
-            the run as lost; 0 for what it was at the first step and ln(vocabulary) more.
-    """
-
-    batch_size: int = 4
-    accumulation: int = 1
-    epochs: int = 5
-    max_steps: int = 0
-    warmup: float = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    max_grad_norm: float = 1.0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    max_length: int = 1024
-    save_steps: int = 100
-    reference: Literal["cache", "adapter_off", "copy"] = "cache"
-    trust_kl: float = 0.0
-    trust_batch: int = 8
-    frozen: Literal["nothing", "embeddings"] = "nothing"
-    combine: Combine = "sum"
-    retain_lr: float = 1.0
-    max_retain_loss: float = 0.0
-    gradient_checkpointing: bool = False
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "epochs", "max_length", "trust_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be 1 or more, not {getattr(self, name)}")
-        if min(self.max_steps, self.save_steps, self.max_grad_norm, self.trust_kl) < 0:
-            raise ValueError("training.max_steps, save_steps, max_grad_norm and trust_kl must be 0 or more")
-        if not self.max_retain_loss >= 0:  # refuses nan too
-            raise ValueError(f"training.max_retain_loss must be above 0, or 0, not {self.max_retain_loss}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"training.warmup is a share of the steps in [0, 1), not {self.warmup}")
-        if self.combine not in ("sum", "projected", "dual"):
-            raise ValueError(f"training.combine must be sum, projected or dual, not {self.combine!r}")
-        if not 0 < self.retain_lr < float("inf"):
-            raise ValueError(f"training.retain_lr must be above 0, not {self.retain_lr}: it multiplies optimizer.lr")
-        if self.compile and (self.gradient_checkpointing or self.combine != "sum"):
-            raise ValueError(
-                "training.compile does not go with gradient_checkpointing, nor with combine other than sum: both run "
-                "backward twice through a block"
-            )
-        if self.combine == "dual" and self.trust_kl:
-            raise ValueError("training.trust_kl measures one step, and combine=dual makes two: set one of them aside")
-
-    @staticmethod
-    def upgraded(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the settings of an older recipe by their names of today: ``projected`` was a setting of its own."""
-        if "projected" not in tree:
-            return tree
-        rest = {name: value for name, value in tree.items() if name != "projected"}
-        if not isinstance(tree["projected"], bool):
-            raise ValueError(
-                f"training.projected must be true or false, not {tree['projected']!r}; today it is combine"
-            )
-        return {"combine": "projected", **rest} if tree["projected"] else rest
-
-    def arguments(self, folder: str | Path, device: str = "cpu") -> TrainingArguments:
-        """Return the ``TrainingArguments`` these settings mean."""
-        names = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=self.batch_size,
-            gradient_accumulation_steps=self.accumulation,
-            num_train_epochs=self.epochs,
-            max_steps=self.max_steps or -1,
-            lr_scheduler_type=names[self.schedule],
-            warmup_steps=self.warmup,  # a float below 1 is a share of the steps
-            max_grad_norm=self.max_grad_norm,
-            bf16=self.precision == "bfloat16" or (self.precision == "auto" and has_bf16(device)),
-            use_cpu=device == "cpu",
-            **_checkpointing(on=self.gradient_checkpointing),
-            seed=self.seed,
-            data_seed=self.seed,
-            save_strategy="steps" if self.save_steps else "no",
-            save_steps=self.save_steps or 500,
-            save_total_limit=1,
-            logging_nan_inf_filter=False,  # a loss that is no number is to be seen
-            logging_strategy="no",  # the log is written by a callback, a line a step
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=device != "cpu",
-            remove_unused_columns=False,
-        )
-        return one_device(arguments)
-
-
-def one_device(arguments: TrainingArguments) -> TrainingArguments:
-    """Keep the stock trainer off further GPUs that this process sees; a launcher gives each a process of its own.
-
-    It would put the model into ``nn.DataParallel``, whose replicas each have a part of the batch and share the hooks
-    that know the whole of it, and would multiply the batch size by the number of GPUs.
-    """
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # there is no public setting
-    return arguments
-
-
-def _checkpointing(*, on: bool) -> dict[str, Any]:
-    """Return what asks for it, by the name that the installed transformers has for it."""
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
-    # the reentrant kind knows no second backward pass
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if on else {}
 
 
 class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
@@ -223,6 +83,11 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         self.reference = Reference()
         budget, rows = self.training_spec.trust_kl, self.training_spec.trust_batch
         self.trust = TrustRegion(self, budget, rows) if budget else None
+        if optimizer.needs_closure:
+            raise ValueError(
+                f"{optimizer.name} asks for the loss again and again within a step (a closure), and a step here has "
+                "one: choose another optimizer"
+            )
         if self.trust and not dataset.encoded["retain"]:
             raise ValueError("training.trust_kl measures KL on retained answers, and no retain set is in use")
         if self.training_spec.frozen == "embeddings":
@@ -265,7 +130,7 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         epochs = int(np.ceil(self.args.num_train_epochs))
         if self.args.max_steps > 0:
             per_epoch = -(-len(self.unlearn_data) // (self.args.train_batch_size * self.args.world_size))
-            epochs = -(-self.args.max_steps * self.args.gradient_accumulation_steps // per_epoch) + 1
+            epochs = -(-self.args.max_steps // -(-per_epoch // self.args.gradient_accumulation_steps)) + 1
         return self.objective.ask_reference(
             unwrap(self.model),  # type: ignore[arg-type]  # Trainer types it as possibly None
             lambda view: self.unlearn_data.rows(view, epochs),
@@ -301,9 +166,10 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return this micro-batch's share of the window's loss."""
-        out = self.objective(model, inputs, self.reference)
-        counts = num_items_in_batch or {name: term.count for name, term in out.terms.items()}
         counted = 0.0 if "idle" in inputs else 1.0
+        batch = {name: value for name, value in inputs.items() if name != "idle"}  # whose other entries are of rows
+        out = self.objective(model, batch, self.reference)
+        counts = num_items_in_batch or {name: term.count for name, term in out.terms.items()}
         for name, term in out.terms.items():
             share = counted * float(term.total.detach()) / max(1, counts[name])
             self._window[name] = self._window.get(name, 0.0) + share
@@ -407,6 +273,7 @@ def make_dataset(
     refusals: Sequence[str] = (),
     curvature: Sequence[Example] = (),
 ) -> UnlearnDataset:
-    """Tokenise what ``objective``, or a method in its place, looks at."""
+    """Tokenise what ``objective``, or a method in its place, looks at; long plain text in pieces."""
     template = ChatTemplate(tokenizer, training.max_length, "training.max_length")
-    return UnlearnDataset(template, forget, retain, objective.views, refusals, training.seed, curvature)
+    cut = functools.partial(pieces, template=template)
+    return UnlearnDataset(template, cut(forget), cut(retain), objective.views, refusals, training.seed, cut(curvature))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from soul.types import Row
 
 _SAID = {
+    "prompt": "had a prompt longer than max_length, and lost its beginning: raise max_length",
     "likelihood": "have likelihoods of a text that lost its end (evaluation.max_length, or the model's positions)",
     "generated": "were answered in fewer tokens than the true answer has (evaluation.max_new_tokens, or the model's "
     "positions): what is recited of it is underestimated",

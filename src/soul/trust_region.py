@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from soul.curvature.sharded import reshard
 from soul.data.batches import collate_rows
 from soul.forward import forward_answers
 from soul.objectives.base import kl_to_reference
@@ -89,6 +90,7 @@ class TrustRegion(TrainerCallback):
         assert self._batch is not None
         with torch.no_grad(), trainer.compute_loss_context_manager():
             self._answers = forward_answers(model, self._batch)
+        reshard(model)
         model.train(was_training)
         return self._answers.logits_NV
 

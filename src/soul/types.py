@@ -35,6 +35,8 @@ class Example:
         subject: Whom or what the item is about, for reports.
         ends: False where the answer is a piece cut out of something longer, so that nothing ends after it. A plain
             text without a prompt is one in any case.
+        joined: True where a plain continuation follows ``prompt`` as it stands, even within a word; else a space comes
+            between two words.
     """
 
     prompt: str
@@ -47,6 +49,7 @@ class Example:
     wrong_answers: tuple[str, ...] = ()
     subject: str = ""
     ends: bool = True
+    joined: bool = dataclasses.field(default=False, repr=False)  # digests of contests' records are of the repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +108,12 @@ class Row(TypedDict):
     ``of`` is a digest of the example, by which rows of an earlier sitting are told from those of other data.
 
     ``token_logps`` holds ``log p`` of each answer token, ``token_matches`` 1 where it is the most likely one (teacher
-    forcing), ``token_z`` its Min-K++ value (:func:`soul.token_scores.token_scores`).
+    forcing), ``token_z`` its Min-K++ value (:func:`soul.token_scores.token_scores`). ``ends`` says whether the last of
+    these tokens is the end of turn, which is no part of the answer.
 
     ``truncated`` is there where a limit made a number lower than the model deserves, and names what was cut:
     ``likelihood``, an answer that lost its end before it was measured; ``generated`` or ``samples``, what the model had
-    not ended when it had fewer tokens than the true answer.
+    not ended when it had fewer tokens than the true answer; ``prompt``, one of lm-eval's that lost its beginning.
     """
 
     id: str
@@ -126,6 +130,7 @@ class Row(TypedDict):
     token_logps: NotRequired[list[float]]
     token_matches: NotRequired[list[int]]
     token_z: NotRequired[list[float]]
+    ends: NotRequired[bool]
     gradient_norm: NotRequired[float]
     samples: NotRequired[list[str]]
     truncated: NotRequired[list[str]]

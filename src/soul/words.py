@@ -14,6 +14,22 @@ _ALONE = rf"(?!\d)[{_UNSPACED}]"
 _WORD = re.compile(rf"{_ALONE}{_MARKS}|(?:(?!{_ALONE})\w{_MARKS})+")
 
 
+def _capitals() -> str:
+    """Return what a name begins with, as a part of a character class: capital and title letters of all scripts."""
+    found = [c for c in range(0x10000) if chr(c).isupper() or chr(c).istitle()]
+    ranges = [[found[0], found[0]]]
+    for c in found[1:]:
+        if c == ranges[-1][1] + 1:
+            ranges[-1][1] = c
+        else:
+            ranges.append([c, c])
+    return "".join(f"{chr(a)}-{chr(b)}" if a < b else chr(a) for a, b in ranges)
+
+
+CAPITALS = _capitals()
+"""Capital letters, for a character class: ``rf"[{CAPITALS}]"``. Scripts without case have none."""
+
+
 class _Blanks(dict[int, "int | str"]):
     """Code points that are neither letter, mark, digit nor underscore to spaces, found out as they turn up."""
 

@@ -18,7 +18,8 @@ from soul.forward import forward_answers
 from soul.objectives.schedule import RetainSchedule
 from soul.recipe import DEFAULT_OPTIMIZER
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 
 NAMES = OBJECTIVES.names()
 KEEPS = ("ft", "l1_sparse")  # with nothing to forget

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from soul.optim.base import OptimizerSpec
 from soul.registry import OBJECTIVES
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 
 STEADY = {"warmup": 0.0, "schedule": "constant", "save_steps": 0}
 

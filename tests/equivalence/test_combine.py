@@ -13,7 +13,8 @@ from soul import config
 from soul.combine import DualRule, make_combination
 from soul.contest.matrix import matrix_from_tree
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 
 NAMES = OPTIMIZERS.names()
 LR = 1e-3

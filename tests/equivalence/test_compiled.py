@@ -14,7 +14,8 @@ from soul.adapters import AdapterSpec, add_adapter
 from soul.compiled import CompiledBlocks
 from soul.forward import decoder_blocks
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name),

@@ -214,6 +214,24 @@ def test_unequal_micro_batches_weigh_by_their_tokens(estimator: str) -> None:
         torch.testing.assert_close(together[p], mixed, rtol=1e-12, atol=1e-18)
 
 
+@pytest.mark.parametrize("parts", [[4], [1, 3], [2, 1, 1]])
+def test_squared_gradients_are_those_of_micro_batches(parts: list[int]) -> None:
+    """Adam's second moment: ``sum_b W_b g_b^2`` with ``g_b`` the gradient of a micro-batch's mean loss."""
+    model = transformer()
+    source = passes("squared_gradient")
+    (picks,) = source.plan(0)
+    plan = [picks[sum(parts[:i]) :][:n] for i, n in enumerate(parts)]
+    assert [len(part) for part in plan] == parts
+    found = source.estimate(model, Silent(model), plan)
+    assert found is not None
+    params, expected = list(model.parameters()), torch.zeros((), dtype=torch.float64)
+    for part in plan:
+        logps = forward_answers(model, collate_rows([pick.row for pick in part])).token_logps()
+        gradient = flat(torch.autograd.grad(-logps.mean(), params))
+        expected = expected + len(logps) / TOKENS * gradient**2
+    torch.testing.assert_close(torch.cat([found[p].flatten() for p in params]), expected, rtol=1e-10, atol=1e-16)
+
+
 @pytest.mark.parametrize("estimator", ["ggn", "gnb", "empirical"])
 def test_noise_belongs_to_the_example(estimator: str) -> None:
     """What else is in a micro-batch, and how far it is padded, changes nothing of an example's gradient."""

@@ -154,6 +154,7 @@ def test_which_layers_have_factors(make_model) -> None:
     model.model.layers[0].requires_grad_(False)
     assert len(linear_layers(model)) == 7
     assert len(linear_layers(model, largest=40)) == 4  # only attention is 32 wide on both sides
+    assert len(linear_layers(model, largest=40, outputs=False)) == 4 + 2  # and what goes into the wide ones is
     with pytest.raises(ValueError, match="no trainable linear layer"):
         KroneckerFactors(nn.Sequential(nn.Embedding(3, 2)))
 

@@ -21,7 +21,7 @@ from soul.methods.task_vector import TaskVector
 from soul.objectives.ft import FineTune
 from soul.reference import Reference
 from soul.registry import METHODS
-from soul.trainer import TrainingSpec
+from soul.training import TrainingSpec
 from soul.types import Example
 
 LR = 1e-3

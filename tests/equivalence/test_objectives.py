@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -21,11 +22,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from soul.adapters import AdapterSpec, add_adapter
 from soul.data.batches import VIEWS, UnlearnDataset, collate_items
 from soul.data.templates import ChatTemplate
 from soul.forward import forward_answers
 from soul.objectives.base import Objective
 from soul.objectives.schedule import RetainSchedule
+from soul.reference import build_reference
 from soul.registry import OBJECTIVES
 
 PAIRS = [(0, 3), (3, 1), (4, 2)]  # answers of unequal length
@@ -386,6 +389,23 @@ def test_a_model_that_cannot_be_taken_apart_is_copied(bench, make_model, caplog)
     assert not reference.hidden
     loss = objective(model, bench.batch(objective), reference).loss()
     assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_adapter_trained_before_is_part_of_the_reference(bench, make_model, caplog):
+    """With it off the model would be the one before that training, and not the one before unlearning."""
+    model = add_adapter(make_model(0, torch.float64), AdapterSpec(r=2)).double().eval()
+    fresh = build_reference(model, as_model=True)
+    assert fresh.live == model.disable_adapter
+    nn.init.normal_(next(p for name, p in model.named_parameters() if ".lora_B." in name))
+    objective = make("ft", "kl")
+    with pytest.raises(ValueError, match=r"trained already: set training\.reference to cache or copy, or merge"):
+        bench.reference(objective, "adapter_off", model)
+    assert "frozen copy" not in caplog.text
+    batch = bench.batch(objective)
+    with torch.no_grad(), build_reference(model, as_model=True).asking(model) as before:
+        assert torch.equal(forward_answers(before, batch).logits_NV, forward_answers(model, batch).logits_NV)
+        assert before is not model
+    assert "frozen copy" in caplog.text
 
 
 def test_reference_with_adapters_off_has_no_dropout(bench):

@@ -23,7 +23,21 @@ from packaging.version import Version
 from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from two_processes import HALF, JOBS, RESUMED, ZERO3_JOBS, ZERO_JOBS, Job, rows_of, run, trainer_for, work, work_by_zero
+from two_processes import (
+    HALF,
+    JOBS,
+    RESUMED,
+    STEPS,
+    ZERO3_JOBS,
+    ZERO_JOBS,
+    Job,
+    experts,
+    rows_of,
+    run,
+    trainer_for,
+    work,
+    work_by_zero,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples/accelerate"
 # With torch 2.9 a sharded run that makes curvature passes differs from one process by up to 1e-8, from 2.13 on by less.
@@ -128,6 +142,17 @@ def test_two_processes_do_what_one_does(place, two, alone, job, way):
     assert len(expected["log"]) == job.steps
 
 
+def test_gradients_are_shards_between_micro_batches_too(two):
+    for rank in two:  # put off to the last one they would be whole in every process
+        found = rank["sophia/fsdp2"]["between"]
+        assert found == [True] * STEPS
+
+
+def test_a_trust_region_binds_where_weights_are_shards(two):
+    records = two[0]["trust/fsdp2"]["log"]  # that they are those of one process is tested above
+    assert all(0 < r["step_scale"] < 1 and r["step_kl"] <= 1e-3 < r["proposed_kl"] for r in records)
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_a_checkpoint_goes_on_in_another_number_of_processes(place, two, whole, way):
     compare(two[0][f"onward/{way}"], whole, RESUMED)  # begun in one process, ended in two
@@ -146,6 +171,7 @@ def test_what_shards_cannot_do_is_refused_at_the_start(two):
         in fsdp2["hutchinson"]
     )
     assert "several processes do not share" in fsdp2["dual"]
+    assert "l1_sparse sums over whole weights, of which sharded processes (FSDP2, ZeRO-3) have parts" in fsdp2["l1"]
     assert set(ddp) == {"dual"}
 
 
@@ -172,8 +198,18 @@ def test_what_parts_cannot_do_is_refused_at_the_start(by_zero):
     assert "training.trust_kl scales weights" in said["trust"]
     assert "set training.save_steps to 0" in said["saves"]
     said = by_zero(3)[0]["refused"]
-    assert set(said) == {"sophia", "kfac"}
+    assert set(said) == {"sophia", "kfac", "l1"}
     assert "sophia needs curvature passes, which have no seam in ZeRO-3: set zero_stage to 2" in said["sophia"]
+
+
+def test_factors_of_layers_that_one_process_saw_are_those_of_all(two):
+    alone, (found, other) = experts(range(2)), (rank["experts"] for rank in two)
+    assert {key.rpartition(".")[2] for key in alone} == {"inputs", "outputs", "shares", "g_basis", "a_basis", "moments"}
+    assert found.keys() == other.keys() == alone.keys()
+    for name, value in alone.items():
+        assert torch.equal(found[name], other[name])
+        if not name.endswith("basis"):  # whose signs are free
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_rows_are_measured_by_shares_and_come_back_in_order(place, two, tmp_path):

@@ -16,7 +16,8 @@ from soul.data.templates import ChatTemplate
 from soul.gauge import Gauge, worst
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.stopping import StopSpec
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 from soul.types import Example, LostModelError
 
 KFAC = {"name": "kfac", "lr": 0.1}
@@ -227,7 +228,7 @@ def test_few_items_get_steps_enough_and_many_are_not_cut(make_trainer):
         ({"steps": 0}, {"epochs": 2}, 8),
         ({"steps": 30}, {"max_steps": 5}, 5),
         ({"steps": 30}, {"epochs": 2, "accumulation": 2}, 30),
-        ({"steps": 30, "when": "never"}, {"epochs": 2}, 8),
+        ({"steps": 0, "when": "never"}, {"epochs": 2}, 8),
     ):
         trainer, _ = make_trainer(stop, **settings)
         args = trainer.args

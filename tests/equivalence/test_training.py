@@ -12,7 +12,8 @@ from soul import config
 from soul.data.batches import VIEWS
 from soul.forward import forward_answers
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 
 
 class KilledError(Exception):
@@ -195,6 +196,37 @@ def test_a_killed_run_ends_where_it_would_have(
             record.pop("seconds")
             record.pop("curvature_seconds", None)
     assert lines[0] == lines[1]
+
+
+def test_the_log_has_the_learning_rate_that_a_step_was_made_with(tmp_path, make_trainer):
+    log, made = LogCallback(None), []
+
+    class Look(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            made.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    make_trainer(tmp_path, "npo", ADAMW, log=log, callbacks=[Look()], batch_size=2, epochs=1, warmup=0.25).train()
+    assert [r["learning_rate"] for r in log.records] == made
+    assert made == pytest.approx([0.0, 1e-3, 2e-3 / 3, 1e-3 / 3])
+
+
+@pytest.mark.parametrize(("accumulation", "steps", "epochs"), [(1, 8, 3), (4, 2, 3), (3, 4, 3), (8, 5, 6)])
+def test_the_reference_is_asked_for_the_epochs_that_the_steps_take(
+    tmp_path, make_trainer, monkeypatch, accumulation, steps, epochs
+):
+    """Four batches an epoch, each epoch with other retain rows; and one epoch more than is walked through."""
+    trainer = make_trainer(tmp_path, "npo", ADAMW, batch_size=2, accumulation=accumulation, max_steps=steps)
+    inner, asked = trainer.unlearn_data.rows, set()
+    monkeypatch.setattr(trainer.unlearn_data, "rows", lambda view, n: (asked.add(n), inner(view, n))[1])
+    trainer.train()
+    assert asked == {epochs}
+    assert epochs - 1 <= trainer.state.epoch <= epochs
+
+
+def test_a_rule_that_needs_a_closure_is_refused_by_name(tmp_path, make_trainer, monkeypatch):
+    monkeypatch.setattr(OPTIMIZERS.get("sgd"), "needs_closure", True)
+    with pytest.raises(ValueError, match=r"^sgd asks for the loss again and again .*: choose another optimizer"):
+        make_trainer(tmp_path, "npo", {"name": "sgd"})
 
 
 def test_a_lost_model_stops_the_run(tmp_path, make_trainer):

@@ -9,7 +9,8 @@ from soul import config
 from soul.forward import forward_answers
 from soul.objectives.base import kl_to_reference
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 
 RULES = [{"name": "signum", "lr": 0.02}, {"name": "kfac", "lr": 0.5, "curvature": {"interval": 2}}]
 

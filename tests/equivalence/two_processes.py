@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from soul import config, processes
@@ -19,11 +20,27 @@ from soul.console import quiet
 from soul.data.sources import load_examples
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.objectives.base import Objective
+from soul.optim.ekfac import EKFACSpec
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 from soul.types import Ask
 
 STEPS = 20
+
+
+class Between(TrainerCallback):
+    """Notes, between the micro-batches of a step, whether the gradients so far are already cut into shards."""
+
+    def __init__(self) -> None:
+        self.sharded: list[bool] = []
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at every gradient, by the parameters that the optimizer steps."""
+        groups = kwargs["optimizer"].param_groups
+        self.sharded.append(all(p.grad is not None for group in groups for p in group["params"]))
+
+
 Rule = dict[str, Any]
 SOPHIA: Rule = {"name": "sophia", "lr": 1e-3, "curvature": {"interval": 5, "cache": False}}
 OFTEN = {"interval": 2, "cache": False}
@@ -44,6 +61,7 @@ class Job:
     batch_size: int = 3
     window: int = 2
     steps: int = STEPS
+    training: Rule = dataclasses.field(default_factory=dict)
 
 
 def micro_batches(rule: Rule, count: int) -> Rule:
@@ -74,7 +92,8 @@ def trainer_for(job: Job, place: Path, folder: Path, world: int, **more: Any) ->
         model = add_adapter(model, AdapterSpec(r=2, alpha=4), 0)
         if job.dtype == "float64":
             model = model.double()
-    settings: dict[str, Any] = {"max_steps": job.steps, "save_steps": 0, "warmup": 0.0, "schedule": "constant", **more}
+    settings: dict[str, Any] = {"max_steps": job.steps, "save_steps": 0, "warmup": 0.0, "schedule": "constant"}
+    settings |= {**job.training, **more}
     each = job.window // world
     training = TrainingSpec(precision=job.precision, batch_size=job.batch_size, accumulation=each, **settings)
     loss: Objective = config.component(OBJECTIVES, job.objective, "npo")
@@ -100,12 +119,14 @@ def sets(place: Path) -> tuple[Any, Any]:
 
 def run(job: Job, place: Path, folder: Path, world: int, resume: str | None = None, **more: Any) -> dict[str, Any]:
     """Train, and return the whole weights and the log."""
-    trainer = trainer_for(job, place, folder, world, **more)
+    trainer, between = trainer_for(job, place, folder, world, **more), Between()
+    trainer.add_callback(between)
     trainer.train(resume_from_checkpoint=resume)
     log = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LogCallback))
     model = trainer.whole_model()
     assert type(model).__name__ in ("LlamaForCausalLM", "PeftModelForCausalLM")
-    return {"weights": {n: p.detach().clone() for n, p in model.named_parameters()}, "log": log.records}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return {"weights": weights, "log": log.records, "between": between.sharded}
 
 
 JOBS = (
@@ -129,6 +150,8 @@ JOBS = (
     ),
     *(Job(name, {"name": name, "lr": 1e-3}, ways=("fsdp2",), steps=2) for name in ("sgd", "lion", "soul_release")),
     Job("adamw_retain", {"name": "adamw_retain", "lr": 1e-3, "curvature": OFTEN}, ways=("fsdp2",), steps=3),
+    Job("trust", ADAMW, {"name": "npo"}, steps=6, training={"trust_kl": 1e-3, "max_grad_norm": 0.1}),
+    Job("rmu-wmdp", ADAMW, {"name": "rmu", "compat": "wmdp"}, ways=("ddp",), steps=2),
 )
 ZERO_JOBS = (
     Job("zero-sophia", SOPHIA, {"name": "npo", "retain": "kl"}, dtype="float32", window=4, steps=8),
@@ -155,6 +178,26 @@ def rows_of(place: Path, folder: Path) -> dict[str, Any]:
     return {name: [dict(row) for row in found] for name, found in rows.items()}
 
 
+def experts(mine: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return what EK-FAC knows after two refreshes, to which this process gave the micro-batches ``mine``.
+
+    Each of these goes through two layers of one expert, which are given the same input, and one layer of all.
+    """
+    torch.manual_seed(0)
+    parts = [torch.nn.ModuleList([torch.nn.Linear(3, 4, bias=False) for _ in range(2)]) for _ in range(2)]
+    model = torch.nn.ModuleDict({"0": parts[0], "1": parts[1], "out": torch.nn.Linear(4, 2)}).double()
+    rule = EKFACSpec().build(model.parameters(), model)
+    for refresh in range(2):
+        for i in mine:
+            generator = torch.Generator().manual_seed(10 * refresh + i)
+            x, cotangent = (torch.randn(9, n, generator=generator, dtype=torch.float64) for n in (3, 2))
+            with rule.observing():
+                model["out"](sum(layer(x) for layer in parts[i])).backward(cotangent)
+            model.zero_grad()
+        rule.update_curvature()
+    return rule.curvature_state()
+
+
 def work(rank: int, place: str, ways: dict[str, dict[str, str]]) -> None:
     """Be one of two processes.
 
@@ -177,6 +220,7 @@ def work(rank: int, place: str, ways: dict[str, dict[str, str]]) -> None:
         found[f"refused/{way}"] = refusals(folder)
         for name in environment:
             del os.environ[name]
+    found["experts"] = experts([rank])
     found["rows"] = rows_of(folder, folder / "rows")
     found["main"] = processes.from_main(lambda: rank)
     try:
@@ -218,6 +262,7 @@ REFUSED: Refused = (
     ("muon", {"name": "muon"}, {}),
     ("hutchinson", {**SOPHIA, "curvature": {"estimator": "hutchinson"}}, {}),
     ("dual", ADAMW, {"combine": "dual"}),
+    ("l1", ADAMW, {"objective": {"name": "l1_sparse"}}),
 )
 REFUSED_BY_ZERO: Refused = (
     ("kfac", {"name": "kfac"}, {}),
@@ -227,15 +272,21 @@ REFUSED_BY_ZERO: Refused = (
     ("trust", ADAMW, {"trust_kl": 0.1}),
     ("saves", ADAMW, {"save_steps": 2}),
 )
-REFUSED_BY_ZERO3: Refused = (("sophia", SOPHIA, {}), ("kfac", {"name": "kfac"}, {}))
+REFUSED_BY_ZERO3: Refused = (
+    ("sophia", SOPHIA, {}),
+    ("kfac", {"name": "kfac"}, {}),
+    ("l1", ADAMW, {"objective": {"name": "l1_sparse"}}),
+)
 
 
 def refusals(place: Path, of: Refused = REFUSED) -> dict[str, str]:
-    """Return what is said to settings that cannot be."""
+    """Return what is said to settings that cannot be; ``objective`` among them is none of training's."""
     said: dict[str, str] = {}
-    for name, rule, more in of:
+    for name, rule, settings in of:
+        more = dict(settings)
+        loss = more.pop("objective", {"name": "grad_diff"})
         try:
-            run(Job(name, rule, steps=1), place, place / "refused", 2, **more)
+            run(Job(name, rule, loss, steps=1), place, place / "refused", 2, **more)
         except ValueError as error:
             said[name] = str(error)
     return said

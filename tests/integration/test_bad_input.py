@@ -275,6 +275,7 @@ def test_a_folder_that_is_no_run_is_refused(folder, capsys, name):
 
 def test_the_difference_between_two_recipes_is_named(folder, capsys):
     (folder / "out/rows").mkdir(parents=True)
+    (folder / "out/log.jsonl").touch()
     earlier = (folder / "recipe.yaml").read_text() + "training: {epochs: 3}\n"
     (folder / "out/recipe.yaml").write_text(earlier)
     assert run("unlearn {d}/recipe.yaml training.epochs=7 --out {d}/out", folder) == 2

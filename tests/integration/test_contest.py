@@ -20,8 +20,9 @@ from accelerate.state import AcceleratorState
 from soul.cli import main
 from soul.contest import trial
 from soul.contest.book import Book
+from soul.contest.entry import Entry
 from soul.contest.jobs import Contest, Job
-from soul.contest.matrix import Entry, matrix_from_tree, read_matrix
+from soul.contest.matrix import matrix_from_tree, read_matrix
 from soul.contest.measure import Meter, load_sets
 from soul.contest.trial import Run, do
 from soul.curvature.picks import text_rows
@@ -31,6 +32,7 @@ from soul.metrics.contest import Cell, choose, points_of
 from soul.metrics.frontier import lost_area
 from soul.models import ModelSpec, load_model
 from soul.report.contest import ContestRecord, contest_tables, write_contest
+from soul.stored import write_lines
 
 
 def write(file: Path, examples) -> None:
@@ -146,6 +148,17 @@ def test_the_model_before_and_the_retrained_one_differ_on_what_is_forgotten(done
     out, _ = done
     thin = {x["which"]: x["thin"] for x in Book(out).lines() if x["kind"] == "reference" and x["request"] == "first"}
     assert thin["before"]["forget_probability"] > thin["gold"]["forget_probability"] + 0.2
+
+
+def test_a_request_without_its_references_is_not_judged_yet(done, tmp_path):
+    out, _ = done
+    shutil.copy(out / "matrix.yaml", tmp_path / "matrix.yaml")
+    lines = [x for x in Book(out).lines() if x["kind"] != "attack"]
+    write_lines(tmp_path / "trials.jsonl", [x for x in lines if x["key"] != "reference/tiny/second/gold"])
+    assert "second" in {x["request"] for x in lines if x["kind"] == "report"}
+    (_, _, standings), *_ = ContestRecord(tmp_path).squares()
+    assert all(not standing.lost for standing in standings)
+    assert contest_tables(tmp_path)
 
 
 def test_each_side_is_attacked_beside_the_references(done):

@@ -52,7 +52,7 @@ def values(folder: Path, when: str = "after") -> dict[tuple[str, str], float]:
 def test_a_record_says_what_was_measured(place):
     run(f"evaluate model --benchmark request --data data general= text= --out e {QUICK}")
     found = record(place / "e")
-    assert (found["format"], found["benchmark"], found["version"]) == (2, "request", 2)
+    assert (found["format"], found["benchmark"], found["version"]) == (2, "request", 3)
     assert found["settings"]["forget"] == "data/forget.jsonl", "--data stands in for a source that is not given"
     assert found["environment"]["torch"]
     assert found["left_out"] == {}

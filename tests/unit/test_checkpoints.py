@@ -14,7 +14,8 @@ from soul import config
 from soul.checkpoints import MANIFEST, last_checkpoint
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.stored import StorageError, read_lines
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 from soul.types import LostModelError
 
 

@@ -281,8 +281,13 @@ def test_truthfulqa_in_its_two_forms_asks_the_same(tmp_path):
     own, hub = tmp_path / "t.csv", tmp_path / "t.jsonl"
     own.write_text("\ufeff" + CSV, encoding="utf-8")
     rows = [
-        ("Is ice cold?", ["Yes", "No", "It is hot", "Never"], ["Yes", "Ice is cold", "No", "It is hot", "Never"], 2),
-        ("What do bees make?", ["Honey", "Milk"], ["Bees make honey", "Honey", "Milk"], 2),
+        (
+            "Is ice cold?",
+            ["Yes.", "No.", "It is hot.", "Never."],
+            ["Yes.", "Ice is cold.", "No.", "It is hot.", "Never."],
+            2,
+        ),
+        ("What do bees make?", ["Honey.", "Milk."], ["Bees make honey.", "Honey.", "Milk."], 2),
     ]
     hub.write_text(
         "".join(

@@ -14,13 +14,15 @@ import torch
 from safetensors import safe_open
 
 from soul import config
+from soul.adapters import AdapterSpec, add_adapter
 from soul.curvature import cache, inverses
 from soul.curvature.inverses import inverse
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.spec import CurvatureSpec
 from soul.data.templates import Encoded
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 
 WATCHING = [name for name in OPTIMIZERS.names() if OPTIMIZERS.get(name).needs_curvature]
 
@@ -239,6 +241,15 @@ def test_fingerprints_know_weights_buffers_names_and_config(make_model: Any) -> 
             change(other)
             changes.append(cache.fingerprint(other))
     assert len({first, *changes}) == 6
+
+
+def test_fingerprints_know_the_scale_of_an_adapter(make_model: Any) -> None:
+    """Before training ``B`` is 0 and the model says the same whatever the scale is; the gradient of ``B`` does not."""
+
+    def of(alpha: int) -> str:
+        return cache.fingerprint(add_adapter(make_model(0), AdapterSpec(r=2, alpha=alpha)))
+
+    assert of(4) == of(4) != of(8)
 
 
 def test_a_diagonal_beside_factors_comes_back_with_them(run: Any, passes: list[int]) -> None:

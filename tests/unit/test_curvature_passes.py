@@ -18,7 +18,8 @@ from soul.curvature.spec import CurvatureSpec
 from soul.data.templates import Encoded
 from soul.optim.base import UpdateRule
 from soul.registry import OBJECTIVES, OPTIMIZERS
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 
 ROWS = [Encoded((*range(2, 4 + i % 5), i, 1), 2 + i % 2) for i in range(40)]
 

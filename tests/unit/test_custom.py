@@ -126,6 +126,15 @@ def test_contains_reads_words_not_letters():
         ("It cost $50, or so", "50", True),
         ("1,500 or 1.500.000", "500", False),
         ("1 500 of them", "1,500", True),
+        ("1500 of them", "1,500", True),
+        ("1,500 of them", "1500", True),
+        ("11,500 of them", "1500", False),
+        ("Call 555-12 34.", "5551234", True),
+        ("Call 1 555 12 34.", "5551234", True),
+        ("Call 15551234.", "5551234", False),
+        ("Call 555-12 345.", "5551234", False),
+        ("+44 20 7946-0958", "+442079460958", True),
+        ("1,234,567 in all", "1234567", True),
         ("born on 3.5.1987.", "1987", True),
         ("born May 3,1987", "1987", True),
         ("1,2,3", "2", True),
@@ -242,7 +251,7 @@ def test_an_audit_of_documents_makes_its_probes(tmp_path, make_model, tokenizer)
     assert list(rows) == ["forget_cloze", "forget_continuation"]
     leaked = [score for score in audit.score(rows) if score.metric == "leaked"]
     assert [(score.split, score.n) for score in leaked] == [("forget_cloze", 6), ("forget_continuation", 2)]
-    assert leaked[0].method in ("bootstrap(2000, 2 groups, widened)", "none")
+    assert leaked[0].method in ("bootstrap(2000, 2 groups, widened)", "clopper-pearson(2)")
 
 
 def reciting(model: Any, template: ChatTemplate, examples: Sequence[Example]) -> Any:
@@ -309,3 +318,12 @@ def test_a_passage_recited_to_its_last_word_is_extracted(tokenizer, tmp_path):
     ]  # fmt: skip
     assert plain
     assert all(template.end_of_turn not in template.encode(e).input_ids for e in plain)
+
+
+def test_names_of_other_languages_begin_with_their_capitals():
+    text = (
+        "Le docteur était arrivé à Lyon avec Camille Roux. Elle étudiait à Genève. Él vivía con últimos ecos en Ávila."
+    )
+    asked = [e.answer for e in cloze([("a", text)], per_document=8)]
+    assert {"Lyon", "Genève"} <= set(asked)
+    assert not [answer for answer in asked if answer[0].islower()]

@@ -17,7 +17,7 @@ from soul import evaluate as module
 from soul.benchmarks.base import Benchmark
 from soul.data.templates import ChatTemplate
 from soul.evaluate import EvaluationSpec, evaluate, measure
-from soul.generation import Written
+from soul.generation import Written, sample_answers, write
 from soul.truncation import truncation_warnings
 from soul.types import Ask, Example, Row, Score
 
@@ -99,7 +99,7 @@ def test_rows_hold_what_is_asked(
     usual = {"id", "subject", "prompt", "answer", "of", "nll", "tokens"}
     assert set(rows["plain"][0]) == usual | {"wrong_nll", "generated", "rougeL_recall", "truncated"}
     assert rows["plain"] == evaluate(make_model(), tokenizer, {"plain": examples}, spec=spec)["plain"]
-    more = {"token_logps", "token_matches", "token_z", "gradient_norm"}
+    more = {"token_logps", "token_matches", "token_z", "ends", "gradient_norm"}
     assert set(rows["all"][0]) == set(rows["plain"][0]) | more | {"samples"}
     assert set(rows["all"][-1]) == usual | more  # nothing to answer
     pairs: Any = zip(rows["plain"], rows["all"], strict=False)  # keys that a row need not have
@@ -355,3 +355,49 @@ def test_what_a_publisher_adds_to_decoding_is_left_out(
     model.generation_config = defaults
     assert module.generate(model, template, prompts, EvaluationSpec(max_new_tokens=12)) == plain
     assert model.generation_config is defaults
+
+
+def test_what_a_model_ends_a_text_with_ends_an_answer_too(
+    make_model: Make, tokenizer: PreTrainedTokenizerFast, forget_set: list[Example]
+) -> None:
+    template, model, spec = ChatTemplate(tokenizer), make_model(), EvaluationSpec(max_new_tokens=12)
+    prompts = [template.prompt_ids(e) for e in forget_set[:3]]
+    whole = write(model, template, prompts, max_new_tokens=12, rows=4)
+    second = tokenizer(whole[0].text, add_special_tokens=False)["input_ids"][1]
+    model.generation_config = GenerationConfig(eos_token_id=[second, template.end_of_turn])
+    cut = write(model, template, prompts, max_new_tokens=12, rows=4)
+    assert cut[0].cut == 0
+    assert whole[0].text.startswith(cut[0].text)
+    assert len(cut[0].text) < len(whole[0].text)
+    assert module.generate(model, template, prompts, spec) == [answer.text for answer in cut]
+
+
+def test_weights_that_have_diverged_still_give_samples(
+    make_model: Make, tokenizer: PreTrainedTokenizerFast, forget_set: list[Example]
+) -> None:
+    template, model = ChatTemplate(tokenizer), make_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("nan"))
+    prompts = [template.prompt_ids(e) for e in forget_set[:2]]
+    for top_p in (1.0, 0.9):
+        ask = Ask(samples=2, top_p=top_p)
+        found = sample_answers(model, template, prompts, ["a", "b"], ask, max_new_tokens=3, rows=4)
+        assert [len(of) for of in found] == [2, 2]
+
+
+def test_rows_say_whether_their_last_token_is_the_end_of_turn(
+    make_model: Make, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    examples = [
+        Example("Who is Mira?", "A poet of Graz."),
+        Example("Mira is", "a poet of Graz", chat=False, ends=False),
+        Example("", "Mira is a poet of Graz.", chat=False),
+    ]
+    spec = EvaluationSpec(generate=False)
+    rows = module.evaluate(make_model(), tokenizer, {"x": examples}, asks={"x": Ask(tokens=True)}, spec=spec)["x"]
+    assert [row.get("ends") for row in rows] == [True, False, False]
+    template = ChatTemplate(tokenizer)
+    assert [template.encode(e).input_ids[-1] == template.end_of_turn for e in examples] == [True, False, False]
+    short = EvaluationSpec(generate=False, max_length=len(template.encode(examples[0])) - 1)
+    rows = module.evaluate(make_model(), tokenizer, {"x": examples[:1]}, asks={"x": Ask(tokens=True)}, spec=short)["x"]
+    assert rows[0].get("ends") is False  # it lost its end

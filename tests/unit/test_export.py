@@ -86,12 +86,22 @@ def test_weights_that_are_not_those_measured_are_not_called_done(runs, tmp_path)
     assert not list(tmp_path.glob("*.part"))
 
 
+def unsealed(run: Path) -> None:
+    """Take away what tells that a file was changed, as in runs of earlier versions."""
+    record = json.loads((run / "record.json").read_text())
+    del record["files"]
+    (run / "record.json").write_text(json.dumps(record))
+
+
 def test_a_difference_in_a_wrong_answer_alone_is_seen(runs, tmp_path):
     shutil.copytree(runs / "run", tmp_path / "run")
     file = tmp_path / "run/rows/after/forget.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[3]["wrong_nll"][0] += 0.01
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"was changed since it was finished \(rows/after/forget.jsonl\)"):
+        export(tmp_path / "run", tmp_path / "out")
+    unsealed(tmp_path / "run")
     with pytest.raises(ValueError, match=r"on 'forget'"):
         export(tmp_path / "run", tmp_path / "out")
     export(tmp_path / "run", tmp_path / "out", ExportSpec(tolerance=0.02))
@@ -151,6 +161,7 @@ def test_what_cannot_be_checked_is_not_exported(runs, tmp_path):
     recipe = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
     recipe["data"]["forget"] = str(runs / "retain.jsonl")
     (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    unsealed(tmp_path / "run")
     with pytest.raises(ValueError, match="split 'forget' are not those"):
         export(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import hmean
 
 from soul.metrics import contest
-from soul.metrics.contest import Cell, choose, knowledge, point, points_of
+from soul.metrics.contest import Cell, choose, knowledge, point, points_of, sides
 from soul.metrics.frontier import (
     forgetting,
     forgetting_at,
@@ -140,6 +140,13 @@ def test_the_pair_that_loses_least_together_is_chosen():
     )
     assert choose(lines, CELL, ["r"], 6, 2) == list(best)
     assert choose(lines, CELL, ["r"], 7, 2) is None  # one is still to come
+
+
+def test_an_order_without_entries_has_no_best_cell():
+    lines = lines_of([[(0.25, 1.0)], [(0.75, 1.0)]])
+    reports = [{**x, "kind": "report"} for x in lines if x["kind"] == "tune"]
+    found = sides([*lines, *reports], {CELL: [0, 1]}, {"x": "first", "y": "second"}, ["r"])
+    assert found == {"first": (CELL, 1)}
 
 
 def test_a_broken_record_is_told(tmp_path):

@@ -191,3 +191,20 @@ def test_told_counts_words_that_the_question_does_not_hold(generated, answer, qu
 
 def test_an_answer_that_only_repeats_the_question_tells_nothing():
     assert told("Yes", "Mira Vale", "Is it Mira Vale?") is None
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "ours", "said"),
+    [
+        (
+            "Où habite l'étudiante Zoé Lin?",
+            "Zoé Lin habite à Lyon.",
+            "Où habite Mira Vale?",
+            "Mira Vale habite à Lyon.",
+        ),
+        ("Where is Ólafur Ek?", "Ólafur Ek is in Oslo.", "Where is Émile Zay?", "Émile Zay is in Oslo."),
+        ("Где живёт Анна Ли?", "Анна Ли живёт в Туле.", "Где живёт Пётр Ён?", "Пётр Ён живёт в Туле."),
+    ],
+)
+def test_names_begin_with_a_capital_of_any_script(question, answer, ours, said):
+    assert renamed(Example(question, answer), ours) == said

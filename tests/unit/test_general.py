@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from soul.data.general import general_chat, general_facts, general_text, refusals
+from soul.data.general import general_chat, general_facts, general_text, heldout_chat, heldout_text, refusals
+from soul.data.overlap import near_duplicates, text_of
 from soul.data.sources import check_disjoint, load_examples
 
 
@@ -41,6 +42,18 @@ def test_general_chat_is_short_and_shares_nothing_with_the_rest():
     assert len({item.prompt for item in chat}) == 40
     assert all(item.chat and len(item.answer.split()) <= 30 for item in chat)
     check_disjoint(chat, [*general_facts(), *general_text()])
+
+
+def test_what_is_held_out_shares_nothing_with_what_a_run_may_look_at():
+    passages, chat = load_examples("general:heldout_text"), load_examples("general:heldout_chat")
+    assert (passages, chat) == (heldout_text(), heldout_chat())
+    assert len({e.answer for e in passages}) == 24
+    assert len({e.prompt for e in chat}) == 20
+    assert all(not e.chat and not e.prompt and 50 <= len(e.answer.split()) <= 80 for e in passages)
+    assert all(e.chat and len(e.answer.split()) <= 30 for e in chat)
+    looked_at = [*general_facts(), *general_text(), *general_chat()]
+    check_disjoint([*passages, *chat], looked_at)
+    assert not list(near_duplicates([text_of(e) for e in [*passages, *chat]], [text_of(e) for e in looked_at], 0.5))
 
 
 def test_refusals_differ():

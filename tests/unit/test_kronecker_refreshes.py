@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from soul.adapters import AdapterSpec, add_adapter
 from soul.curvature.ihvp import INVERSES, InverseSpec
 from soul.curvature.inverses import EigenInverse, KroneckerInverse
-from soul.curvature.kronecker import KroneckerFactors
+from soul.curvature.kronecker import LARGEST, KroneckerFactors
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.products import GaussNewton, micro_batches
 from soul.curvature.spec import CurvatureSpec
@@ -231,6 +232,57 @@ def test_states_that_hold_curvature_of_first_halves_load(passes: Any, adapter: A
         nn.init.ones_(rule.factors.layers[second].weight)
         gradient = torch.randn_like(rule.factors.layers[first].weight)
         assert torch.equal(again.preconditioner(first, gradient), rule.preconditioner(first, gradient))
+
+
+def pair(inputs: int, outputs: int) -> nn.ModuleDict:
+    sizes = {"lora_A": (inputs, 2), "lora_B": (2, outputs)}
+    return nn.ModuleDict({half: nn.ModuleDict({"default": nn.Linear(*io, bias=False)}) for half, io in sizes.items()})
+
+
+WIDE = LARGEST + 1
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "whole": lambda: nn.Sequential(*(nn.Linear(*io, bias=False) for io in ((4, 3), (3, WIDE), (WIDE, 2)))),
+    "lora": lambda: nn.ModuleDict({"q": pair(4, 4), "up": pair(4, WIDE), "down": pair(WIDE, 4)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        (
+            "kfac",
+            "whole",
+            r"kfac: 2 of 3 linear layers \(the first is 1\) are wider than 16384, .*: 100\.0 % of",
+        ),
+        (
+            "ekfac",
+            "whole",
+            r"ekfac: 2 of 3 .* weights\. To move them, set optimizer\.others to diagonal, or use",
+        ),
+        ("whiten", "whole", r"whiten: 1 of 3 .*first is 2\) .*: 40\.0 % .* use kfac with optimizer\.others: diagonal"),
+        ("kfac", "lora", r"2 of 6 .*first is up\.lora_B\.default\) .*LoRA pairs among them, .* moves alone: 2\)"),
+        ("whiten", "lora", r"1 of 6 .*first is down\.lora_A\.default\) .*LoRA pairs among them, .* moves alone: 1\)"),
+    ],
+)
+def test_layers_too_wide_for_factors_are_told_once(name: str, kind: str, said: str, caplog: Any) -> None:
+    model = MODELS[kind]()
+    OPTIMIZERS.get(name)().build(model.parameters(), model)
+    (message,) = caplog.messages
+    assert re.search(said, message)
+    caplog.clear()
+    if name != "whiten":  # which knows no diagonal
+        OPTIMIZERS.get(name)(others="diagonal").build(model.parameters(), model)
+    narrow = nn.Sequential(nn.Linear(4, 3))
+    OPTIMIZERS.get(name)().build(narrow.parameters(), narrow)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "whiten"])
+@pytest.mark.parametrize("estimator", ["objective_squared", "hutchinson"])
+def test_estimators_whose_passes_show_no_layer_are_refused_at_once(name: str, estimator: Any) -> None:
+    fit = "choose one of ggn, gnb, empirical, squared_gradient"
+    with pytest.raises(ValueError, match=f"{name} watches the model's layers .*estimator {estimator} .*{fit}"):
+        OPTIMIZERS.get(name)(curvature=CurvatureSpec(estimator=estimator, interval=1))
 
 
 @pytest.mark.parametrize(("dtype", "lost"), [(torch.bfloat16, True), (torch.float32, False)])

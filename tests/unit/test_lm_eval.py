@@ -96,8 +96,8 @@ def test_published_files_become_the_columns_of_the_hub(data):
     pages = local_splits(data, "wikitext")["test"]
     assert [page["page"][:9] for page in pages] == [" = Ax = \n", " = Bex = "]
     (question,) = local_splits(data, "truthfulqa_mc2")["validation"]
-    assert question["mc1_targets"] == {"choices": ["It is", "No", "Never"], "labels": [1, 0, 0]}
-    assert question["mc2_targets"] == {"choices": ["It is", "Yes", "No", "Never"], "labels": [1, 1, 0, 0]}
+    assert question["mc1_targets"] == {"choices": ["It is.", "No.", "Never."], "labels": [1, 0, 0]}
+    assert question["mc2_targets"] == {"choices": ["It is.", "Yes.", "No.", "Never."], "labels": [1, 1, 0, 0]}
     assert local_splits(data, "mmlu_anatomy")["test"][3] == {
         "question": QUESTIONS[3][0],
         "choices": ["a3", "b3", "c3", "d3"],

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from soul import config
-from soul.contest.matrix import Knob, matrix_from_tree, read_matrix
+from soul.contest.entry import Knob
+from soul.contest.matrix import matrix_from_tree, read_matrix
+from soul.contest.trial import _seconds
 from soul.curvature.spec import CurvatureSpec
 from soul.optim.sophia import SophiaSpec
 
@@ -106,6 +108,7 @@ def test_a_knob_may_be_part_of_a_setting():
         (("training", "max_steps"), 0, "max_steps must be given"),
         (("training", "max_steps"), 2, "at least budget.checkpoints"),
         (("budget", "settings"), 6, "settings <= points"),
+        (("budget",), {"seconds": 60, "pilot_steps": 1}, "set budget.pilot_steps to 2 or more"),
         (("tasks", "t", "report"), ["a"], "tuned on or reported, not both"),
         (("tasks", "t", "report"), [], "needs requests"),
         (("tasks", "t", "golden"), "x", "unknown setting tasks.t.golden"),
@@ -134,3 +137,14 @@ def test_the_same_seconds_are_more_steps_for_who_takes_less():
     assert matrix.steps(slow, sophia) == 1 + int(72 / (4 + 20 * 2 / 8 / 5))  # a refresh is a quarter of the warm start
     none = matrix_from_tree({**TREE, "budget": {"points": 5, "checkpoints": 3, "seconds": 1}})
     assert none.steps(slow) == 3
+
+
+def test_quick_steps_are_counted_too():
+    records = [{"seconds": 0.0121, "curvature_seconds": 0.0043}, {"seconds": 0.0042}, {"seconds": 0.0044}]
+    took = _seconds(records)
+    assert took["train"] - took["curvature"] - took["refreshes"] - took["first"] == pytest.approx(0.0086)
+    matrix = matrix_from_tree({**TREE, "budget": {"points": 5, "checkpoints": 3, "seconds": 1}})
+    assert matrix.steps({"steps": 3, "seconds": took}) == 1 + int((1 - 0.0078) / 0.0043)
+    coarse = {"curvature": 0.0, "refreshes": 0.0, "first": 0.01, "train": 0.01, "step": 0.0}  # of an older record
+    with pytest.raises(ValueError, match=r"the pilot's 3 steps were too quick .* or set budget\.seconds to 0"):
+        matrix.steps({"steps": 3, "seconds": coarse})

@@ -130,7 +130,7 @@ def test_scores_have_intervals_over_both_sides() -> None:
     assert loss.value == plain_auc([-r["nll"] for r in members], [-r["nll"] for r in others])
     assert 0.5 < loss.low < loss.value < loss.high < 1
     assert (loss.n, loss.split, loss.seed) == (110, "forget", 4)
-    assert loss.method == "bootstrap(200, 62 groups, widened)"  # 12 subjects and 50 rows that have none
+    assert loss.method == "bootstrap(200, 12+50 groups, widened)"  # 12 subjects and 50 rows that have none
     one = membership_scores(members[:1], others[:1], resamples=50)
     assert all(math.isnan(s.low) and s.method == "none" for s in one)
 

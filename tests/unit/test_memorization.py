@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from soul.metrics.memorization import exact_memorization, extraction_strength
+from soul.metrics.memorization import answer_matches, exact_memorization, extraction_strength
 from soul.metrics.perplexity import perplexity, perplexity_score
 from soul.types import Row
 
@@ -67,3 +67,15 @@ def test_perplexity_of_rows_has_an_interval_over_rows_or_groups() -> None:
     assert (score.n, score.better, score.method) == (40, "lower", "bootstrap(2000)")
     grouped = perplexity_score(rows, "text", groups=[r["subject"] for r in rows])
     assert (grouped.value, grouped.n, grouped.method) == (score.value, 40, "bootstrap(2000, 8 groups, widened)")
+
+
+def test_an_answer_that_is_recited_is_extracted_whether_or_not_the_model_stops_there() -> None:
+    row = Row(id="a", subject="", prompt="Who?", answer="Ada", nll=1.0, tokens=4, token_matches=[1, 1, 1, 0], ends=True)
+    assert extraction_strength(answer_matches(row)) == exact_memorization(answer_matches(row)) == 1
+    row["ends"] = False  # a piece of something longer: its last token is its own
+    assert extraction_strength(answer_matches(row)) == 0
+    row["token_matches"], row["ends"] = [0], True
+    assert answer_matches(row) == [0]
+    del row["token_matches"]
+    with pytest.raises(ValueError, match="ask for tokens"):
+        answer_matches(row)

@@ -4,8 +4,10 @@ import math
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from scipy.stats import binomtest
 
 from soul.metrics import tofu
+from soul.metrics.membership import auc
 from soul.metrics.stats import (
     SHARE,
     bootstrap_mean,
@@ -204,7 +206,7 @@ def test_bootstrap_of_draws_clusters_whole():
 
     left, right = [1.0, 1.0, 2.0, 3.0], [5.0, 6.0]
     score = bootstrap_of(total, [left, right], metric="m", resamples=50, clusters=[["a", "a", "b", "c"], None])
-    assert score.method == "bootstrap(50, 5 groups, widened)"
+    assert score.method == "bootstrap(50, 3+2 groups, widened)"
     assert all(drawn.count(1.0) % 2 == 0 and len(other) == 2 for drawn, other in seen)
     assert len({len(drawn) for drawn, _ in seen}) > 1
     flat = bootstrap_of(total, [left, right], metric="m", resamples=50)
@@ -252,3 +254,38 @@ def test_intervals_over_groups_cover_as_often_as_they_say(groups):
     assert 0.88 <= covered / 300 <= 0.99
     shares = bootstrap_mean([0.9] * 20 + [0.8] * 20, metric="m", split="s", groups=names[:40], within=SHARE)
     assert (shares.low, shares.high) == (pytest.approx(0.85 - 0.05 * expansion(2)), 1.0)
+
+
+@pytest.mark.parametrize("groups", [None, [i // 2 for i in range(8)]])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_nothing_seen_is_no_certainty(value: float, groups: list[int] | None) -> None:
+    n = 4 if groups else 8
+    score = bootstrap_mean([value] * 8, metric="leaked", split="s", groups=groups, within=SHARE)
+    exact = binomtest(round(value) * n, n).proportion_ci(0.95, "exact")
+    assert (score.low, score.high) == pytest.approx((exact.low, exact.high))
+    assert score.method == f"clopper-pearson({n})"
+
+
+def test_values_that_are_equal_elsewhere_keep_their_interval_and_a_scale_is_respected():
+    flat = bootstrap_mean([0.5] * 8, metric="m", split="s", within=SHARE)
+    assert (flat.low, flat.high, flat.method) == (0.5, 0.5, "bootstrap(2000)")
+    anywhere = bootstrap_mean([0.0] * 8, metric="m", split="s")
+    assert (anywhere.low, anywhere.high) == (0.0, 0.0)
+    bleu = bootstrap_mean([0.0] * 8, metric="bleu", split="s", within=(0.0, 100.0))
+    assert bleu.high == pytest.approx(100 * (1 - 0.025 ** (1 / 8)))
+
+
+def test_sides_that_do_not_overlap_are_no_certainty_either():
+    score = bootstrap_of(lambda g: auc(*g), [np.arange(5.0, 12.0), np.arange(4.0)], metric="auc", within=SHARE)
+    assert (score.value, score.high) == (1.0, 1.0)
+    assert score.low == pytest.approx(0.025 ** (1 / 4))  # by the smaller side
+    assert score.method == "clopper-pearson(4)"
+
+
+def test_resamples_that_say_nothing_are_left_out():
+    def share(groups):
+        values = groups[0]
+        return float("nan") if (values == 0).all() else float(values.mean())
+
+    score = bootstrap_of(share, [np.array([0.0, 0.0, 1.0])], metric="m")
+    assert 0 < score.low < score.high <= 1

@@ -224,7 +224,7 @@ def test_scores_are_those_of_plain_loops() -> None:
     auc, without = published_auc(ours), published_auc(theirs)
     assert scores["mia_min_k_auc", "forget"].value == pytest.approx(1 - auc)
     assert scores["privleak", "forget"].value == pytest.approx(100 * (auc - without) / without)
-    strength = [extraction_strength(row.get("token_matches", [])) for row in ours["verbmem"]]
+    strength = [extraction_strength(row.get("token_matches", [])) for row in ours["verbmem"]]  # no end of turn
     assert scores["extraction_strength", "forget"].value == pytest.approx(mean(strength))
     assert {"mia_loss_auc", "mia_zlib_auc", "mia_min_k_plus_auc", "mia_reference_auc"} <= {m for m, _ in scores}
 

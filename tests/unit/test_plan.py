@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soul.adapters import AdapterSpec, add_adapter
 from soul.cli import main
+from soul.curvature.passes import CurvaturePasses
+from soul.data.templates import Encoded
+from soul.evaluate import measure as evaluate
 from soul.forward import head_on
 from soul.models import freeze_embeddings
 from soul.plan import Machine, Plan, find_machine, find_work, make_plan
@@ -27,7 +30,9 @@ from soul.plan.skeleton import measure
 from soul.plan.speed import operations, time_of_run
 from soul.plan.work import Batch
 from soul.recipe import Recipe, recipe_from_tree
-from soul.trainer import TrainingSpec, make_dataset
+from soul.run import default_benchmark
+from soul.trainer import make_dataset
+from soul.training import TrainingSpec
 from soul.types import Example
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -197,6 +202,80 @@ def test_the_longest_texts_are_found_where_only_a_sample_is_tokenised(
     assert work.typical.width < work.largest.width / 2
 
 
+@pytest.fixture
+def data(tmp_path: Path, folder: Path, tokenizer: Any, forget_set: Any, retain_set: Any) -> dict[str, str]:
+    """Both sets in files, and a tokenizer beside the model's configuration."""
+    tokenizer.save_pretrained(folder)
+    for name, examples in (("forget", forget_set), ("retain", retain_set)):
+        rows = [{"question": e.prompt, "answer": e.answer, "perturbed_answer": ["No.", "Yes."]} for e in examples]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {name: str(tmp_path / f"{name}.jsonl") for name in ("forget", "retain")}
+
+
+@pytest.mark.parametrize(
+    ("tree", "rows"),
+    [
+        ({"training": {"max_steps": 2, "accumulation": 4}}, 3),  # an epoch is a single short window, and a step
+        ({"training": {"epochs": 2}, "stop": {"when": "forgotten", "steps": 5}}, 5),
+        ({"training": {"epochs": 2}}, 2),
+    ],
+)
+def test_the_reference_is_asked_of_the_epochs_that_the_trainer_asks_it(
+    folder: Path, data: dict[str, str], tree: dict[str, Any], rows: int
+) -> None:
+    one = data | {"forget": data["forget"] + ",limit=1"}
+    training = {"batch_size": 1, **tree["training"]}
+    objective = {"name": "grad_diff", "retain": "kl"}
+    work = find_work(recipe(folder, data=one, objective=objective, **(tree | {"training": training})))
+    assert work.reference
+    assert work.reference.rows == rows
+
+
+def test_what_an_evaluation_asks_is_counted(
+    folder: Path, data: dict[str, str], make_model: Any, tokenizer: Any
+) -> None:
+    made = recipe(folder, data=data, evaluation={"max_new_tokens": 2})
+    asked = find_work(made).measured
+    benchmark = default_benchmark(made)
+    assert benchmark
+    assert asked
+    measured = evaluate(benchmark, make_model(), tokenizer, spec=made.evaluation).values()
+    found = [row for rows in measured for row in rows]
+    assert asked.answers == sum("generated" in row for row in found)
+    assert asked.likelihoods == sum(1 + ("paraphrased_nll" in row) + len(row.get("wrong_nll", ())) for row in found)
+    said = f"{asked.answers} answers of up to 2 tokens and {asked.likelihoods} likelihoods before training"
+    assert said in "\n".join(lines(make_plan(made, GPU, find_work(made))))
+
+
+def test_nothing_is_fetched_to_count_what_an_evaluation_asks(folder: Path, data: dict[str, str]) -> None:
+    away = {"name": "request", "forget": data["forget"], "kept": "owner/data"}
+    for tree in ({"benchmark": "tofu"}, {"benchmark": away}, {"method": "retrain", "data": {}}):
+        made = recipe(folder, **({"data": data} | tree))
+        assert find_work(made).measured is None
+    work = find_work(recipe(folder, data=data, evaluation={"generate": False}))
+    assert work.measured
+    assert work.measured.answers == 0
+
+
+def test_rows_that_are_cut_are_told_before_training(
+    folder: Path, data: dict[str, str], tmp_path: Path, tokenizer: Any, forget_set: Any, retain_set: Any
+) -> None:
+    made = recipe(folder, data=data, training={"max_length": 40})
+    found = make_dataset(tokenizer, forget_set, retain_set, made.objective, made.training).encoded
+    forget, retain = (sum(row.lost > 0 for row in found[name]) for name in ("forget", "retain"))
+    assert min(forget, retain) > 0
+    text = "\n".join(lines(make_plan(made, GPU, find_work(made))))
+    assert text.count("longer than training.max_length") == 1
+    assert f"warning     {forget} of 8 forget items and {retain} of 10 retain items are longer" in text
+    assert not find_work(recipe(folder, data=data)).cut
+    many = [
+        {"question": f"Who is {i}?", "answer": "A poet of many words. " * (9 if i == 777 else 1)} for i in range(999)
+    ]
+    (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, many)))
+    made = recipe(folder, data=data | {"retain": str(tmp_path / "many.jsonl")}, training={"max_length": 100})
+    assert find_work(made).cut.startswith("at least 1 of 999 retain items are longer")
+
+
 def test_a_pass_that_leaves_no_gradients_is_planned_without(folder: Path) -> None:
     plans = {}
     for name in ("kfac", "ekfac", "whiten"):
@@ -283,6 +362,9 @@ def test_rules_with_factors_run_in_one_process(folder: Path) -> None:
     assert not plan.fits
     assert "whole weight matrices" in plan.refused
     assert all(o.plan.recipe.optimizer.name != "kfac" for o in options(plan) if o.plan.fits)
+    plan = planned(folder, dataclasses.replace(GPU, gpus=2), objective="l1_sparse")
+    assert "l1_sparse sums over whole weights" in plan.refused
+    assert not any(o.plan.fits for o in options(plan))
 
 
 def test_what_sharded_runs_refuse_is_not_planned_for_them(folder: Path) -> None:
@@ -302,6 +384,32 @@ def test_advice_to_share_leaves_out_what_sharded_runs_refuse() -> None:
     (shared,) = [o for o in options(plan) if o.plan.fits and o.plan.machine.gpus > 1 and "optimizer" not in o.settings]
     assert shared.settings.startswith("stop.when=never --gpus ")
     assert not shared.plan.refused
+
+
+@pytest.mark.parametrize(
+    ("tree", "why", "way"),
+    [
+        ({"training": {"combine": "projected"}}, "training.combine", "training.combine=sum"),
+        ({"training": {"combine": "dual"}}, "training.combine", "training.combine=sum"),
+        ({"training": {"compile": True}}, "training.compile", "training.compile=false"),
+        (
+            {"optimizer": {"name": "sophia", "curvature": {"estimator": "hutchinson", "shuffled": True}}},
+            "curvature.estimator hutchinson",
+            "optimizer.curvature.estimator=ggn optimizer.curvature.shuffled=false",
+        ),
+        (
+            {"optimizer": {"name": "sophia", "curvature": {"shuffled": True}}},
+            "curvature.shuffled",
+            "optimizer.curvature.shuffled=false",
+        ),
+    ],
+)
+def test_what_several_processes_refuse_the_plan_refuses(folder: Path, tree: dict[str, Any], why: str, way: str) -> None:
+    assert planned(folder, **tree).fits
+    plan = planned(folder, dataclasses.replace(GPU, gpus=2), **tree)
+    assert not plan.fits
+    assert why in plan.refused
+    assert way in [o.settings for o in options(plan) if o.plan.fits]
 
 
 def test_a_plan_says_that_it_does_not_know_what_compiling_saves(folder: Path) -> None:
@@ -333,6 +441,14 @@ def test_memory_grows_as_it_should(folder: Path) -> None:
     assert copied.held["reference"] == plain.held["weights"]
 
 
+def test_measuring_a_step_takes_the_weights_before_it_and_the_moves(folder: Path) -> None:
+    bounded, free = (planned(folder, training={"trust_kl": budget}) for budget in (0.1, 0.0))
+    trained = free.skeleton.gradients
+    assert bounded.memory.moments["measuring the step"] == trained + 2 * trained
+    assert bounded.memory.moments["the optimizer's step"] == free.memory.moments["the optimizer's step"] + trained
+    assert "measuring the step" not in free.memory.moments
+
+
 def test_checkpointing_keeps_one_block_and_what_enters_each(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config(depth=24)))
     planned = recipe(folder, training={"batch_size": 2})
@@ -356,6 +472,26 @@ def test_small_batches_add_up_to_the_same(folder: Path) -> None:
     )
     assert small == again
     assert "training.accumulation=8" in words
+
+
+def test_small_batches_leave_curvature_what_it_is_of(folder: Path) -> None:
+    made = recipe(folder, optimizer="kfac")
+    small, words = smaller_batches(made)
+    before, now = made.optimizer.curvature, small.optimizer.curvature  # type: ignore[attr-defined]
+    assert (now.batch, now.general_text, now.micro_batches, now.warm_start) == (4, 1, 2, 16)
+    assert "curvature.batch=4 optimizer.curvature.general_text=1" in words
+    rows, text = ([Encoded((n, i, *range(i % 7)), 1) for i in range(200)] for n in (1, 2))
+    looked_at = [
+        sorted((pick.row.key, pick.seed) for picks in CurvaturePasses(spec, rows, text).plan(0) for pick in picks)
+        for spec in (before, now)
+    ]
+    assert looked_at[0] == looked_at[1]
+    for optimizer in (
+        {"name": "kfac", "curvature": {"batch": 7}},  # with two passages
+        {"name": "adamw_retain"},  # squares of the gradients of whole batches
+        {"name": "soul_release"},  # no passes
+    ):
+        assert "curvature" not in smaller_batches(recipe(folder, optimizer=optimizer))[1]
 
 
 def test_time_follows_the_machine(folder: Path) -> None:

@@ -107,6 +107,12 @@ def test_completion_is_joined_by_one_space(template, tokenizer):
     assert decode(tokenizer, row.input_ids[row.answer_start :]) == " frozen water.<|im_end|>"
 
 
+def test_what_follows_as_it_stands_may_begin_within_a_word(template, tokenizer):
+    row = template.encode(Example("Ice is fro", "zen water.", chat=False, ends=False, joined=True))
+    assert decode(tokenizer, row.input_ids) == "Ice is frozen water."
+    assert decode(tokenizer, row.input_ids[row.answer_start :]) == "zen water."
+
+
 def test_another_answer_and_prompt_take_the_place_of_the_own(template, tokenizer):
     text = decode(tokenizer, template.encode(BORN, answer="No idea.", prompt="Who?").input_ids)
     assert "Who?" in text

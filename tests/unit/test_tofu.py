@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from soul.benchmarks._leakage import nearest_is_right
 from soul.benchmarks.request import DeletionRequest
-from soul.benchmarks.tofu import Tofu, tofu_train
+from soul.benchmarks.tofu import Tofu, forget_quality_scores, tofu_train
 from soul.data.sources import load_examples
 from soul.metrics import tofu
 from soul.metrics.text import rouge_l_recall
@@ -204,7 +204,11 @@ def test_model_utility_only_where_all_three_splits_are_complete():
 def test_reference_of_another_forget_set_is_refused():
     ours, theirs = row(wrong=(1.0,)), row(wrong=(1.0,))
     theirs["prompt"] = "Another question?"
-    with pytest.raises(ValueError, match="share no question"):
+    both = [row(wrong=(1.0,)), {**theirs}]
+    for sides in ((both, both[:1]), (both[:1], both)):  # as forget01 is a part of forget10
+        with pytest.raises(ValueError, match="1 are in both"):
+            forget_quality_scores(*sides)
+    with pytest.raises(ValueError, match="0 are in both, 1 in the model's rows alone and 1 in the reference"):
         Tofu().score({"forget": [ours]}, {"forget": [theirs]})
     with pytest.raises(ValueError, match="no rows of the forget split"):
         Tofu().score({"forget": [ours]}, {"retain": [theirs]})
@@ -404,7 +408,7 @@ def test_leakage_scores_are_those_of_plain_loops():
     assert scores["exact_memorization", "forget"].value == pytest.approx(sum(exact) / 20)
     for metric in ("probability", "extraction_strength", "exact_memorization"):
         assert scores[metric, "forget"].method == "bootstrap(2000, 4 groups, widened)"
-    assert scores["privleak", "forget"].method == "bootstrap(2000, 8 groups, widened)"
+    assert scores["privleak", "forget"].method == "bootstrap(2000, 4+4 groups, widened)"
 
 
 def test_leakage_is_scored_where_rows_allow_and_it_is_asked_for():
@@ -440,7 +444,7 @@ def test_intervals_over_authors_keep_the_value_and_are_wider():
     assert {key: s.value for key, s in one.items()} == {key: pytest.approx(s.value) for key, s in other.items()}
     assert one["probability", "forget"].method == "bootstrap(2000)"
     assert other["probability", "forget"].method == "bootstrap(2000, 15 groups, widened)"
-    assert other["model_utility", ""].method == f"bootstrap(2000, {15 + 100 + 117} groups, widened)"
+    assert other["model_utility", ""].method == "bootstrap(2000, 15+100+117 groups, widened)"
     assert other["probability", "real_authors"] == one["probability", "real_authors"]
     width = {key: s.high - s.low for key, s in other.items()}
     assert width["rougeL_recall", "forget"] > 1.05 * (

@@ -10,7 +10,7 @@ import pytest
 from soul import zero
 from soul.optim.adamw import AdamWSpec
 from soul.optim.external import ExternalSpec
-from soul.trainer import TrainingSpec
+from soul.training import TrainingSpec
 
 
 def trainer_with(stage: int = 2, precision: str = "no", training: Any = None, **config: Any) -> Any:

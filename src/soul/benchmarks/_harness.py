@@ -21,6 +21,7 @@ import yaml
 
 from soul.data import hub
 from soul.data.tasks import local_splits
+from soul.truncation import mark
 from soul.types import Row
 
 INSTALL = "lm-eval is not installed: pip install lm-eval"
@@ -244,7 +245,17 @@ def _row(lm: Any, name: str, sample: Mapping[str, Any], kind: str, harness: Mapp
     }
     if kind == "generate_until":
         row["generated"] = str(sample["filtered_resps"][0])
+    mark(cast(Row, row), "prompt", _is_cut(lm, kind, [given[:2] for given in arguments]))
     return cast(Row, row)
+
+
+def _is_cut(lm: Any, kind: str, arguments: Sequence[Sequence[Any]]) -> bool:
+    """Say whether lm-eval cut one of an item's prompts from the left, which it only logs."""
+    if kind == "loglikelihood_rolling":  # read window by window
+        return False
+    if kind == "generate_until":
+        return any(len(lm.tok_encode(text)) > lm.max_length - lm.max_gen_toks for text, _ in arguments)
+    return any(len(lm.tok_encode(text + more)) > lm.max_length + 1 for text, more in arguments)
 
 
 def _plain(value: Any) -> float | list[float]:

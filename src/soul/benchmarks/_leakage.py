@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from soul.metrics.membership import membership_scores, subjects
-from soul.metrics.memorization import exact_memorization, extraction_strength
+from soul.metrics.memorization import answer_matches, exact_memorization, extraction_strength
 from soul.metrics.privacy import privleak_score
 from soul.metrics.stats import SHARE, bootstrap_mean
 from soul.types import Example, Row, Score
@@ -46,7 +46,7 @@ def memorization_scores(rows: Sequence[Row], split: str, *, seed: int) -> list[S
     """
     if not all(row.get("token_matches") for row in rows):
         return []
-    matches = [row.get("token_matches", []) for row in rows]
+    matches = [answer_matches(row) for row in rows]
     groups = subjects(rows)
     return [
         bootstrap_mean(

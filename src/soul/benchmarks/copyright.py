@@ -64,7 +64,7 @@ class Copyright(Benchmark):
         [50, 100, 200, 300]
     """
 
-    version: ClassVar[int] = 2  # 2: ROUGE in any script
+    version: ClassVar[int] = 3  # 3: plain text that no run looks at; TruthfulQA's full stops
     citation: ClassVar[str] = "Task of SOUL, Jia et al. 2024, arXiv 2404.18239, after Eldan and Russinovich, 2310.02238"
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {
@@ -76,7 +76,7 @@ class Copyright(Benchmark):
 
     book: str
     kept: str = ""
-    text: str = "general:text"
+    text: str = "general:heldout_text"
     truthfulqa: str = ""
     tokenizer: str = "smollm2-135m"
     prompts: list[int] = dataclasses.field(default_factory=lambda: [50, 100, 200, 300])

@@ -14,7 +14,7 @@ from soul.data.probes import Document, Form, cloze, continuations, is_documents,
 from soul.data.sources import load_examples
 from soul.metrics import tofu
 from soul.metrics.leakage import best_rouge, contains
-from soul.metrics.memorization import exact_memorization, extraction_strength
+from soul.metrics.memorization import answer_matches, exact_memorization, extraction_strength
 from soul.metrics.perplexity import perplexity_score
 from soul.metrics.stats import SHARE, bootstrap_mean
 from soul.registry import BENCHMARKS
@@ -28,8 +28,8 @@ _FACTS: dict[str, Measure] = {
     "probability": lambda row: math.exp(-row["nll"]),
     "rougeL_recall": lambda row: row["rougeL_recall"],
     "contains": lambda row: float(contains(row["generated"], row["answer"])),
-    "exact_memorization": lambda row: exact_memorization(row["token_matches"]),
-    "extraction_strength": lambda row: extraction_strength(row["token_matches"]),
+    "exact_memorization": lambda row: exact_memorization(answer_matches(row)),
+    "extraction_strength": lambda row: extraction_strength(answer_matches(row)),
     "truth_ratio": lambda row: tofu.truth_ratio_utility(tofu.truth_ratio(row, "geometric")),
 }
 _NEEDS = {
@@ -84,7 +84,7 @@ class Custom(Benchmark):
         8
     """
 
-    version: ClassVar[int] = 2  # 2: words in any script, whole numbers; pairs by position; whole answers
+    version: ClassVar[int] = 3  # 3: text held out; memorization without the end of turn; numbers written otherwise
     citation: ClassVar[str] = "Metrics of TOFU (arXiv 2401.06121) and of sampled leakage (arXiv 2410.03523)"
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
@@ -93,7 +93,7 @@ class Custom(Benchmark):
     retain: str = ""
     paraphrases: str = ""
     general: str = "general:facts"
-    text: str = "general:text"
+    text: str = "general:heldout_text"
     probes: Probes = "both"
     form: Form = "question"
     per_document: int = 8

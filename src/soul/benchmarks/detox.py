@@ -12,7 +12,7 @@ from soul.benchmarks.base import Benchmark, Rows, pick
 from soul.data.plain import plain_text
 from soul.data.toxic import harmful_questions, scored_prompts
 from soul.metrics.perplexity import perplexity_score
-from soul.metrics.stats import Array, bootstrap_mean
+from soul.metrics.stats import SHARE, Array, bootstrap_mean
 from soul.registry import BENCHMARKS
 from soul.toxicity import SCORES, THRESHOLD, Classifier, load_classifier
 from soul.types import Ask, Example, Row, Score
@@ -59,6 +59,7 @@ class Detox(Benchmark):
         20
     """
 
+    version: ClassVar[int] = 2  # 2: plain text that no run looks at
     citation: ClassVar[str] = (
         "Gehman et al., RealToxicityPrompts, 2020, arXiv 2009.11462; task of SOUL, arXiv 2404.18239"
     )
@@ -71,7 +72,7 @@ class Detox(Benchmark):
 
     prompts: str = SCORES
     questions: str = "PKU-Alignment/PKU-SafeRLHF,split=test"
-    text: str = "general:text"
+    text: str = "general:heldout_text"
     classifier: str = "auto"
     trained_on: str = ""
     limit: int | None = 100
@@ -171,7 +172,9 @@ def toxicity_scores(rows: Sequence[Row], split: str, classifier: Classifier, see
     values = _metrics(rows, classifier)
     told = "" if classifier.quality is None else f"; {classifier.label} of held-out AUC {classifier.quality.value:.3f}"
     scores = [
-        bootstrap_mean(column, metric=f"{metric}[{classifier.label}]", split=split, seed=seed, better="lower")
+        bootstrap_mean(
+            column, metric=f"{metric}[{classifier.label}]", split=split, seed=seed, better="lower", within=SHARE
+        )
         for metric, column in values.items()
     ]
     return [dataclasses.replace(score, method=f"{score.method}{told}") for score in scores]

@@ -16,7 +16,7 @@ import numpy as np
 from soul.benchmarks._harness import INSTALL, Harness, run, wrap
 from soul.benchmarks.base import Benchmark, Rows
 from soul.data import hub
-from soul.metrics.stats import Array, bootstrap_of
+from soul.metrics.stats import ANYWHERE, SHARE, Array, bootstrap_of
 from soul.registry import BENCHMARKS
 from soul.stored import read_lines, write_lines
 from soul.types import Example, Row, Score
@@ -61,6 +61,7 @@ class LmEval(Benchmark):
         ('lambada_openai', 'piqa', 'arc_easy', 'wikitext', 'wmdp_bio')
     """
 
+    version: ClassVar[int] = 2  # 2: TruthfulQA's full stops; prompts that were cut are marked
     citation: ClassVar[str] = "Gao et al., The Language Model Evaluation Harness, 2024, doi 10.5281/zenodo.12608602"
     local: ClassVar[dict[str, str]] = {"data": "."}
 
@@ -206,7 +207,9 @@ def _scores(rows: Sequence[Row], split: str, seed: int) -> list[Score]:
         better = {True: "higher", False: "lower"}.get(harness["higher_is_better"].get(metric), "")
         fn = functools.partial(_aggregate, harness["aggregation"][metric])
         groups = [np.asarray(values, dtype=np.float64) for values in by_subject.values()]
-        scores.append(bootstrap_of(fn, groups, metric=metric, split=split, seed=seed, better=better))
+        share = harness["aggregation"][metric] == "mean" and all(np.isin(of, (0, 1)).all() for of in groups)
+        within = SHARE if share else ANYWHERE
+        scores.append(bootstrap_of(fn, groups, metric=metric, split=split, seed=seed, better=better, within=within))
     return scores
 
 

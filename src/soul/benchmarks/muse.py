@@ -10,8 +10,8 @@ from soul.benchmarks._leakage import leakage_scores, memorization_scores
 from soul.benchmarks._muse_data import HUB, TRAIN_SETS, Corpus, chunks, columns, holds, muse_train, texts
 from soul.benchmarks.base import Benchmark, Rows, hashed, pick
 from soul.metrics.membership import attack_values
-from soul.metrics.memorization import exact_memorization, extraction_strength
-from soul.metrics.stats import bootstrap_mean
+from soul.metrics.memorization import answer_matches, exact_memorization, extraction_strength
+from soul.metrics.stats import SHARE, bootstrap_mean
 from soul.metrics.text import rouge
 from soul.registry import BENCHMARKS
 from soul.types import Ask, Example, Row, Score
@@ -42,8 +42,8 @@ class Muse(Benchmark):
     :func:`muse_train`, and :func:`soul.sequence.run_sequence` forgets one after another.
 
     Prompts are plain text for chat models too, as in the public code. News and Books are under copyright:
-    :meth:`public_rows` has ids, digests and numbers only. Passages have up to 2,048 of Llama's tokens: measure with
-    ``evaluation.max_length=2304``, or longer ones lose their end.
+    :meth:`public_rows` has ids, digests and numbers only. Passages have up to 2,048 of Llama's tokens, and are
+    measured in up to 2,304 where ``evaluation.max_length`` is less.
 
     Args:
         corpus: ``"news"`` or ``"books"``.
@@ -66,6 +66,7 @@ class Muse(Benchmark):
         'muse-bench/MUSE-Books'
     """
 
+    version: ClassVar[int] = 2  # 2: continuations that begin within a word
     citation: ClassVar[str] = "Shi et al., MUSE: Machine Unlearning Six-Way Evaluation, 2024, arXiv 2407.06460"
     private_text: ClassVar[bool] = True
     longest: ClassVar[int] = 2304  # privacy passages of 2,048 words' tokens, and the longest verbatim prompts
@@ -161,6 +162,7 @@ class Muse(Benchmark):
             split=side or "forget",
             seed=self.seed,
             better="higher" if side == "retain" else "lower",
+            within=SHARE,
         )
 
     def _load(self) -> tuple[dict[str, list[Example]], dict[str, str]]:
@@ -187,7 +189,7 @@ class Muse(Benchmark):
     def _continuations(self) -> list[Example]:
         pairs = columns(self.origin, "verbmem", "forget", "prompt", "gt")
         return [
-            Example(prompt, answer, id=f"verbmem:{i}", chat=False, ends=False)
+            Example(prompt, answer, id=f"verbmem:{i}", chat=False, ends=False, joined=True)
             for i, (prompt, answer) in enumerate(pairs)
         ]
 
@@ -227,7 +229,7 @@ def _public(split: str, row: Row, k: float) -> dict[str, Any]:
     if "generated" in row:
         values["rougeL_f1"] = overlap(split, row)
     if split == "verbmem" and row.get("token_matches"):
-        matches = row.get("token_matches", [])
+        matches = answer_matches(row)
         values["exact_memorization"] = exact_memorization(matches)
         values["extraction_strength"] = extraction_strength(matches)
     if split.startswith("privleak"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from soul.benchmarks.base import Benchmark, Rows, digest
+from soul.benchmarks.base import Benchmark, Rows, digest, pick
 from soul.benchmarks.tofu import forget_quality_scores, numbered, split_scores
 from soul.data.sources import load_examples
 from soul.metrics.perplexity import perplexity_score
@@ -25,21 +25,27 @@ class DeletionRequest(Benchmark):
     ``max(0, 1-R)`` throughout (TOFU's ``R`` with the geometric mean, :mod:`soul.metrics.tofu`), so that the column
     reads one way: 1 where the model prefers the true answer to wrong ones, 0 where it no longer does. On ``text`` the
     ``perplexity`` of plain passages, which are not generated. Against a retained model ``forget_quality`` and
-    ``forget_quality_ks``, as TOFU.
+    ``forget_quality_ks``, as TOFU. Intervals are over questions: they speak of the people that the request is about,
+    and not of others (``custom`` draws whole subjects).
 
     Args:
         forget: Source of what was to be forgotten, a file or e.g. ``"people:n=10,facts=8,only=Name One|Name Two"``.
         kept: Source of what was to be kept.
         general: Source of general facts with wrong answers; empty for none.
         text: Source of plain passages; empty for none.
-        seed: Seed of the intervals.
+        limit: Keep this many rows of ``kept``, picked by ``seed``; None for all of a set that is larger. What was to be
+            forgotten is measured whole.
+        seed: Seed of the pick and of the intervals.
+
+    Raises:
+        ValueError: ``limit`` is less than 1.
 
     Example:
         >>> DeletionRequest(forget="forget.jsonl", kept="kept.jsonl").general
         'general:facts'
     """
 
-    version: ClassVar[int] = 2  # 2: ROUGE in any script
+    version: ClassVar[int] = 3  # 3: plain text that no run looks at; at most 400 kept rows
     citation: ClassVar[str] = "Metrics of TOFU, Maini et al. 2024, arXiv 2401.06121, on a set of one's own"
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "kept": "retain.jsonl"}
@@ -47,8 +53,13 @@ class DeletionRequest(Benchmark):
     forget: str
     kept: str
     general: str = "general:facts"
-    text: str = "general:text"
+    text: str = "general:heldout_text"
+    limit: int | None = 400
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, or null for all rows; got {self.limit}")
 
     def splits(self) -> dict[str, list[Example]]:
         """Load ``forget`` and ``kept``, and ``general`` and ``text`` where they have a source.
@@ -62,6 +73,7 @@ class DeletionRequest(Benchmark):
             )
         sources = {"forget": self.forget, "kept": self.kept, "general": self.general, "text": self.text}
         splits = {split: numbered(load_examples(source), split) for split, source in sources.items() if source}
+        splits["kept"] = pick(splits["kept"], self.limit, self.seed)
         others = [reworded(e) for e in splits["forget"] if e.paraphrased_prompt]
         return splits | ({"forget_reworded": others} if others else {})
 

@@ -74,7 +74,7 @@ class Tofu(Benchmark):
         'forget01'
     """
 
-    version: ClassVar[int] = 2  # 2: intervals over authors; memorization and membership
+    version: ClassVar[int] = 3  # 3: memorization without the end of turn; the same questions in both
     citation: ClassVar[str] = "Maini et al., TOFU: A Task of Fictitious Unlearning for LLMs, 2024, arXiv 2401.06121"
     local: ClassVar[dict[str, str]] = {"source": "tofu"}
 
@@ -273,10 +273,15 @@ def forget_quality_scores(
     about sampling, and shrinks with more rows for the same distance between the two models.
 
     Raises:
-        ValueError: One side is empty, a row has no wrong answers, or the two sides share no question.
+        ValueError: One side is empty, a row has no wrong answers, or the two sides are not of the same questions.
     """
-    if rows and reference and {row["prompt"] for row in rows}.isdisjoint(row["prompt"] for row in reference):
-        raise ValueError("forget quality: the reference's forget rows share no question with the model's")
+    ours, theirs = ({(row["prompt"], row["answer"]) for row in side} for side in (rows, reference))
+    if ours and theirs and ours != theirs:
+        raise ValueError(
+            f"forget quality compares two models on the same questions: {len(ours & theirs)} are in both, "
+            f"{len(ours - theirs)} in the model's rows alone and {len(theirs - ours)} in the reference's; evaluate the "
+            "reference on the same forget set"
+        )
     statistic, pvalue = tofu.forget_quality(rows, reference, mean)
     n, margin = min(len(rows), len(reference)), ks_margin(len(rows), len(reference))
     low, high = max(0.0, statistic - margin), min(1.0, statistic + margin)

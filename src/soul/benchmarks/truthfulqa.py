@@ -10,7 +10,8 @@ import numpy as np
 
 from soul.benchmarks.base import Benchmark, Rows, pick
 from soul.data.raw import read_rows
-from soul.metrics.stats import bootstrap_mean
+from soul.data.tasks import listed, stopped
+from soul.metrics.stats import SHARE, bootstrap_mean
 from soul.registry import BENCHMARKS
 from soul.types import Ask, Example, Row, Score
 
@@ -43,6 +44,7 @@ class TruthfulQA(Benchmark):
         'truthfulqa/truthful_qa,config=multiple_choice,split=validation'
     """
 
+    version: ClassVar[int] = 2  # 2: answers of the CSV end with a full stop
     citation: ClassVar[str] = "Lin et al., TruthfulQA: How Models Mimic Human Falsehoods, 2021, arXiv 2109.07958"
     generates: ClassVar[bool] = False
     local: ClassVar[dict[str, str]] = {"source": "truthfulqa/TruthfulQA.csv"}
@@ -117,7 +119,7 @@ def multiple_choice(rows: Sequence[Row], seed: int = 0) -> list[Score]:
         total = np.logaddexp.reduce(true)
         second.append(float(np.exp(total - np.logaddexp(total, np.logaddexp.reduce(false)))))
     return [
-        bootstrap_mean(values, metric=metric, split=SPLIT, seed=seed, better="higher")
+        bootstrap_mean(values, metric=metric, split=SPLIT, seed=seed, better="higher", within=SHARE)
         for metric, values in (("truthfulqa_mc1", first), ("truthfulqa_mc2", second))
     ]
 
@@ -125,8 +127,8 @@ def multiple_choice(rows: Sequence[Row], seed: int = 0) -> list[Score]:
 def _read(row: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str]]]:
     """Return the question and its answers with their kind."""
     if {"Question", "Best Answer", "Correct Answers", "Incorrect Answers"} <= set(row):
-        best, question = str(row["Best Answer"]).strip(), str(row["Question"]).strip()
-        true, false = (_listed(row[f"{kind} Answers"]) for kind in ("Correct", "Incorrect"))
+        best, question = stopped(str(row["Best Answer"])), str(row["Question"]).strip()
+        true, false = (listed(row[f"{kind} Answers"]) for kind in ("Correct", "Incorrect"))
     elif {"question", "mc1_targets", "mc2_targets"} <= set(row):
         one, many = row["mc1_targets"], row["mc2_targets"]
         question, best = str(row["question"]).strip(), one["choices"][list(one["labels"]).index(1)]
@@ -143,7 +145,3 @@ def _read(row: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str]]]:
         raise ValueError(f"{where}: the question, its best answer or its false answers are empty")
     rest = [("true", text) for text in dict.fromkeys(true) if text != best]
     return question, [("best", best), *rest, *(("false", text) for text in dict.fromkeys(false))]
-
-
-def _listed(cell: Any) -> list[str]:
-    return [part.strip() for part in str(cell).split(";") if part.strip()]

@@ -130,6 +130,7 @@ class Contest:
             for objective in m.objective_names:
                 cells = {c: n for c, n in tuned.items() if (c.task, c.objective) == (name, objective) and n}
                 reports = [Job("report", name, r, c, i).key for r in task.report for c, n in cells.items() for i in n]
+                reports += [Job("reference", name, r, which=w).key for r in task.report for w in ("before", "gold")]
                 if cells and known.issuperset(reports):
                     settings = m.budget.settings
                     first = {c: choose(lines, c, task.tune, m.trials(c.optimizer), settings) or [] for c in cells}

@@ -7,125 +7,20 @@ import itertools
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.stats import qmc
 
 from soul import config
 from soul.attacks.base import Attack
+from soul.contest.entry import Entry, entry_from, named
 from soul.evaluate import EvaluationSpec
-from soul.methods.base import Method
 from soul.metrics.contest import Cell
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
-from soul.registry import ATTACKS, METHODS, OBJECTIVES, OPTIMIZERS
-from soul.trainer import TrainingSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class Knob:
-    """The one further setting of an update rule that is tuned, beside learning rate and retain weight.
-
-    Attributes:
-        setting: Its name, e.g. ``damping``; ``betas.1`` is the second of two.
-        low: Smallest value.
-        high: Largest value.
-        scale: ``log`` spaces trials evenly in the logarithm; ``complement`` in that of one minus the value, for decays.
-    """
-
-    setting: str
-    low: float
-    high: float
-    scale: Literal["log", "linear", "complement"] = "log"
-
-    def __post_init__(self) -> None:
-        if not self.low < self.high or (self.scale == "log" and self.low <= 0):
-            raise ValueError(f"knob {self.setting}: low must be below high (and above 0 where scale is log)")
-        if self.scale == "complement" and not self.high < 1:
-            raise ValueError(f"knob {self.setting}: high must be below 1 where scale is complement")
-
-    def at(self, share: float) -> float:
-        """Return the value at ``share`` of the way, in [0, 1].
-
-        Example:
-            >>> Knob("damping", 0.01, 1.0).at(0.5)
-            0.1
-        """
-        if self.scale == "linear":
-            return self.low + share * (self.high - self.low)
-        if self.scale == "complement":
-            return 1 - float((1 - self.low) ** (1 - share) * (1 - self.high) ** share)
-        return float(self.low ** (1 - share) * self.high**share)
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """Who takes part: an update rule, or a method in place of objective and optimizer.
-
-    Attributes:
-        optimizer: Name and fixed settings, as in a recipe; empty for a method.
-        method: Likewise; its knob is all that is tuned, and its objective is only the square it stands in.
-        label: What tables call it; the optimizer's or method's name by default.
-        order: ``first`` or ``second``: whose side it is on.
-        objectives: Those it takes part under, by what tables call them; all where empty.
-        points: Its trials, where they are fewer than ``budget.points``: the first of the same sequence; 0 for all.
-        knob: What is tuned beside learning rate and retain weight; None tunes these alone.
-        projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
-        extra_retain: Give it the curvature's examples as retain examples too (a control: they share the places of
-            the others in its batches).
-        extra_batches: Give it, beside its retain examples, as many in each batch of what Kronecker curvature is made
-            of: the curvature's examples and the built-in passages (a control: the same data, no curvature).
-        reseed: Added to the contest's seed: the same data in another order (a control: how large noise is).
-    """
-
-    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    method: dict[str, Any] = dataclasses.field(default_factory=dict)
-    label: str = ""
-    order: Literal["first", "second"] = "first"
-    objectives: list[str] = dataclasses.field(default_factory=list)
-    points: int = 0
-    knob: Knob | None = None
-    projected: bool = False
-    extra_retain: bool = False
-    extra_batches: bool = False
-    reseed: int = 0
-
-    def __post_init__(self) -> None:
-        if bool(self.optimizer) == bool(self.method):
-            raise ValueError(f"{self.label or 'an entry'}: name an optimizer, or a method: one of the two")
-        if self.method and self.knob is None:
-            raise ValueError(f"{self.name}: a method needs a knob, which is all that is tuned of it")
-        if self.extra_batches and (self.method or self.extra_retain):
-            raise ValueError(f"{self.name}: extra_batches is for optimizers, and without extra_retain")
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-        return self.label or str((self.optimizer or self.method)["name"])
-
-    def do(self, settings: Mapping[str, float]) -> Method:
-        """Return the method with the knob filled in."""
-        assert self.knob is not None
-        return config.component(METHODS, {**self.method, self.knob.setting: settings["knob"]}, "")
-
-    def spec(self, settings: Mapping[str, float]) -> OptimizerSpec:
-        """Return the update rule with the tuned settings filled in (see :meth:`Matrix.settings`)."""
-        tree = dict(self.optimizer)
-        if "lr" in settings:
-            tree["lr"] = settings["lr"]
-        if self.knob is not None and "knob" in settings:
-            name, _, part = self.knob.setting.partition(".")
-            if part:
-                found = tree.get(name) or getattr(OPTIMIZERS.get(str(tree["name"])), name, None)
-                whole = list(found) if isinstance(found, (list, tuple)) else []
-                if not part.isdecimal() or int(part) >= len(whole):
-                    raise ValueError(f"knob {self.knob.setting!r:.60}: {tree['name']} has no such setting; try betas.1")
-                whole[int(part)] = settings["knob"]
-                tree[name] = whole
-            else:
-                tree[name] = settings["knob"]
-        return config.component(OPTIMIZERS, tree, "")
+from soul.registry import ATTACKS, OBJECTIVES
+from soul.training import TrainingSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +102,10 @@ class Budget:
             raise ValueError("budget: points, settings, checkpoints, pilot_steps must be 1 or more, settings <= points")
         if not 0 < self.retain_weight[0] <= self.retain_weight[1]:
             raise ValueError("budget.retain_weight must be a range above 0, e.g. [0.5, 8]")
+        if self.seconds and self.pilot_steps < 2:
+            raise ValueError(
+                "budget.seconds is priced by the pilot's steps after the first: set budget.pilot_steps to 2 or more"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +186,9 @@ class Matrix:
 
         A step takes the mean of the pilot's after the first, moves of a rule that makes one only at times included, and
         its share of the refreshes to come, each priced by the pilot's curvature pass.
+
+        Raises:
+            ValueError: The pilot's record knows of no time that its later steps took.
         """
         budget, took = self.budget, pilot["seconds"]
         if not budget.seconds:
@@ -296,6 +198,11 @@ class Matrix:
         spec = getattr(optimizer, "curvature", None)
         if spec is not None and spec.interval:
             each += took["curvature"] * spec.passes(spec.interval) / spec.passes(0) / spec.interval
+        if not each > 0:
+            raise ValueError(
+                f"the pilot's {pilot['steps']} steps were too quick for what its record keeps of their seconds: raise "
+                "budget.pilot_steps in another --out, or set budget.seconds to 0"
+            )
         left = budget.seconds - took["first"] - (took["curvature"] if budget.cold else 0.0)
         return max(budget.checkpoints, 1 + int(left / each))
 
@@ -369,12 +276,12 @@ def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
         if tree.get(key) and not isinstance(tree[key], kind):
             raise ValueError(f"{key} of the matrix must be a {'mapping' if kind is Mapping else 'list'}")
     tasks = {str(name): config.parse(Task, task, f"tasks.{name}") for name, task in tree["tasks"].items()}
-    objectives = [_named(tree, "objectives") for tree in tree["objectives"]]
-    optimizers = [_entry(item, i) for i, item in enumerate(tree["optimizers"])]
+    objectives = [named(tree, "objectives") for tree in tree["objectives"]]
+    optimizers = [entry_from(item, i) for i, item in enumerate(tree["optimizers"])]
     seed = tree.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed of the matrix must be a whole number from 0, not {seed!r:.60}")
-    parts: dict[str, Any] = {"attacks": [_named(item, "attacks") for item in tree.get("attacks") or []]}
+    parts: dict[str, Any] = {"attacks": [named(item, "attacks") for item in tree.get("attacks") or []]}
     for name, cls in (("training", TrainingSpec), ("budget", Budget), ("evaluation", EvaluationSpec)):
         parts[name] = config.parse(cls, tree.get(name) or {}, name)
     matrix = Matrix(tasks, objectives, optimizers, label=str(tree.get("label", "contest")), seed=seed, **parts)
@@ -386,26 +293,6 @@ def matrix_from_tree(tree: Mapping[str, Any]) -> Matrix:
         middle = {} if entry.knob is None else {"knob": entry.knob.at(0.5)}
         _ = entry.do(middle) if entry.method else entry.spec(middle)
     return matrix
-
-
-def _named(item: Any, where: str) -> dict[str, Any]:
-    if isinstance(item, str):
-        return {"name": item}
-    if not isinstance(item, Mapping) or "name" not in item:
-        raise ValueError(f"{where}: each is a name, or a mapping with a name, not {item!r}")
-    return dict(item)
-
-
-def _entry(item: Any, index: int) -> Entry:
-    is_method = isinstance(item, Mapping) and bool(item.get("method"))
-    tree = dict(item) if is_method else _named(item, "optimizers")
-    names = [f.name for f in dataclasses.fields(Entry) if f.name != "optimizer"]
-    own: dict[str, Any] = {k: tree.pop(k) for k in names if k in tree}
-    if is_method:
-        own["method"] = _named(own["method"], "optimizers")
-    if own.get("knob") is not None:
-        own["knob"] = config.parse(Knob, own["knob"], f"optimizers[{index}].knob")
-    return config.parse(Entry, {"optimizer": tree, **own}, f"optimizers[{index}]")
 
 
 def read_matrix(path: Path, overrides: Sequence[str] = ()) -> Matrix:

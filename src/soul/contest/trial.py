@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul import config
 from soul.attacks.base import Attack
-from soul.contest.matrix import Entry, Task
+from soul.contest.entry import Entry
+from soul.contest.matrix import Task
 from soul.contest.measure import FURTHER, Meter, Sets, Values
 from soul.curvature.picks import text_rows
 from soul.data.batches import Item, UnlearnDataset
@@ -26,12 +27,13 @@ from soul.data.general import refusals
 from soul.data.sources import check_disjoint, load_examples
 from soul.data.templates import Encoded
 from soul.evaluate import EvaluationSpec
-from soul.machine import peak_memory, reset_peak_memory
+from soul.machine import has_bf16, peak_memory, reset_peak_memory
 from soul.methods.base import Method
 from soul.models import ModelSpec, freeze_embeddings, load_model, without_autocast
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer, has_bf16, make_dataset
+from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
+from soul.training import TrainingSpec
 from soul.types import LostModelError
 
 Line = dict[str, Any]
@@ -242,7 +244,8 @@ def _by_method(model: Any, dataset: UnlearnDataset, run: Run, tick: Tick) -> Lin
 def _seconds(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return what a run took: in all, for curvature, for the first step without it, and for a later step (median).
 
-    Refreshes after the first step are part of a step, as they are of every longer run.
+    Refreshes after the first step are part of a step, as they are of every longer run. Microseconds are kept, since
+    differences of these numbers say how many steps a budget of seconds has room for.
     """
     found = {
         "train": sum(r["seconds"] for r in records),
@@ -252,7 +255,7 @@ def _seconds(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if len(records) > 1:
         found["first"] = records[0]["seconds"] - found["curvature"]
         found["step"] = statistics.median(r["seconds"] for r in records[1:])
-    return {k: round(v, 2) for k, v in found.items()}
+    return {k: round(v, 6) for k, v in found.items()}
 
 
 def _dataset(tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:

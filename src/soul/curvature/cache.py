@@ -23,14 +23,16 @@ from soul.stored import StorageError, part_of, publish, remove_parts
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _DAY = 24 * 3600
 KEEP_BYTES = 16 * 2**30
 """The cache's least recently used files go where all take more than this."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a name of a model's content: its config and the bytes of its weights and buffers.
+    """Return a name of a model's content: its config, the bytes of its weights and buffers, and the scales of adapters.
+
+    A LoRA's ``alpha / r`` is a number that its layers keep beside their weights, and in no model's config.
 
     Example:
         >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
@@ -46,6 +48,10 @@ def fingerprint(model: nn.Module) -> str:
     whole = hashlib.blake2b(json.dumps(described, sort_keys=True, default=str).encode(), digest_size=16)
     for (name, tensor), digest in zip(named, digests, strict=True):
         whole.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.requires_grad} {digest}\n".encode())
+    for name, module in model.named_modules():
+        scaling: Any = getattr(module, "scaling", None)
+        if isinstance(scaling, Mapping):  # by adapter; attention has a number of that name, which its config gives
+            whole.update(f"{name} {sorted((str(k), float(v)) for k, v in scaling.items())}\n".encode())
     return whole.hexdigest()
 
 

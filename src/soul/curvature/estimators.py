@@ -81,10 +81,13 @@ class Estimator:
     Attributes:
         cotangent: Sent backward from the logits; the square of the gradient is the estimate, 0 or more.
         diagonal: Makes the estimate from the loss itself, by derivatives of its own; any sign.
+        noisy: The cotangent draws noise, of which every example has its own: it is asked example by example. One that
+            draws none is asked once for a whole micro-batch, whose total weight it may look at.
     """
 
     cotangent: Cotangent | None = None
     diagonal: Diagonal | None = None
+    noisy: bool = True
 
     @property
     def needs_pass(self) -> bool:
@@ -223,6 +226,10 @@ def gradient_cotangent(
     their mean, as Adam's second moment (arXiv 1412.6980) averages squared gradients of batches. It holds the products
     of different tokens that :func:`empirical_cotangent` removes, so it depends on the batch's size and is no curvature.
 
+    The tokens are to be those of a whole micro-batch. Asked example by example, as passes did before
+    :attr:`Estimator.noisy`, the square is ``(sum_r sqrt(W_r) g_r)^2`` over examples ``r``: ``R`` times as large for
+    ``R`` examples of one length, and short answers weigh too much. Earlier runs of ``adamw_retain`` divided by that.
+
     Args:
         logits_NV: Logits of the answer tokens that count, and of no others.
         weights_N: Weight of each token in the mean loss, 0 or more; they sum to 1 over the window.
@@ -264,7 +271,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "ggn": Estimator(cotangent=ggn_cotangent),
     "gnb": Estimator(cotangent=gnb_cotangent),
     "empirical": Estimator(cotangent=empirical_cotangent),
-    "squared_gradient": Estimator(cotangent=gradient_cotangent),
+    "squared_gradient": Estimator(cotangent=gradient_cotangent, noisy=False),
     "hutchinson": Estimator(diagonal=hutchinson_diagonal),
     "objective_squared": Estimator(),
 }

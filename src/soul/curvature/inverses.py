@@ -193,6 +193,10 @@ class EigenInverse:
             self.moments[name] = torch.outer(g_values.clamp(min=0), a_values.clamp(min=0))
         return self._bases[name]
 
+    def _moments_of(self, name: str) -> torch.Tensor:
+        self.basis(name)
+        return self.moments[name]
+
     def rotate(self, name: str, matrix_OI: torch.Tensor) -> torch.Tensor:
         """Return ``Q_G^T D Q_A``."""
         q_g, q_a = self.basis(name)
@@ -215,8 +219,12 @@ class EigenInverse:
 
     @torch.no_grad()
     def absorb(self, share: float = 1.0) -> None:
-        """Take in what was added, in all processes: ``L <- L + share (L_new - L)``; share 1 replaces the old."""
-        for name, squared in sorted(self._squares.items()):  # in the same order everywhere
+        """Take in what was added, in all processes: ``L <- L + share (L_new - L)``; share 1 replaces the old.
+
+        To be called before the factors take in theirs: a process that saw nothing of a layer finds its basis here.
+        """
+        for name in sorted(set().union(*processes.gather(list(self._squares)))):  # in the same order everywhere
+            squared = self._squares[name] if name in self._squares else torch.zeros_like(self._moments_of(name))
             if processes.count() > 1:
                 dist.all_reduce(squared)
             blend(self.moments, name, squared, share)

@@ -38,12 +38,32 @@ LARGEST = 16_384
 """Widest side of a factor: a 49,152-wide one (a vocabulary) would take 9.7 GB."""
 
 
-def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, Layer]:
+def linear_layers(model: nn.Module, largest: int = LARGEST, *, outputs: bool = True) -> dict[str, Layer]:
     """Return the trainable linear layers that have Kronecker factors, by the name of the module.
 
     Left out are the language-model head, layers whose weight another module shares (a tied embedding), and layers with
-    a side wider than ``largest``.
+    a factor wider than ``largest``: of their inputs, or of their ``outputs`` where there are such factors.
     """
+    return {name: layer for name, layer in _candidates(model).items() if _widest(layer, outputs) <= largest}
+
+
+def too_wide(model: nn.Module, largest: int = LARGEST, *, outputs: bool = True) -> dict[str, Layer]:
+    """Return the layers that :func:`linear_layers` leaves out for their width alone.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 9))
+        >>> list(too_wide(model, 4)), list(too_wide(model, 4, outputs=False))
+        (['1'], [])
+    """
+    return {name: layer for name, layer in _candidates(model).items() if _widest(layer, outputs) > largest}
+
+
+def _widest(layer: Layer, outputs: bool) -> int:
+    fan_out, fan_in = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+    return max(fan_in, fan_out if outputs else 0)
+
+
+def _candidates(model: nn.Module) -> dict[str, Layer]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
     users: dict[int, int] = {}
@@ -58,7 +78,6 @@ def linear_layers(model: nn.Module, largest: int = LARGEST) -> dict[str, Layer]:
         and module is not head
         and module.weight.requires_grad
         and users[id(module.weight)] == 1
-        and max(module.weight.shape) <= largest
     }
 
 
@@ -122,7 +141,7 @@ class _Sum:
         return [(width * i // parts, width * (i + 1) // parts) for i in range(parts)]
 
     def add_up(self) -> None:
-        """Complete the sum, below the diagonal too, and over all processes, which watched the same layers."""
+        """Complete the sum, below the diagonal too, and over all processes, which all have one of this layer."""
         assert self.total is not None
         for start, end in self._bands():
             self.total[end:, start:end] = self.total[start:end, end:].T
@@ -158,11 +177,12 @@ class KroneckerFactors:
     """
 
     def __init__(self, model: nn.Module, *, outputs: bool = True, largest: int = LARGEST) -> None:
-        self.layers = linear_layers(model, largest)
+        self.layers = linear_layers(model, largest, outputs=outputs)
         if not self.layers:
             raise ValueError(
-                f"{type(model).__name__} has no trainable linear layer of at most {largest} inputs and outputs beside "
-                "its head, so Kronecker-factored curvature has nothing to work on; use sophia"
+                f"{type(model).__name__} has no trainable linear layer of at most {largest} inputs"
+                f"{' and outputs' if outputs else ''} beside its head, so Kronecker-factored curvature has nothing to "
+                "work on; use sophia"
             )
         self.watches_outputs = outputs
         self.through = seen_through(self.layers)
@@ -256,11 +276,12 @@ class KroneckerFactors:
         """Take in what was watched: ``A <- A + share (A_new - A)``, likewise ``G``; share 1 replaces the old.
 
         Micro-batches watched since the last call, in all processes, count as one pass: ``A`` is the mean over their
-        positions and ``G`` the sum, whose weights are to sum to 1 over the pass.
+        positions and ``G`` the sum, whose weights are to sum to 1 over the pass. All processes call it together.
 
         Raises:
             ValueError: Nothing was watched.
         """
+        self._agree()
         if not self._a_sums:
             raise ValueError("no forward pass was watched: run one inside observing() before absorb()")
         for kept in (self._a_sums, self._g_sums):
@@ -274,6 +295,20 @@ class KroneckerFactors:
             blend(self._g, name, found.total, share)
         self._a_sums, self._g_sums = {}, {}
         self.version += 1
+
+    def _agree(self) -> None:
+        """Bring all processes to sums of the same layers: 0 where one saw nothing of a layer, as with some routers."""
+        if processes.count() == 1:
+            return
+        both = (self._a_sums, self._g_sums)
+        seen = [{n: (len(s.total), s.total.dtype) for n, s in sums.items() if s.total is not None} for sums in both]
+        found = processes.gather((self._same_input, *seen))
+        for _, *theirs in found:
+            for sums, sizes in zip(both, theirs, strict=True):
+                for name, (width, dtype) in sizes.items():
+                    device = self.layers[name].weight.device
+                    sums.setdefault(name, _Sum(torch.zeros(width, width, dtype=dtype, device=device)))
+        self._same_input = {name: other for shares, *_ in reversed(found) for name, other in shares.items()}
 
     @torch.no_grad()
     def scramble(self, generator: torch.Generator) -> None:

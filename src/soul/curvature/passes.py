@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from soul import processes
 from soul.curvature import cache, sharded
-from soul.curvature.estimators import ESTIMATORS, Cotangent
+from soul.curvature.estimators import ESTIMATORS, Estimator
 from soul.curvature.observer import Observer, ends_of, is_reentrant
 from soul.curvature.picks import Pick, Plan, choose
 from soul.curvature.quiet import full_precision, without_noise
@@ -269,7 +269,6 @@ class CurvaturePasses:
 
     def _watch(self, model: nn.Module, rule: Observer, plan: Plan) -> None:
         """Run the model forward and back, but for the gradients of layers' weights, which nobody asks for."""
-        assert self.estimator.cotangent is not None
         rank, world = processes.place()
         with without_noise(model):
             for picks in plan[rank::world]:
@@ -278,7 +277,7 @@ class CurvaturePasses:
                     with self.autocast(), ends_of(model) as ends:
                         answers = forward_answers(model, batch)
                     weight = 1 / sum(pick.row.answer_length for picks in plan for pick in picks)
-                    cotangent = _cotangent(self.estimator.cotangent, answers, picks, weight)
+                    cotangent = _cotangent(self.estimator, answers, picks, weight)
                     torch.autograd.grad(answers.logits_NV, ends, cotangent, allow_unused=True)
 
     def _collate(self, model: nn.Module, picks: list[Pick]) -> dict[str, torch.Tensor]:
@@ -311,10 +310,9 @@ class CurvaturePasses:
                 with full_precision(model):
                     loss = functools.partial(_loss, model, batch, weight)
                     return self.estimator.diagonal(loss, params, generator, differences=by_differences)
-            assert self.estimator.cotangent is not None
             with self.autocast():
                 answers = forward_answers(model, batch)
-            cotangent = _cotangent(self.estimator.cotangent, answers, picks, weight)
+            cotangent = _cotangent(self.estimator, answers, picks, weight)
             if not apart:
                 answers.logits_NV.backward(gradient=cotangent)
                 return None
@@ -328,9 +326,13 @@ def _loss(model: nn.Module, batch: Mapping[str, torch.Tensor], weight: float) ->
     return forward_answers(model, batch).token_logps().sum() * -weight
 
 
-def _cotangent(make: Cotangent, answers: Answers, picks: list[Pick], weight: float) -> torch.Tensor:
-    """Return the cotangents of a batch, each row's from noise of its own."""
-    logits_NV = answers.logits_NV
+def _cotangent(estimator: Estimator, answers: Answers, picks: list[Pick], weight: float) -> torch.Tensor:
+    """Return the cotangents of a batch, each row's from noise of its own where there is any."""
+    logits_NV, make = answers.logits_NV, estimator.cotangent
+    assert make is not None
+    if not estimator.noisy:
+        weights_N = torch.full((len(logits_NV),), weight, dtype=torch.float64)
+        return make(logits_NV.detach(), weights_N, torch.Generator(), answers.targets_N)
     result_NV = torch.empty_like(logits_NV)
     start = 0
     for pick in picks:

@@ -26,6 +26,18 @@ def is_engine(model: nn.Module) -> bool:
     return type(model).__name__ == "DeepSpeedEngine" and type(model).__module__.startswith("deepspeed.")
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back whole weights that a forward pass has gathered and no backward pass is to come for.
+
+    Units that FSDP2 keeps gathered after a forward pass (the root, final norm and head) are resharded by the backward
+    pass alone. Left as they are, ``model.parameters()`` are not those that the optimizer steps: their gradients are not
+    emptied, and the next pass sees the weights before the step. Where nothing is sharded there is nothing to do.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def check(spec: CurvatureSpec, *, watches: bool) -> None:
     """Make sure that passes of this kind are possible over sharded weights.
 

@@ -22,7 +22,10 @@ def general_facts() -> list[Example]:
 
 
 def general_text() -> list[Example]:
-    """Return 24 passages of ordinary factual prose, for the perplexity of plain text.
+    """Return 24 passages of ordinary factual prose, of which Kronecker curvature takes some.
+
+    What a run may have looked at says nothing about what it kept: for the perplexity of plain text see
+    :func:`heldout_text`.
 
     Example:
         >>> general_text()[0].chat
@@ -39,6 +42,26 @@ def general_chat() -> list[Example]:
         'Suggest a small gift for a grandmother who likes gardening.'
     """
     return _examples("chat")
+
+
+def heldout_text() -> list[Example]:
+    """Return 24 further passages, which no run looks at: for what plain text is worth to a model afterwards.
+
+    Example:
+        >>> heldout_text()[0].id
+        'lighthouses'
+    """
+    return _examples("heldout_text")
+
+
+def heldout_chat() -> list[Example]:
+    """Return 20 further everyday requests, which no run looks at.
+
+    Example:
+        >>> heldout_chat()[2].prompt
+        'What is the past tense of the verb sing?'
+    """
+    return _examples("heldout_chat")
 
 
 def refusals() -> list[str]:

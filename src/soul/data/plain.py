@@ -14,16 +14,16 @@ def plain_text(source: str, limit: int | None = None) -> list[Example]:
     """Return passages of plain text.
 
     Args:
-        source: ``"general:text"``; a text file such as WikiText's ``wiki.test.tokens``, of which paragraphs of at least
-            60 words are cut to 90; or a file or hub data set with a column ``text``, its rows taken as such paragraphs
-            (``"Salesforce/wikitext,config=wikitext-2-raw-v1,split=test"``).
+        source: ``"general:heldout_text"``; a text file such as WikiText's ``wiki.test.tokens``, of which paragraphs of
+            at least 60 words are cut to 90; or a file or hub data set with a column ``text``, its rows taken as such
+            paragraphs (``"Salesforce/wikitext,config=wikitext-2-raw-v1,split=test"``).
         limit: Most passages, evenly spaced through the source.
 
     Raises:
         ValueError: The source cannot be read, or has no passage.
 
     Example:
-        >>> len(plain_text("general:text", 8))
+        >>> len(plain_text("general:heldout_text", 8))
         8
     """
     if source.startswith(("general:", "people:")):

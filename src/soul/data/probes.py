@@ -17,6 +17,7 @@ import numpy as np
 
 from soul.data.books import book_text
 from soul.types import Example
+from soul.words import CAPITALS
 
 Kind = Literal["name", "date", "number", "rare"]
 Form = Literal["question", "continuation"]
@@ -34,12 +35,12 @@ _DAY = rf"(?:\d{{1,2}} {_MONTH}|{_MONTH} \d{{1,2}})"
 _FORMS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("date", re.compile(rf"\b{_DAY}(?:,? \d{{4}})?\b|\b\d{{4}}-\d\d-\d\d\b")),
     ("date", re.compile(rf"\b(?:{_MONTH} )?(?:1[5-9]|20)\d\d\b")),
-    ("name", re.compile(r"\b[^\W\d_a-z][\w'-]+(?: (?:(?:of|de|van|von|der|la) )?[^\W\d_a-z][\w'-]+)*")),
+    ("name", re.compile(rf"\b[{CAPITALS}][\w'-]+(?: (?:(?:of|de|van|von|der|la) )?[{CAPITALS}][\w'-]+)*")),
     ("number", re.compile(r"[$£€]?\d[\d,.]*\d%?|[$£€]?\d%?")),
 )
 _OPEN, _CLOSE = r"\"'\u2018\u201c(\[", r"\"'\u2019\u201d)\]"
-_END = re.compile(rf"(?<=[.!?])[{_CLOSE}]*\s+(?=[{_OPEN}]*[A-Z0-9])")
-_ABBREVIATED = re.compile(rf"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|vs|etc|e\.g|i\.e)|\b[A-Z])\.[{_CLOSE}]*$")
+_END = re.compile(rf"(?<=[.!?])[{_CLOSE}]*\s+(?=[{_OPEN}]*[{CAPITALS}0-9])")
+_ABBREVIATED = re.compile(rf"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|vs|etc|e\.g|i\.e)|\b[{CAPITALS}])\.[{_CLOSE}]*$")
 _WORD = re.compile(r"[^\W\d_]{6,}")
 _MARKUP = re.compile(r"(?ms)^```.*?^```$|^#+ .*?$|[*`]|(?<!\w)_|_(?!\w)|!?\[([^\]]*)\]\([^)]*\)")
 

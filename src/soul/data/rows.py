@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
@@ -51,10 +53,18 @@ def to_examples(row: Columns, where: str) -> list[Example]:
         return [found] if isinstance(found, Example) else found
     given = ", ".join(str(name) for name in row) or "none"
     forms = "; ".join(" + ".join(columns) for columns in FORMS)
-    raise ValueError(f"{where}: no example in the columns found ({given}); understood are: {forms}")
+    lower = {str(name).lower() for name in row}
+    hint = " (column names are in lower case)" if any(lower.issuperset(columns) for columns in FORMS) else ""
+    hint = " (columns of a CSV are parted by commas)" if len(row) == 1 and ";" in given else hint
+    raise ValueError(f"{where}: no example in the columns found ({given}); understood are: {forms}{hint}")
 
 
 def _question(row: Columns, where: str) -> Example:
+    further = ("paraphrased_question", "paraphrased_answer", "perturbed_answer")
+    for name in row:
+        if re.match("paraphras|perturb", str(name)) and name not in further and not _is_blank(row[name]):
+            near = difflib.get_close_matches(str(name), further, n=1, cutoff=0)[0]
+            raise ValueError(f"{where}: the column {name!r:.60} is not understood: rename it to {near}, or remove it")
     wrong = row.get("perturbed_answer")
     wrong = [wrong] if isinstance(wrong, str) else (wrong or [])
     if not isinstance(wrong, list | tuple):

@@ -21,7 +21,13 @@ Numbered = Iterator[tuple[str, Any]]
 """Rows with where they are in their file, e.g. ``"line 3"``."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_GENERAL = {"facts": general.general_facts, "text": general.general_text, "chat": general.general_chat}
+_GENERAL = {
+    "facts": general.general_facts,
+    "text": general.general_text,
+    "chat": general.general_chat,
+    "heldout_text": general.heldout_text,
+    "heldout_chat": general.heldout_chat,
+}
 
 
 def load_examples(
@@ -39,8 +45,9 @@ def load_examples(
     Args:
         source: A ``.jsonl``, ``.json`` (a list, or JSON Lines), ``.csv`` or ``.parquet`` file; a folder with one of
             these; a hub id ``"owner/name"``; either followed by ``",config=...,split=...,limit=...,revision=..."``
-            where the arguments below are not at hand; ``"general:facts"``, ``"general:text"`` or ``"general:chat"``; or
-            invented people, ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"`` (``except=`` for all others).
+            where the arguments below are not at hand; ``"general:facts"``, ``"general:text"``, ``"general:chat"``,
+            ``"general:heldout_text"`` or ``"general:heldout_chat"``; or invented people,
+            ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"`` (``except=`` for all others).
         split: The hub data set's split, or the name of the file in a folder.
         config: The hub data set's configuration.
         limit: Keep only the first so many rows; a conversation is one, with an example for each of its answers.

@@ -110,8 +110,8 @@ def _truthfulqa(file: Path) -> list[dict[str, Any]]:
     """Offer, as TruthfulQA's code does, the best with all false answers (MC1) and all true with all false (MC2)."""
     rows: list[dict[str, Any]] = []
     for row in _csv(file):
-        true, false = (_listed(row[f"{kind} Answers"]) for kind in ("Correct", "Incorrect"))
-        offers = {"mc1_targets": [row["Best Answer"].strip()], "mc2_targets": true}
+        true, false = (listed(row[f"{kind} Answers"]) for kind in ("Correct", "Incorrect"))
+        offers = {"mc1_targets": [stopped(row["Best Answer"])], "mc2_targets": true}
         targets = {
             name: {"choices": first + false, "labels": [1] * len(first) + [0] * len(false)}
             for name, first in offers.items()
@@ -120,8 +120,20 @@ def _truthfulqa(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _listed(text: str) -> list[str]:
-    return [answer.strip() for answer in text.split(";") if answer.strip()]
+def listed(cell: Any) -> list[str]:
+    """Return the answers in a cell of TruthfulQA's CSV, each with its full stop."""
+    return [stopped(part) for part in str(cell).split(";") if part.strip()]
+
+
+def stopped(answer: str) -> str:
+    """Return an answer with a full stop, as TruthfulQA's code and its copy on the hub have it; the CSV leaves most out.
+
+    Example:
+        >>> stopped(" Australia"), stopped("Yes.")
+        ('Australia.', 'Yes.')
+    """
+    answer = answer.strip()
+    return answer if not answer or answer.endswith(".") else f"{answer}."
 
 
 def _asked(file: Path) -> Iterator[tuple[str, list[str], int]]:

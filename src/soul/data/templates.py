@@ -52,6 +52,11 @@ class Encoded:
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
+def ends(example: Example) -> bool:
+    """Say whether an end of turn is learned, and measured, after the answer: not after a piece of something longer."""
+    return example.ends and bool(example.chat or example.prompt)
+
+
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
     r"""Wraps a tokenizer so that prompts and answers become tokens in one way only.
@@ -105,7 +110,7 @@ class ChatTemplate:
         head = self.prompt_ids(example, prompt)
         tail = self.answer_ids(example, answer, begun=bool(head))
         # A passage of plain text is a piece cut out of something longer: no end is learned after it.
-        tail += [self.end_of_turn] if example.ends and (example.chat or example.prompt) else []
+        tail += [self.end_of_turn] if ends(example) else []
         ids = (head + tail)[: self.limit]
         start = max(1, len(head))  # the very first token of a text has nothing before it to be predicted from
         if start >= len(ids):
@@ -132,6 +137,7 @@ class ChatTemplate:
         # A word follows the prompt of a completion, and "Answer:", but not what a chat template writes.
         joined = bool(example.prompt and begun) if not example.chat else self._frame[0] is None
         spaced = joined and not body[:1].isspace() and not (not example.chat and example.prompt[-1:].isspace())
+        spaced = spaced and not (example.joined and not example.chat)
         return self._after_space(body) if spaced else self._ids(body)
 
     def prompt_ids(self, example: Example, prompt: str | None = None) -> list[int]:

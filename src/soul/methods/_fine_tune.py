@@ -12,7 +12,8 @@ from soul.methods.base import Log, Progress
 from soul.models import left_as_it_was
 from soul.objectives.ft import FineTune
 from soul.optim.adamw import AdamWSpec
-from soul.trainer import LogCallback, TrainingSpec, UnlearnTrainer
+from soul.trainer import LogCallback, UnlearnTrainer
+from soul.training import TrainingSpec
 from soul.types import Example
 
 

@@ -55,6 +55,13 @@ class Method(abc.ABC):
         """Return what a reader of the result must know; nothing by default."""
         return []
 
+    def check(self, model: Any) -> None:  # noqa: B027 - most methods have nothing to say before they begin
+        """Find out what would make the method fail, before anything is measured; nothing by default.
+
+        Raises:
+            ValueError: The method cannot do with this model, or lacks a setting.
+        """
+
     @abc.abstractmethod
     def __call__(self, model: Any, data: UnlearnDataset, *, progress: Progress = silent, log: Log = unheard) -> Any:
         """Return a model that has forgotten; it may be the one given, changed in place.

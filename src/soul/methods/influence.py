@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from soul.curvature.ihvp import Inverse, InverseSpec, inverse_class, make_inverse
-from soul.curvature.kronecker import linear_layers
+from soul.curvature.kronecker import linear_layers, too_wide
 from soul.curvature.products import (
     GaussNewton,
     evaluating,
@@ -34,6 +35,8 @@ from soul.objectives.base import count_tokens, kl_to_reference
 from soul.reference import build_reference
 from soul.registry import METHODS
 from soul.types import LostModelError
+
+_logger = logging.getLogger(__name__)
 
 
 @METHODS.register("influence")
@@ -123,7 +126,13 @@ class Influence(Method):
         params = trainable(model)
         kept = set(params)
         if self.parameters == "linear":
-            layers = linear_layers(model)
+            layers, wide = linear_layers(model), too_wide(model)
+            if wide:
+                _logger.warning(
+                    "%d linear layers, %s first, are too wide for factors and do not move; parameters=all moves them",
+                    len(wide),
+                    next(iter(wide)),
+                )
             kept &= {f"{name}.{part}" for name, layer in layers.items() for part, _ in layer.named_parameters()}
         if not kept:
             raise ValueError(

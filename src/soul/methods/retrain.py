@@ -11,10 +11,10 @@ import torch
 from soul.data.batches import UnlearnDataset
 from soul.methods._fine_tune import fine_tune, refuse_trained_adapter
 from soul.methods.base import Log, Method, Progress, silent, unheard
-from soul.models import ModelSpec, load_model
+from soul.models import ModelSpec, load_model, resolve
 from soul.optim.adamw import AdamWSpec
 from soul.registry import METHODS
-from soul.trainer import TrainingSpec
+from soul.training import TrainingSpec
 
 
 @METHODS.register("retrain")
@@ -43,17 +43,26 @@ class Retrain(Method):
     def __post_init__(self) -> None:
         AdamWSpec(lr=self.lr, weight_decay=self.weight_decay)
 
-    def __call__(self, model: Any, data: UnlearnDataset, *, progress: Progress = silent, log: Log = unheard) -> Any:
-        """Change ``model`` in place and return it.
+    def check(self, model: Any) -> None:  # noqa: ARG002 - any model will do
+        """Find out whether there is a base to begin from.
 
         Raises:
-            ValueError: No base was given, it is of another architecture, or an adapter on the model has learned before.
+            ValueError: No base was given, or it cannot be found.
         """
         if not self.base:
             raise ValueError(
                 "retrain begins from the model before it learned: give method.base, a hub id or a folder, e.g. "
                 "method.base=HuggingFaceTB/SmolLM2-135M-Instruct"
             )
+        resolve(self.base)
+
+    def __call__(self, model: Any, data: UnlearnDataset, *, progress: Progress = silent, log: Log = unheard) -> Any:
+        """Change ``model`` in place and return it.
+
+        Raises:
+            ValueError: No base was given, it is of another architecture, or an adapter on the model has learned before.
+        """
+        self.check(model)
         refuse_trained_adapter(model, "what it learned would stay when the weights below it are replaced")
         started = time.perf_counter()
         take_weights(model, self.base)

@@ -14,7 +14,7 @@ from soul.methods._fine_tune import fine_tune, refuse_trained_adapter
 from soul.methods.base import Log, Method, Progress, silent, unheard
 from soul.optim.adamw import AdamWSpec
 from soul.registry import METHODS
-from soul.trainer import TrainingSpec
+from soul.training import TrainingSpec
 
 
 @METHODS.register("task_vector")

@@ -137,6 +137,8 @@ def sides(
 ) -> dict[str, tuple[Cell, int]]:
     """Return, for each order, the cell that loses least area on the report requests, and its better setting.
 
+    An order that none of the cells is of is left out, as where an objective has entries of one order only.
+
     Args:
         lines: The record.
         cells: Cells of one task and objective, with the settings that went on to the report requests.
@@ -150,6 +152,8 @@ def sides(
     found: dict[str, tuple[Cell, int]] = {}
     for order in sorted(set(orders.values())):
         side = [cell for cell in cells if orders[cell.optimizer] == order]
+        if not side:
+            continue
         best = min(side, key=lambda cell: loss(cell, cells[cell]))
         found[order] = best, min(cells[best], key=lambda number: loss(best, [number]))
     return found

@@ -41,6 +41,10 @@ def bootstrap_mean(
     None) is a group of its own. Both ends move away from the mean by :func:`expansion`, since few groups resampled vary
     by too little: of 2, 5 and 20 groups a plain interval covers about 50, 85 and 91 % where it says 95.
 
+    Where all values lie at one end of ``within``, resamples do too, and say nothing: none of 8 leaked would read
+    "0, certainly". The interval is then Clopper and Pearson's (1934) for the share of items, or groups, that lie
+    elsewhere, of which none was seen: it reaches ``1 - .025^(1/n)`` of the way to the other end.
+
     Args:
         values: One number an item, shape ``(n,)``.
         metric: Name of the score.
@@ -62,6 +66,8 @@ def bootstrap_mean(
     Example:
         >>> str(bootstrap_mean([0.0, 1.0, 1.0, 1.0], metric="accuracy", split="test"))
         '0.750 [0.250, 1.000] (n=4)'
+        >>> str(bootstrap_mean([0.0] * 8, metric="leaked", split="forget", within=SHARE))
+        '0.000 [0.000, 0.369] (n=8)'
     """
     items = np.asarray(values, dtype=np.float64)
     if items.ndim != 1 or items.size == 0:
@@ -74,7 +80,10 @@ def bootstrap_mean(
     if members:
         sums = np.array([[items[picked].sum(), len(picked)] for picked in members])
         score = bootstrap_of(_ratio, [sums], metric=metric, split=split, seed=seed, resamples=resamples, better=better)
-        wide = _expanded(dataclasses.replace(score, value=mean, n=n), len(members), within)
+        score = dataclasses.replace(score, value=mean, n=n)
+        if _at_an_end(score, within):
+            return _binomial(score, len(members), within)
+        wide = _expanded(score, len(members), within)
         return dataclasses.replace(wide, method=f"bootstrap({resamples}, {len(members)} groups, widened)")
     rng = np.random.default_rng(seed)
     block = max(1, _DRAWS // n)
@@ -82,7 +91,8 @@ def bootstrap_mean(
         items[rng.integers(n, size=(min(block, resamples - start), n))].mean(axis=1)
         for start in range(0, resamples, block)
     ]
-    return _score(mean, np.concatenate(means), n, metric=metric, split=split, seed=seed, better=better)
+    score = _score(mean, np.concatenate(means), n, metric=metric, split=split, seed=seed, better=better)
+    return _binomial(score, n, within) if _at_an_end(score, within) else score
 
 
 def bootstrap_of(
@@ -101,7 +111,8 @@ def bootstrap_of(
 
     Each group is resampled along its first axis, on its own, with replacement. The columns of a row stay together, so
     that metrics which hang together within an item still do so in the interval. With clusters the interval is expanded
-    as that of :func:`bootstrap_mean` is, for the set that has the fewest.
+    as that of :func:`bootstrap_mean` is, for the set that has the fewest; and likewise at an end of ``within``, where
+    all of the smallest set might have come out so by chance.
 
     Args:
         fn: From a list of arrays, shaped as ``groups``, to the aggregate.
@@ -116,6 +127,7 @@ def bootstrap_of(
 
     Returns:
         The score, whose ``n`` counts the items of all groups. No interval where every group is of one item or cluster.
+        Resamples of which ``fn`` is not a number are left out.
 
     Raises:
         ValueError: There is no group, one is empty, ``clusters`` has other lengths, or ``resamples`` is less than 1.
@@ -145,12 +157,18 @@ def bootstrap_of(
         drawn = [rng.integers(count, size=count) for count in units]
         picks = [np.concatenate([of[j] for j in d]) if of else d for d, of in zip(drawn, members, strict=True)]
         draws[i] = fn([array[pick] for array, pick in zip(arrays, picks, strict=True)])
+    draws = draws[~np.isnan(draws)]  # of some resamples a metric says nothing, as of one side alone an AUC
+    if not len(draws):
+        return Score(metric, split, value, n, seed=seed, better=better)
     score = _score(value, draws, n, metric=metric, split=split, seed=seed, better=better)
+    if _at_an_end(score, within):
+        return _binomial(score, max(2, min(units)), within)
     if not any(members):
         return score
     fewest = min(count for count, picked in zip(units, members, strict=True) if picked)
     wide = _expanded(score, fewest, within)
-    return dataclasses.replace(wide, method=f"bootstrap({resamples}, {sum(units)} groups, widened)")
+    counts = "+".join(str(count) for count in units)
+    return dataclasses.replace(wide, method=f"bootstrap({resamples}, {counts} groups, widened)")
 
 
 def expansion(groups: int) -> float:
@@ -175,6 +193,18 @@ def _expanded(score: Score, groups: int, within: tuple[float, float]) -> Score:
     ends = (score.value + expansion(groups) * (end - score.value) for end in (score.low, score.high))
     low, high = (min(max(end, within[0]), within[1]) for end in ends)
     return dataclasses.replace(score, low=low, high=high)
+
+
+def _at_an_end(score: Score, within: tuple[float, float]) -> bool:
+    """Say whether value and interval are one end of where the metric can lie, between two finite ones."""
+    return score.value == score.low == score.high and score.value in within and math.isfinite(within[1] - within[0])
+
+
+def _binomial(score: Score, n: int, within: tuple[float, float]) -> Score:
+    """Return the interval of a mean of ``n`` that all lie at an end: Clopper and Pearson's for none of ``n``."""
+    reach = (1 - ((1 - LEVEL) / 2) ** (1 / n)) * (within[1] - within[0])
+    low, high = (within[0], within[0] + reach) if score.value == within[0] else (within[1] - reach, within[1])
+    return dataclasses.replace(score, low=low, high=high, method=f"clopper-pearson({n})")
 
 
 def harmonic_mean(values: ArrayLike) -> float:

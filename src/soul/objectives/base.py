@@ -67,6 +67,7 @@ class Objective(abc.ABC):
     logps_views: ClassVar[tuple[str, ...]] = ()
     distribution_views: ClassVar[tuple[str, ...]] = ()
     codes: ClassVar[tuple[str, ...]] = ()
+    needs_whole: ClassVar[bool] = False
     """Public code whose forget term differs; ``compat`` takes those of the retain term (``kl``) besides."""
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ class L1Sparse(FineTune):
 
     gamma: float = 5e-4
     decay: Literal["linear", "none"] = "linear"
+
+    needs_whole: ClassVar[bool] = True
+    """The penalty is of whole weights: what it adds to the gradient of a shard, no backward pass would average."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from soul.forward import Answers, decoder_blocks, wide
+from soul.forward import Answers, decoder_blocks, unwrap, wide
 from soul.objectives.base import Batch, Objective, Retain, state_distance
 from soul.objectives.public import public_states, rows_of, states_of
 from soul.reference import Reference
@@ -113,7 +113,8 @@ class RMU(Objective):
             return terms
         layer = self.block(model)
         assert layer is not None
-        vector = self.vector(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]  # nn.Module's stub
+        inner: Any = unwrap(model)
+        vector = self.vector(inner.get_input_embeddings().weight.shape[-1])
         terms["forget"] = public_states(self.compat, model, batch, "forget", layer, vector)
         if self.retain == "hidden":
             with reference.asking(model) as before:

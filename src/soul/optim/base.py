@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from soul.curvature.estimators import ESTIMATORS
 from soul.curvature.spec import CurvatureSpec
 from soul.optim.cost import RuleCost, probed_cost
 
@@ -108,7 +109,7 @@ class OptimizerSpec(abc.ABC):
     needs_whole: ClassVar[bool] = False
     """``step`` couples the coordinates of a parameter, so that a process which has a shard of it cannot make one."""
     needs_closure: ClassVar[bool] = False
-    """``step`` must be given a closure that computes the loss again."""
+    """``step`` must be given a closure that computes the loss again; the trainer has none and refuses such a rule."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -164,3 +165,12 @@ class CurvatureOptimizerSpec(OptimizerSpec, abc.ABC):
     curvature: CurvatureSpec = dataclasses.field(default_factory=CurvatureSpec)
 
     needs_curvature: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fit = [name for name, kind in ESTIMATORS.items() if kind.cotangent]
+        if self.needs_modules and self.curvature.estimator not in fit:
+            raise ValueError(
+                f"{self.name} watches the model's layers in curvature passes, and curvature.estimator "
+                f"{self.curvature.estimator} makes none that it can watch: choose one of {', '.join(fit)}"
+            )

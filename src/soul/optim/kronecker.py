@@ -152,11 +152,11 @@ class KroneckerRule(UpdateRule):
         first = self.param_groups[0]
         share = (1 - first["decay"]) / (1 - first["decay"] ** (first["refreshes"] + self._worth - 1))
         self.preconditioner.damping = self._damping
+        if isinstance(self.preconditioner, EigenInverse):  # its moments began as what the first refresh says
+            self.preconditioner.absorb(share)
         self.factors.absorb(share)
         if first["refreshes"] == 1:
             self._say_unknown()
-        if isinstance(self.preconditioner, EigenInverse):  # its moments began as what the first refresh says
-            self.preconditioner.absorb(share)
         for _, p in self._others():
             if estimate is None and p.grad is None:
                 continue
@@ -169,11 +169,8 @@ class KroneckerRule(UpdateRule):
         if unknown:
             log.warning(
                 "%s: curvature passes showed nothing of %d of %d layers (the first is %s), which stay as they are",
-                type(self).__name__,
-                len(unknown),
-                len(self.factors.layers),
-                unknown[0],
-            )
+                type(self).__name__, len(unknown), len(self.factors.layers), unknown[0],
+            )  # fmt: skip
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from soul.curvature.kronecker import KroneckerFactors
+from soul.curvature.kronecker import LARGEST, KroneckerFactors, seen_through, too_wide
 from soul.curvature.spec import CurvatureSpec
 from soul.machine import memory_of
 from soul.optim._checks import check_above, check_common
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.optim.kronecker import KroneckerRule, Others, Preconditioner
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,8 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         momentum: Decay of the average of gradients.
         decay: Decay of the factors a refresh.
         damping: Share of each factor's mean eigenvalue that is added to it.
-        others: Parameters without factors (embeddings, head, norms): ``frozen``, or by their ``diagonal`` curvature.
+        others: Parameters without factors (embeddings, head, norms, layers with a factor wider than 16,384):
+            ``frozen``, or by their ``diagonal`` curvature.
         every: Steps from one move to the next, which is longer then at the same rate of forgetting: dividing by the
             factors costs as much as a backward pass of a small batch, and few long steps lose little.
         curvature: When and from what the curvature is estimated; by default once, before the first step, and kept.
@@ -69,7 +73,7 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         return KroneckerRule(params, factors, preconditioner, newton=newton, worth=worth, **settings)
 
     def factors_of(self, model: nn.Module | None, *, outputs: bool) -> KroneckerFactors:
-        """Return the factors of ``model``.
+        """Return the factors of ``model``; the log names the layers that are too wide for some and therefore stay.
 
         Raises:
             ValueError: No model was given, or its factors do not fit into memory.
@@ -85,4 +89,29 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
                 f"{self.name} would keep at least {needed / 1e9:.0f} GB of factors and inverses for this model, "
                 f"and {device} has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
             )
+        if self.others == "frozen":
+            self._say_too_wide(model, factors)
         return factors
+
+    def _say_too_wide(self, model: nn.Module, factors: KroneckerFactors) -> None:
+        wide = too_wide(model, outputs=factors.watches_outputs)
+        if not wide:
+            return
+        free = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        held = sum(p.numel() for layer in wide.values() for p in layer.parameters() if p.requires_grad)
+        halves = seen_through({**factors.layers, **wide})
+        torn = sum((first in wide) != (second in wide) for first, second in halves.items())
+        log.warning(
+            "%s: %d of %d linear layers (the first is %s) are wider than %d, have no factors and stay as they are: "
+            "%.1f %% of the trainable weights%s. To move them, %s",
+            self.name,
+            len(wide),
+            len(wide) + len(factors.layers),
+            next(iter(wide)),
+            LARGEST,
+            100 * held / free,
+            f" (halves of LoRA pairs among them, whose other half moves alone: {torn})" if torn else "",
+            "set optimizer.others to diagonal, or use sophia"
+            if factors.watches_outputs
+            else "use kfac with optimizer.others: diagonal, or sophia",
+        )

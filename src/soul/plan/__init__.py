@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from soul.combine import make_combination
+from soul.curvature import sharded
 from soul.machine import memory_of
 from soul.optim.cost import RuleCost, multiplies_bf16
 from soul.plan.activations import Saved, saved
@@ -68,15 +70,7 @@ class Plan:
     @property
     def refused(self) -> str:
         """Why the run cannot be started so; empty where it can."""
-        if self.machine.gpus > 1 and self.recipe.optimizer.needs_whole:
-            return f"{self.recipe.optimizer.name} needs whole weight matrices, which FSDP2 does not leave; DDP does"
-        if self.machine.gpus > 1 and self.recipe.training.compile:
-            return "training.compile has been made for one process: leave it at false"
-        if self.machine.gpus > 1 and self.recipe.stop.when != "never":
-            return "stop.when looks at whole weights, which FSDP2 does not leave: set it to never; DDP leaves them"
-        if self.machine.gpus > 1 and self.recipe.model.quantize != "none":
-            return "a quantized base is not sharded: set model.quantize to none, or leave it whole (DDP)"
-        return ""
+        return _refused(self.recipe, self.machine.gpus) if self.machine.gpus > 1 else ""
 
     @property
     def fits(self) -> bool:
@@ -190,6 +184,28 @@ def make_plan(recipe: Recipe, machine: Machine, work: Work, like: Plan | None = 
     typical = dataclasses.replace(moved, per_row=int(moved.per_row * work.typical.width / max(1, work.largest.width)))
     seconds = time_of_run(recipe, skeleton, cost, work, (typical, passes), machine) if machine.flops else None
     return Plan(recipe, machine, skeleton, cost, work, memory, seconds, kept, passes)
+
+
+def _refused(recipe: Recipe, gpus: int) -> str:
+    """Say why processes that share weights cannot run a recipe, as they would; ``advice.shardable`` goes without."""
+    if recipe.optimizer.needs_whole:
+        return f"{recipe.optimizer.name} needs whole weight matrices, which FSDP2 does not leave; DDP does"
+    if recipe.objective.needs_whole:
+        return f"{recipe.objective.name} sums over whole weights, which FSDP2 does not leave; DDP does"
+    if recipe.training.compile:
+        return "training.compile has been made for one process: leave it at false"
+    if recipe.stop.when != "never":
+        return "stop.when looks at whole weights, which FSDP2 does not leave: set it to never; DDP leaves them"
+    if recipe.model.quantize != "none":
+        return "a quantized base is not sharded: set model.quantize to none, or leave it whole (DDP)"
+    spec = curvature_of(recipe)
+    try:
+        make_combination(recipe.training.combine, recipe.objective.name, recipe.optimizer, processes=gpus)
+        if spec is not None:
+            sharded.check(spec, watches=False)  # what watches needs whole matrices
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _uncheckpointed(recipe: Recipe) -> Recipe:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from typing import Any
 
 from soul.adapters import AdapterSpec
+from soul.curvature.estimators import ESTIMATORS, gradient_cotangent
+from soul.curvature.spec import CurvatureSpec
 from soul.optim.base import CurvatureOptimizerSpec
 from soul.plan import Plan, make_plan
-from soul.plan.work import resized
+from soul.plan.work import curvature_of, resized
 from soul.recipe import Recipe
 from soul.registry import OPTIMIZERS
 
 MOST_GPUS = 1024
 SMALL = 2
-"""Examples in a micro-batch of a curvature pass that is to take little memory."""
+"""Rows in a micro-batch of a curvature pass that is to take little memory."""
+
+SHARDED = (
+    ("stop", "when", "never"),
+    ("training", "compile", False),
+    ("training", "combine", "sum"),
+    ("model", "quantize", "none"),
+)
+"""What settings have to be where weights are sharded, by section and name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,33 +117,48 @@ def _frozen(recipe: Recipe) -> Recipe:
 
 
 def smaller_batches(recipe: Recipe) -> tuple[Recipe, str]:
-    """Return the recipe with the smallest micro-batches that add up to the same steps and passes, and the settings."""
+    """Return the recipe with the smallest micro-batches that add up to the same steps and passes, and the settings.
+
+    Passes are left as they are where their examples and passages do not both divide into as many smaller micro-batches.
+    """
     training, optimizer, words = recipe.training, recipe.optimizer, []
     if training.batch_size > 1:
         count = training.batch_size * training.accumulation
         training = dataclasses.replace(training, batch_size=1, accumulation=count)
         words += ["training.batch_size=1", f"training.accumulation={count}"]
-    if isinstance(optimizer, CurvatureOptimizerSpec) and optimizer.curvature.batch > SMALL:
-        spec = optimizer.curvature
-        many = -(-spec.batch // SMALL)
-        changes = {"batch": SMALL, "micro_batches": many * spec.micro_batches, "warm_start": many * spec.warm_start}
+    spec = curvature_of(recipe)
+    many = _parts(spec) if spec else 1
+    if isinstance(optimizer, CurvatureOptimizerSpec) and spec and many > 1:
+        changes = {name: getattr(spec, name) // many for name in ("batch", "general_text")}
+        changes |= {name: getattr(spec, name) * many for name in ("micro_batches", "warm_start")}
         optimizer = dataclasses.replace(optimizer, curvature=dataclasses.replace(spec, **changes))
         words += [f"optimizer.curvature.{name}={value}" for name, value in changes.items() if value]
     return dataclasses.replace(recipe, training=training, optimizer=optimizer), " ".join(words)
 
 
+def _parts(spec: CurvatureSpec) -> int:
+    """Return into how many micro-batches of at least :data:`SMALL` rows one divides that keep its share of text."""
+    if ESTIMATORS[spec.estimator].cotangent is gradient_cotangent:  # of smaller batches it would be something else
+        return 1
+    common, rows = math.gcd(spec.batch, spec.general_text), spec.batch + spec.general_text
+    return max((n for n in range(1, common + 1) if common % n == 0 and rows // n >= SMALL), default=1)
+
+
 def shardable(recipe: Recipe) -> tuple[Recipe, str]:
     """Return the recipe without what sharded weights do not allow whatever else is chosen, and the settings."""
     words = []
-    if recipe.stop.when != "never":
-        recipe = dataclasses.replace(recipe, stop=dataclasses.replace(recipe.stop, when="never"))
-        words.append("stop.when=never")
-    if recipe.training.compile:
-        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, compile=False))
-        words.append("training.compile=false")
-    if recipe.model.quantize != "none":
-        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, quantize="none"))
-        words.append("model.quantize=none")
+    for section, name, value in SHARDED:
+        part = getattr(recipe, section)
+        if getattr(part, name) != value:
+            recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(part, **{name: value})})
+            words.append(f"{section}.{name}={str(value).lower()}")
+    optimizer, spec = recipe.optimizer, curvature_of(recipe)
+    if isinstance(optimizer, CurvatureOptimizerSpec) and spec:
+        changes: dict[str, Any] = {} if ESTIMATORS[spec.estimator].cotangent else {"estimator": CurvatureSpec.estimator}
+        changes |= {"shuffled": False} if spec.shuffled else {}
+        optimizer = dataclasses.replace(optimizer, curvature=dataclasses.replace(spec, **changes))
+        recipe = dataclasses.replace(recipe, optimizer=optimizer)
+        words += [f"optimizer.curvature.{name}={str(value).lower()}" for name, value in changes.items()]
     return recipe, " ".join(words)
 
 
@@ -180,5 +207,7 @@ def _sharded(plan: Plan) -> Plan | None:
         found = make_plan(recipe, dataclasses.replace(plan.machine, gpus=gpus), plan.work, plan)
         if found.fits:
             return found
+        if found.refused:  # on any number
+            return None
         gpus *= 2
     return None

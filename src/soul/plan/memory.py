@@ -64,7 +64,8 @@ def memory_of_run(
     - where the backward pass begins: activations, copies of the weights in bf16, logits; the gradient of the head too
       where it is trained, and all gradients where they add up over micro-batches;
     - where it ends: all gradients, and a second one of the embeddings;
-    - the step: gradients, and what the rule works on;
+    - the step: gradients, and what the rule works on; under a trust region the weights before it too, and while it is
+      measured how far each has moved beside them;
     - a curvature pass: as the first two, with an explicit estimate and the factors' sums. K-FAC's makes no gradients of
       weights, and its peak was measured to be no lower for it (``benchmarks/kronecker_pass.py``).
 
@@ -102,6 +103,8 @@ def memory_of_run(
         "gradients, as the backward pass ends": gradients + embedding,
         "the optimizer's step": gradients + cost.step + trust,
     }
+    if trust:
+        moments["measuring the step"] = gradients + 2 * trust
     if curvature_of(recipe) is not None and work.curvature is not None and saved[1] is not None:
         moments["a curvature pass"] = _curvature_bytes(recipe, skeleton, cost, work.curvature, saved[1], heap, gpus)
     gathered = 0

@@ -35,6 +35,7 @@ def _model(plan: Plan) -> list[str]:
         f"run         {recipe.objective.name} + {recipe.optimizer.name}; micro-batches of {tokens.rows:.0f} rows, "
         f"{tokens.width:.0f} tokens wide on average, {plan.work.largest.width:.0f} at most",
         f"data        {plan.work.source}",
+        *([f"warning     {plan.work.cut}"] if plan.work.cut else []),
     ]
 
 
@@ -84,6 +85,9 @@ def _time(plan: Plan) -> list[str]:
         out.append(f"            {size(sent)} sent by each GPU for a micro-batch")
     if curvature_of(plan.recipe) and not plan.cost.backward:
         out.append("            curvature passes go forward only")
+    if asked := plan.work.measured:
+        each = f"{asked.answers} answers of up to {plan.recipe.evaluation.max_new_tokens} tokens"
+        out.append(f"measuring   {each} and {asked.likelihoods} likelihoods before training, as many after it")
     return out
 
 

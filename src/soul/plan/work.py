@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from soul.benchmarks.request import DeletionRequest
 from soul.curvature.estimators import ESTIMATORS
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.picks import source_rows, text_rows
@@ -18,7 +19,8 @@ from soul.data.sources import is_hub_id, load_examples
 from soul.inputs import read_refusals
 from soul.pretrained import load_tokenizer
 from soul.recipe import Recipe
-from soul.trainer import TrainingSpec, make_dataset
+from soul.run import default_benchmark
+from soul.trainer import make_dataset
 from soul.types import Example
 
 SAMPLE = 256
@@ -46,6 +48,19 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an evaluation asks of a model.
+
+    Attributes:
+        answers: Answers that it writes.
+        likelihoods: Answers, paraphrases and wrong answers whose likelihood is measured.
+    """
+
+    answers: int
+    likelihoods: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """What a run puts through its model.
 
@@ -56,6 +71,8 @@ class Work:
         reference: All rows that the reference is asked about, as one batch; None where it is asked nothing beforehand.
         items: Items of an epoch; 0 where the data are not at hand.
         source: Where the lengths are from.
+        cut: What of the data ``training.max_length`` cuts, in words; empty where nothing is.
+        measured: What the model is asked before training, and again after it; None where that is not told cheaply.
     """
 
     typical: Batch
@@ -64,6 +81,8 @@ class Work:
     reference: Batch | None
     items: int
     source: str
+    cut: str = ""
+    measured: Measured | None = None
 
 
 def resized(work: Work, factor: float) -> Work:
@@ -142,17 +161,18 @@ def _counted(recipe: Recipe) -> Work:
         set_system_turn(tokenizer, recipe.model.system)
     dataset = make_dataset(tokenizer, _some(forget), _some(retain), objective, training, refusals, _some(own))
     batches = _batches(dataset, training.batch_size)
-    largest = list(batches)
+    largest, read = list(batches), [dataset]
     if max(len(forget), len(retain)) > SAMPLE:  # the longest texts decide about memory, and a sample may lack them
         lost, kept, also = (_longest(examples, training.batch_size) for examples in (forget, retain, own))
         rare = make_dataset(tokenizer, lost, kept, objective, training, refusals, also)
         largest += _batches(rare, training.batch_size)
+        read.append(rare)
     mean = sum(b.positions for b in batches) / sum(b.rows for b in batches)
     typical = Batch(*(sum(getattr(b, name) for b in batches) / len(batches) for name in ("rows", "width", "answers")))
     typical = dataclasses.replace(typical, width=mean)
     anchors = len(forget if dataset.anchor == "forget" else retain)
     asked = [row for view in _asked(recipe) for row in dataset.rows(view, 1)]
-    many = {"forget": len(forget), "retain": min(len(retain), anchors * _epochs(training, anchors))}
+    many = {"forget": len(forget), "retain": min(len(retain), anchors * _epochs(recipe, anchors))}
     scale = max(1.0, sum(many[v if v in many else "forget"] for v in _asked(recipe)) / max(1, len(asked)))
     rows = len(asked) * scale
     reference = (
@@ -168,13 +188,44 @@ def _counted(recipe: Recipe) -> Work:
         anchors,
         f"{len(forget)} to forget, {len(retain)} to keep, "
         + ("tokenised" if max(len(forget), len(retain), len(own)) <= SAMPLE else f"{SAMPLE} of each tokenised"),
+        _cut({"forget": len(forget), "retain": len(retain)}, read),
+        _measured(recipe),
     )
 
 
-def _epochs(training: TrainingSpec, anchors: int) -> int:
-    """Return how many epochs a run begins."""
-    shown = training.max_steps * training.accumulation * training.batch_size
-    return -(-shown // max(1, anchors)) if training.max_steps else math.ceil(training.epochs)
+def _cut(sizes: Mapping[str, int], read: Sequence[UnlearnDataset]) -> str:
+    """Say of which sets how many rows are too long; of a set that is not tokenised whole, how many at least."""
+    found = []
+    for name, size in sizes.items():
+        if count := max(sum(row.lost > 0 for row in dataset.encoded[name]) for dataset in read):
+            least = "at least " if size > SAMPLE else ""
+            found.append(f"{least}{count} of {size} {name} items")
+    what = "longer than training.max_length: the rest of each will not be trained on"
+    return f"{' and '.join(found)} are {what}" if found else ""
+
+
+def _measured(recipe: Recipe) -> Measured | None:
+    """Count what judging the run by its request takes; other benchmarks may have to be fetched first."""
+    benchmark = recipe.benchmark or default_benchmark(recipe)
+    if not isinstance(benchmark, DeletionRequest):
+        return None
+    sources = (benchmark.forget, benchmark.kept, benchmark.general, benchmark.text)
+    if not all(_is_here(source) for source in sources if source):
+        return None
+    items = [example for split in benchmark.splits().values() for example in split]
+    return Measured(
+        answers=sum(bool(e.prompt) for e in items) if recipe.evaluation.generate else 0,
+        likelihoods=sum(1 + (e.paraphrased_answer is not None) + len(e.wrong_answers) for e in items),
+    )
+
+
+def _epochs(recipe: Recipe, anchors: int) -> int:
+    """Return of how many epochs the trainer asks the reference; an epoch's last window may be short, and is a step."""
+    training = recipe.training
+    steps = max(1, -(-anchors // (training.batch_size * training.accumulation)))
+    if training.max_steps:
+        return -(-training.max_steps // steps) + 1
+    return math.ceil(recipe.stop.epochs(steps, training.epochs))
 
 
 def _some(examples: Sequence[Example]) -> Sequence[Example]:

@@ -81,6 +81,7 @@ def render_html(runs: Sequence[RunRecord], title: str = "Unlearning report") -> 
         unlearned=any(run.after for run in runs),
         tables=view.tables_of(runs),
         intervals=view.interval_note(runs),
+        shares=view.shares_note(runs),
         tradeoff=_trusted(plots.tradeoff_plot(runs)),
         splits=splits,
         examples=examples.prominent(splits),

@@ -79,13 +79,16 @@ class ContestRecord:
         tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < points]
         sizes = points, budget["settings"]
         chosen = choose(self.lines, cell, task["tune"], *sizes, relative=relative) or []
-        known = [r for r in task["tune"] if len(references_of(self.lines, cell.task, r, full=False)) == 2]
+        known, judged = (
+            [r for r in task[phase] if len(references_of(self.lines, cell.task, r, full=False)) == 2]
+            for phase in ("tune", "report")
+        )
 
         def tuning(numbers: list[int] | None) -> float:
             losses = [lost_area(points_of(self.lines, cell, "tune", r, numbers, relative=relative)) for r in known]
             return float(np.mean(losses)) if losses else float("nan")
 
-        reported = {r: runs_of(self.lines, cell, "report", r) for r in task["report"]}
+        reported = {r: runs_of(self.lines, cell, "report", r) for r in judged}
         whole = {
             r: points_of(self.lines, cell, "report", r, chosen, relative=relative)
             for r, x in reported.items()

@@ -92,7 +92,9 @@ def _turned(source: view.Table) -> Table:
     for model, _ in source.rows:
         table.add_column(Text(one_line(model.name)), justify="right", overflow="fold")
     for i, (name, better) in enumerate(source.metrics):
-        table.add_row(Text(one_line(name)), one_line(better), *(_cell(cells[i], "  ") for _, cells in source.rows))
+        table.add_row(
+            Text(one_line(name)), Text(one_line(better)), *(_cell(cells[i], "  ") for _, cells in source.rows)
+        )
     return table
 
 

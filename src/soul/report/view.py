@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from soul.metrics.tofu import NORMALISED_SPLITS
 from soul.report.record import RunRecord
 from soul.types import Score
 
@@ -299,6 +300,13 @@ def interval_note(runs: Iterable[RunRecord]) -> str:
     return "; ".join(made)
 
 
+def shares_note(runs: Iterable[RunRecord]) -> str:
+    """Return the sets whose probability is a share among the answers offered, in words; nothing where there is none."""
+    splits = {score.split for run in runs for score in (*run.before, *run.after) if score.metric == "probability"}
+    found = [_GENERAL[split].lower() for split in NORMALISED_SPLITS if split in splits]
+    return _listed(found) if found else ""
+
+
 def _measured(runs: Sequence[RunRecord], ways: Mapping[str, Callable[[Score], object]]) -> list[str]:
     """Return which of the ways some scores of the runs are of, and in how many runs where that is not all."""
     results = [run.after or run.before for run in runs]
@@ -348,6 +356,14 @@ def limits(runs: Sequence[RunRecord]) -> tuple[str, ...]:
             if referred
             else "No model trained from scratch without the data is part of this report. "
             "Such a model is the reference for what forgetting should look like."
+        ),
+        *(
+            [
+                "Kept answers are of the retain set where no other was named, which training looked at: "
+                "others of their kind may have changed more."
+            ]
+            if any(score.split == "kept" for run in runs for score in run.after)
+            else []
         ),
         "Only what was measured is judged: other abilities of the model may have changed.",
     )
