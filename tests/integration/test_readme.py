@@ -60,7 +60,8 @@ def test_what_is_launched_is_there(line: str) -> None:
     """Several processes run in ``test_launched.py``: here, that the files and the command of the README exist."""
     words = shlex.split(line)
     assert (ROOT / words[words.index("--config_file") + 1]).is_file()
-    module, command, recipe = words[words.index("-m") + 1 :]
+    module, command, recipe, *rest = words[words.index("-m") + 1 :]
+    assert rest[::2] == ["--forget", "--retain"]  # the recipe's own request is a part of what its retain set holds
     assert (module, command) == ("soul", "unlearn")
     assert (ROOT / recipe).is_file()
 
