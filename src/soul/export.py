@@ -22,8 +22,8 @@ from soul.recipe import Recipe, read_recipe
 from soul.report.card import CardFacts, Checked, model_card
 from soul.report.record import RunRecord, read_run
 from soul.run import default_benchmark
-from soul.rundir import changed_files, sha256
-from soul.stored import check_format, publish, write_json, write_text
+from soul.rundir import changed_files
+from soul.stored import check_format, publish, sha256, write_json, write_text
 from soul.strict import json_value, read_text, yaml_tree
 from soul.types import Example, Row
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from soul.intact import check_adapter_files
 from soul.models import source_of
-from soul.stored import check_format, write_json
+from soul.stored import check_format, sha256, write_json
 from soul.strict import json_value, read_text
 from soul.types import Example
 
@@ -191,8 +191,7 @@ def _mark(file: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
         with contextlib.suppress(ValueError, AttributeError):
             found = {k: v for k, v in json_value(read_text(file), "", lenient=True).items() if k != _VERSION}
             return {**here, "sha256": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}
-    with file.open("rb") as content:
-        return {**here, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    return {**here, "sha256": sha256(file)}
 
 
 def _digest_in(model: Mapping[str, Mapping[str, Any]], name: str) -> str:

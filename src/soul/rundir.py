@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -19,7 +18,7 @@ from soul.machine import changes, environment
 from soul.models import ModelSpec
 from soul.origins import Origins, began_with, of_model, read_origins
 from soul.recipe import Recipe, read_recipe
-from soul.stored import check_format, write_json, write_text
+from soul.stored import check_format, sha256, write_json, write_text
 from soul.strict import json_value, plain_number, read_text, yaml_tree
 from soul.types import Score
 
@@ -255,12 +254,6 @@ def changed_files(out: Path) -> list[str]:
     if not isinstance(kept, dict):
         return ["record.json"]
     return [name for name, was in kept.items() if not (out / name).is_file() or sha256(out / name) != was]
-
-
-def sha256(file: Path) -> str:
-    """Return the digest of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_evaluation(

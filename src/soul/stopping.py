@@ -59,8 +59,7 @@ class StopSpec:
         for name, least in (("every", 1), ("steps", 0), ("rows", 1), ("answers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"stop.{name} must be {least} or more, not {getattr(self, name)}")
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
-        unused = [f.name for f in dataclasses.fields(self)[1:] if given[f.name] not in (f.default, 0)]
+        unused = [f.name for f in dataclasses.fields(self)[1:] if getattr(self, f.name) not in (f.default, 0)]
         if self.when == "never" and unused:
             raise ValueError(
                 f"stop.{unused[0]} says when a run ends, and with stop.when never none ends before its steps do: set "

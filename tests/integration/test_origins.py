@@ -17,15 +17,9 @@ LORA = "adapter.r=2 adapter.merge=false"
 
 
 @pytest.fixture
-def place(tmp_path, make_model, tokenizer, forget_set, retain_set, monkeypatch) -> Path:
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    for name, examples in (("forget", forget_set), ("retain", retain_set)):
-        write(tmp_path / f"{name}.jsonl", examples)
-    (tmp_path / "refusals.txt").write_text("I cannot say.\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SOUL_CACHE", str(tmp_path / "cache"))
-    return tmp_path
+def place(place) -> Path:
+    (place / "refusals.txt").write_text("I cannot say.\n")
+    return place
 
 
 def write(file: Path, examples) -> None:

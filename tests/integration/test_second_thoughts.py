@@ -22,18 +22,6 @@ QUICK = "evaluation.max_new_tokens=2"
 
 
 @pytest.fixture
-def place(tmp_path, make_model, tokenizer, forget_set, retain_set, monkeypatch) -> Path:
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    for name, examples in (("forget", forget_set), ("retain", retain_set)):
-        lines = (json.dumps({"question": e.prompt, "answer": e.answer}) for e in examples)
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SOUL_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-@pytest.fixture
 def measured(place, monkeypatch) -> Path:
     """A run that was interrupted after it measured the model before."""
 
