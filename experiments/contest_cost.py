@@ -40,8 +40,7 @@ def jobs(contest: Contest, matrix: Matrix, sides: list[str]) -> dict[str, Job]:
     found = {}
     for name in sides:
         cell = Cell(task, objective, name)
-        points, settings = matrix.trials(name), matrix.budget.settings
-        chosen = choose(contest.book.lines(), cell, matrix.tasks[task].tune, points, settings)
+        chosen = choose(contest.book.lines(), cell, matrix.tasks[task].tune, *matrix.sizes(name))
         if not chosen:
             raise ValueError(f"{name} is not tuned under {objective}: run the contest first")
         found[name] = Job("report", task, matrix.tasks[task].report[0], cell, chosen[0])

@@ -1,6 +1,6 @@
 """A contest's report requests against a rival of one's choice, where `soul report` takes the best first-order side.
 
-    python experiments/contest_rival.py docs/results/contest-scarce lion
+    python experiments/contest_rival.py docs/results/contest-scarce lion [--settings 1]
 
 Prints, for each objective and by either utility, every side's lost area and its ratio to the rival's with the paired
 bootstrap interval over requests, how many of these it won, tied and lost, and how probable answers that nobody saw are
@@ -30,12 +30,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the contest")
     parser.add_argument("rival", help="what tables call it")
+    parser.add_argument(
+        "--settings", type=int, default=0, help="with so many settings of each (default: as the matrix says)"
+    )
     args = parser.parse_args()
     record = ContestRecord(args.folder)
     if args.rival not in record.entries:
         parser.error(f"{args.folder} knows no {args.rival!r}; it has: {'; '.join(record.entries)}")
     for relative in (False, True):
-        for task, objective, standings in record.squares(relative=relative):
+        for task, objective, standings in record.squares(relative=relative, settings=args.settings):
             by_name = {s.cell.optimizer: s for s in standings if s.lost}
             if args.rival not in by_name:
                 continue

@@ -1,8 +1,8 @@
 """The demo: teach a real language model about invented people, forget two of them, prove it.
 
-Run by ``make demo``. Nothing is downloaded. The request is served by the default second-order recipe and, beside it, by
-AdamW and by sign-momentum, each at the best of its learning rates (``experiments/demo_tuning.py``). Exit code 1 and the
-names of the failed checks if the default does not keep its promises.
+Run by ``make demo``. Nothing is downloaded. The request is served by the default pair, NPO with K-FAC, and, beside it,
+by AdamW and by sign-momentum, each at the best of its learning rates (``experiments/demo_tuning.py``). Exit code 1 and
+the names of the failed checks if the default does not keep its promises.
 """
 
 from __future__ import annotations

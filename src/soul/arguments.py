@@ -22,10 +22,11 @@ UNLEARN = """examples:
 
 A line of forget.jsonl is {"question": "...", "answer": "..."}, or prompt and response, or messages, of which every
 answer is forgotten; prompt and completion, and text, are plain text without the chat template. CSV, Parquet and JSON
-work too.
+work too, and so do text files (.txt, .md) and folders of them.
 Without --retain, samples of the model itself and everyday requests hold it in place: give examples of your own to keep
 what matters to you. Without a recipe the run ends when it has forgotten, or when behaviour elsewhere has moved by
-stop.kl_budget, and says which. The same command continues an interrupted run."""
+stop.kl_budget, and says which: the exit code is 0 where it has forgotten and 3 where it has not. The same command
+continues an interrupted run."""
 FINETUNE = """examples:
   soul finetune --model M --retain facts.jsonl --out runs/taught
   soul finetune --model M --retain facts.jsonl optimizer.lr=2e-4 training.epochs=8"""
@@ -43,7 +44,7 @@ are of fp32 weights. The same command continues an interrupted evaluation."""
 
 
 BENCH = """examples:
-  soul bench recipes/contests/tofu20.yaml --out docs/results/contest
+  soul bench recipes/contests/tofu20.yaml --out runs/contest   # experiments/contest.py makes its models and data
   soul bench contest.yaml --out DIR --phase tune --minutes 60
   soul bench contest.yaml --out DIR budget.points=24
 
@@ -171,7 +172,9 @@ def _add(
 def _add_unlearn(commands: argparse._SubParsersAction) -> None:
     usage = "[RECIPE.yaml] [--model M] [--forget F] [--retain R] [--out DIR] [key.sub=value ...]"
     command = _add(commands, "unlearn", usage, "Forget a set of examples; keep the rest.", UNLEARN)
-    command.add_argument("--forget", metavar="F", help="what to forget: a file, a folder or a hub dataset")
+    command.add_argument(
+        "--forget", metavar="F", help="what to forget: a file, a folder or a hub dataset (several: data.forget=[a,b])"
+    )
     command.add_argument(
         "--retain", metavar="R", help="what to keep, likewise (default: samples of the model, everyday chat)"
     )
@@ -190,6 +193,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     words.help = f"a recipe (not needed with --model and the data), and {SETTINGS}"
     command.add_argument("--model", metavar="M", help=MODEL)
     command.add_argument("--out", metavar="DIR", help="run directory (default: runs/ and the recipe's name)")
+    command.add_argument("--seeds", metavar="N,N,...", default="", help="a run with each, in DIR/seed-N; one report")
     command.add_argument("--no-evaluate", action="store_true", help="train and save only")
 
 
@@ -205,7 +209,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--reference", metavar="RUN", default="", help=retained)
     again = "measure again with weights in this precision, and show the difference"
     command.add_argument("--precision", metavar="P", default="", help=f"bfloat16: {again}")
-    public = "also write DIR/public for others to read: of private texts only digests"
+    public = "also write DIR/public for others to read: without private texts"
     command.add_argument("--publish", action="store_true", help=public)
     command.add_argument("--out", metavar="DIR", help="where the record goes (default: runs/evaluate-BENCHMARK-MODEL)")
 
@@ -222,6 +226,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--show-data", action="store_true", help="let the card name subjects and data sources")
     command.add_argument("--push", metavar="OWNER/NAME", default="", help="upload to the hub")
+    command.add_argument("--anyway", action="store_true", help="push a model whose run did not meet its checks")
     command.add_argument("--public", action="store_true", help="make a new repository on the hub public")
 
 

@@ -18,10 +18,10 @@ from soul import config, processes
 from soul.benchmarks.base import Benchmark, Measures, Rows
 from soul.evaluate import EvaluationSpec, measure
 from soul.folderlock import alone_in
-from soul.models import ModelSpec, load_model
-from soul.origins import commit_of
+from soul.models import OFFLINE, ModelSpec, load_model
+from soul.origins import commit_of, read_origins
 from soul.registry import BENCHMARKS
-from soul.report.card import hidden
+from soul.report.card import hidden, unnamed
 from soul.run import read_reference
 from soul.rundir import add_scores, claim_evaluation, write_evaluation
 from soul.stored import write_json, write_lines, write_text
@@ -143,7 +143,7 @@ class Assessment:
         evaluation: Batch sizes and lengths.
         reference: Run of a retained model, or the folder of an assessment that holds one for each benchmark.
         precision: ``"bfloat16"`` measures again with weights in bf16 and records the difference.
-        publish: Also write what others may read: texts that are private as digests.
+        publish: Also write what others may read, without texts that are private (:meth:`Benchmark.public_rows`).
     """
 
     model: ModelSpec
@@ -294,21 +294,31 @@ def _publish(benchmark: Benchmark, rows: Rows, folder: Path, *, keep: bool = Fal
         shutil.rmtree(public, ignore_errors=True)
         for split, found in benchmark.public_rows(rows).items():
             write_lines(public / f"rows/after/{split}.jsonl", found)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    model = _told(recipe["model"]["path"], folder)
     for name in ("scores.json", "environment.json", "record.json"):
         tree = json.loads((folder / name).read_text(encoding="utf-8"))
-        write_json(public / name, _public(tree, private=benchmark.private_text))
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        write_json(public / name, _public(tree, private=benchmark.private_text, local=not model))
     if benchmark.private_text:
-        recipe["benchmark"] = hidden(recipe["benchmark"])
+        recipe = unnamed(recipe, model)
     write_text(public / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
-def _public(tree: dict[str, Any], *, private: bool) -> dict[str, Any]:
-    """Return a record without the command line and, where texts are private, without what settings and reasons name."""
+def _told(path: str, folder: Path) -> str:
+    """Return a model's path where others know it too, as a short name or a hub id; a local one may name a person."""
+    origins = read_origins(folder)
+    return path if path in OFFLINE or (origins and origins.commit and not origins.model) else ""
+
+
+def _public(tree: dict[str, Any], *, private: bool, local: bool) -> dict[str, Any]:
+    """Return a record without the command line and, where texts are private, without what settings and reasons name.
+
+    Nor, there, what a ``local`` model is called.
+    """
     kept = _uncommanded(tree)
     if private:
-        names = [k for k in ("settings", "left_out", "warnings") if k in kept]
-        kept |= {name: hidden(kept[name]) for name in names}
+        names = ("settings", "left_out", "warnings", *(("label", "asked", "model") if local else ()))
+        kept |= {name: hidden(kept[name]) for name in names if name in kept}
     return kept
 
 

@@ -26,7 +26,9 @@ from soul.visible import clean, one_line
 if TYPE_CHECKING:
     from soul.recipe import Recipe
 
-DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+NOT_KEPT = 3
+"""The exit code of a run that went well and did not do what it was to: see its checks."""
 NO_MODEL = "no model: give --model (a hub id, a folder, a .gguf file or smollm2-135m), or a recipe"
 
 
@@ -110,11 +112,12 @@ def _recipe(args: argparse.Namespace, base: dict[str, Any]) -> Recipe:
 
 
 def _run(args: argparse.Namespace, base: dict[str, Any], default_name: str) -> int:
-    recipe = _recipe(args, base)
+    recipe, seeds = _recipe(args, base), _seeds(args.seeds)
     from soul.cautions import precision_warnings
     from soul.console import quiet
-    from soul.report import read_run, render_terminal, write_report
+    from soul.report import read_runs, render_terminal, write_report
     from soul.run import execute
+    from soul.sequence import run_seeds
 
     quiet()
     processes.join(recipe.model.device)
@@ -122,20 +125,36 @@ def _run(args: argparse.Namespace, base: dict[str, Any], default_name: str) -> i
         warn(warning)
     out = Path(args.out or f"runs/{Path(args.recipe).stem if args.recipe else default_name}")
     with progress_bars() as tick:
-        execute(recipe, out, progress=tick, evaluate_it=not args.no_evaluate)
+        how: dict[str, Any] = {"progress": tick, "evaluate_it": not args.no_evaluate}
+        folders = run_seeds(recipe, seeds, out, **how) if seeds else [execute(recipe, out, **how)]
     if not processes.is_main():
         return 0
-    render_terminal([read_run(out)])
-    say(f"model:  {out / 'model'}")
-    say(f"report: {write_report([out], out / 'report.html')}")
-    return 0
+    runs = read_runs(folders)
+    render_terminal(runs)
+    for folder in folders:
+        say(f"model:  {folder / 'model'}")
+    say(f"report: {write_report(folders, out / 'report.html')}")
+    return 0 if all(check.passed for run in runs for check in run.checks) else NOT_KEPT
+
+
+def _seeds(text: str) -> list[int]:
+    """Return the seeds in ``0,1,2``; none where nothing was given."""
+    words = [word.strip() for word in text.split(",")] if text else []
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
+        raise ValueError(f"--seeds takes different whole numbers with commas between them, as 0,1,2, not {text!r:.60}")
+    return [int(word) for word in words]
+
+
+def _given(args: argparse.Namespace, flag: str, *keys: str) -> bool:
+    """Say whether something is given, by its flag or as a setting."""
+    return bool(getattr(args, flag)) or any(word.partition("=")[0] in keys for word in args.settings)
 
 
 def _unlearn(args: argparse.Namespace) -> int:
     args.recipe, args.settings = _split(args.words)
-    if not args.recipe and not args.forget:
+    if not args.recipe and not _given(args, "forget", "data.forget"):
         raise ValueError("nothing to forget: give --forget FILE (JSONL with question/answer), or a recipe")
-    if not args.recipe and not args.model:
+    if not args.recipe and not _given(args, "model", "model", "model.path"):
         raise ValueError(NO_MODEL)
     from soul.recipe import request_defaults
 
@@ -144,9 +163,9 @@ def _unlearn(args: argparse.Namespace) -> int:
 
 def _finetune(args: argparse.Namespace) -> int:
     args.recipe, args.settings = _split(args.words)
-    if not args.recipe and not args.retain:
+    if not args.recipe and not _given(args, "retain", "data.retain"):
         raise ValueError("nothing to learn: give --retain FILE (JSONL with question/answer), or a recipe")
-    if not args.recipe and not args.model:
+    if not args.recipe and not _given(args, "model", "model", "model.path"):
         raise ValueError(NO_MODEL)
     base = {"objective": "ft", "optimizer": {"name": "adamw", "lr": 1e-4}}
     return _run(args, base, "finetune")
@@ -234,11 +253,18 @@ def _bench(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from soul.console import quiet
     from soul.export import ExportSpec, check_push, ended, export, push
+    from soul.report import read_run
 
     quiet()
     spec = ExportSpec(dtype=args.dtype, adapter=args.adapter, card=args.card, show_data=args.show_data)
     if args.push:
         check_push(args.push)
+        failed = [check.name for check in read_run(Path(args.run)).checks if not check.passed]
+        if failed and not args.anyway:
+            raise ValueError(
+                f"{args.run} did not do what it was to (not met: {'; '.join(failed)}), and what is pushed is taken to "
+                "have forgotten: export it without --push, or give --anyway, and the card says so"
+            )
     with progress_bars() as tick:
         checked = export(Path(args.run), Path(args.out), spec, progress=tick)
     for c in checked:
@@ -274,9 +300,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _show_report(runs: Sequence[str], out: Path) -> int:
-    from soul.report import read_run, render_terminal, write_report
+    from soul.report import read_runs, render_terminal, write_report
 
-    render_terminal([read_run(run) for run in runs])
+    render_terminal(read_runs(runs))
     say(f"report: {write_report(runs, out)}")
     return 0
 

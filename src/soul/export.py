@@ -23,11 +23,12 @@ from soul.report.card import CardFacts, Checked, model_card
 from soul.report.record import RunRecord, read_run
 from soul.run import default_benchmark
 from soul.rundir import changed_files
-from soul.stored import check_format, publish, sha256, write_json, write_text
+from soul.stored import check_format, publish, sha256, write_json, write_text, writing
 from soul.strict import json_value, read_text, yaml_tree
 from soul.types import Example, Row
 
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "pytorch_model*", "adapter_*"]
+_CARD = "README.md"
 MARKER = "soul_export.json"
 """Written last: a folder that holds it was loaded and measured again."""
 Progress = Callable[[str, int, int], None]
@@ -71,7 +72,8 @@ def export(run: Path, out: Path, spec: ExportSpec | None = None, *, progress: Pr
     """Write the model of ``run`` into ``out``, load it from there, and measure it again.
 
     The folder appears when its likelihoods agree with the rows that the run recorded, ``rows/after``; the same call on
-    a folder of the same export returns what was found then.
+    a folder of the same export returns what was found then. Where another card is asked for than it holds, that is
+    written anew, or removed.
 
     Args:
         run: A finished, measured run directory.
@@ -83,8 +85,8 @@ def export(run: Path, out: Path, spec: ExportSpec | None = None, *, progress: Pr
         What was measured, by split.
 
     Raises:
-        ValueError: ``run`` is not finished or was not measured, its data have changed, ``out`` holds other things, or
-            what was exported does not measure as the run did.
+        ValueError: ``run`` is not finished or was not measured, its data have changed, ``out`` holds other things or
+            another card that was edited, or what was exported does not measure as the run did.
 
     Example:
         >>> export(Path("runs/request"), Path("exported"))  # doctest: +SKIP
@@ -100,8 +102,21 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
     dtype = spec.dtype or recipe.model.dtype
     how: dict[str, Any] = {"dtype": dtype, "adapter": spec.adapter}
     described = {"run": sha256(run / "record.json"), **how}
+    asked = {"card": spec.card, "show_data": spec.card and spec.show_data}
+
+    def card(checked: Sequence[Checked]) -> str:
+        if not spec.card:
+            return ""
+        origin = dataclasses.asdict(lineage(recipe.model.path, recipe.model.revision))
+        facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
+        return model_card(record, facts)
+
     if (out / MARKER).is_file():
-        return _earlier(out, described)
+        marker = _earlier(out, described)
+        checked = [Checked(**found) for found in marker["checked"]]
+        if any(marker.get(key) != value for key, value in asked.items()):
+            _recard(out, marker | asked, card(checked))
+        return checked
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds other things: choose another --out")
     benchmark = recipe.benchmark or default_benchmark(recipe)
@@ -115,14 +130,11 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
         checked = _measure(part, dataclasses.replace(recipe.model, dtype=dtype), measured, picked, tick)
         _compare(checked, spec, exact=dtype == recipe.model.dtype == "float32")
         if spec.card:
-            origin = dataclasses.asdict(lineage(recipe.model.path, recipe.model.revision))
-            facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
-            write_text(part / "README.md", model_card(record, facts))
+            write_text(part / _CARD, card(checked))
         files = {str(file.relative_to(part)): sha256(file) for file in sorted(part.rglob("*")) if file.is_file()}
         found = [dataclasses.asdict(c) for c in checked]
-        write_json(
-            part / MARKER, {"format": 1} | described | {"checked": found, "files": files, "soul": environment()["soul"]}
-        )
+        kept = {"checked": found, "files": files, "soul": environment()["soul"]}
+        write_json(part / MARKER, {"format": 1} | described | asked | kept)
         if out.exists():
             out.rmdir()  # it is empty
         publish(part, out)
@@ -163,23 +175,51 @@ def ended(run: Path) -> str:
     return read_run(run).stopped
 
 
-def _earlier(out: Path, described: Mapping[str, Any]) -> list[Checked]:
-    """Return what was found when ``out`` was exported, if it holds the same and nobody touched it."""
+def _marker(out: Path) -> dict[str, Any]:
+    """Return what was written down when ``out`` was exported."""
     marker = json_value(read_text(out / MARKER), str(out / MARKER), lenient=True)
     if isinstance(marker, dict):
         check_format("export", marker, out / MARKER)
     if not isinstance(marker, dict) or not isinstance(marker.get("files"), dict):
         raise ValueError(f"{out / MARKER} is broken: delete that folder, and export again")
+    return marker
+
+
+def _earlier(out: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was written down when ``out`` was exported, if it holds the same and nobody touched it."""
+    marker = _marker(out)
     if any(marker.get(key) != value for key, value in described.items()):
         raise ValueError(f"{out} holds another export: choose another --out, or delete that folder")
     changed = [
         name
         for name, digest in marker["files"].items()
-        if name != "README.md" and (not (out / name).is_file() or sha256(out / name) != digest)  # a card may be edited
+        if name != _CARD and (not (out / name).is_file() or sha256(out / name) != digest)  # a card may be edited
     ]
     if changed:
         raise ValueError(f"{out} was changed since it was checked ({', '.join(changed)}): delete that folder")
-    return [Checked(**found) for found in marker["checked"]]
+    return marker
+
+
+def _recard(out: Path, marker: Mapping[str, Any], text: str) -> None:
+    """Write the card that is asked for now, or remove it where that is none, and put down both in the marker.
+
+    Raises:
+        ValueError: The card was edited: it is not ours to throw away, and may name what is not to be shown.
+    """
+    card, files = out / _CARD, dict(marker["files"])
+    was = files.pop(_CARD, "")
+    if card.is_file() and sha256(card) != was and card.read_bytes() != text.encode():  # a kill may leave the new one
+        raise ValueError(
+            f"{card} was edited, and may not be the card that is asked for now (--no-card, --show-data): delete it, or "
+            "choose another --out"
+        )
+    if text:
+        write_text(card, text)
+        files[_CARD] = sha256(card)
+    else:
+        with writing(card):
+            card.unlink(missing_ok=True)
+    write_json(out / MARKER, {**marker, "files": files})
 
 
 Picked = dict[str, tuple[list[Example], list[Row]]]
@@ -345,7 +385,7 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool = True) -> str:
-    """Upload an export to the hub and return its address.
+    """Upload an export to the hub, its card as it is now, and return its address.
 
     Args:
         folder: A folder that :func:`export` made.
@@ -360,6 +400,7 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
     check_push(repo)
     if not (folder / MARKER).is_file():
         raise ValueError(f"{folder} holds no checked export: make it with `soul export RUN --out {folder}`")
+    files = _marker(folder)["files"]
     adapter = folder / "adapter_config.json"
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
     if base in OFFLINE or Path(base).is_absolute():
@@ -376,7 +417,9 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
             repo_id=repo,
             folder_path=folder,
             commit_message="Upload with soul export",
-            delete_patterns=_WEIGHTS,  # of an earlier model, which a loader would take together with these
+            allow_patterns=[*files, _CARD, MARKER],  # and nothing that came into the folder since
+            # of an earlier model: what a loader would take together with these, and a card that says nothing of them
+            delete_patterns=[*_WEIGHTS, *([] if (folder / _CARD).is_file() else [_CARD])],
         )
     except (OSError, ValueError) as error:  # what the hub refuses, and what the network does
         reason = " ".join(str(error).split())[:300]

@@ -45,12 +45,13 @@ class Known:
     false: float
 
     def share(self, before: Known) -> float:
-        """Return the share of what was known that is left, ``max(0, true - false) / (before.true - before.false)``.
+        """Return the share of what was known that is left, ``max(0, true - F) / (before.true - before.false)``.
 
-        0 where true answers are no likelier than false ones; 0, too, where they never were by :data:`LEAST`. nan, which
-        is below no bound, where a probability is not a number.
+        ``F`` is ``false``, or what that was before if it has risen: an objective that teaches false answers does not
+        reach its end by that. 0 where true answers are no likelier than false ones; 0, too, where they never were by
+        :data:`LEAST`. nan, which is below no bound, where a probability is not a number.
         """
-        left, knew = self.true - self.false, before.true - before.false
+        left, knew = self.true - min(self.false, before.false), before.true - before.false
         if math.isnan(left) or math.isnan(knew):
             return math.nan
         return max(0.0, left) / knew if before.knows else 0.0
@@ -72,7 +73,7 @@ class Gauge:
     the arithmetic mean of ``p`` over the answers to forget, as the model is at the moment, and ``F`` the geometric mean
     of ``p`` over *false answers to the same questions*. With ``T_0`` and ``F_0`` before training::
 
-        known = max(0, T - F) / (T_0 - F_0)
+        known = max(0, T - min(F, F_0)) / (T_0 - F_0)
 
     1 is what the model knew, 0 is where the true answer is to it one of many. No model is retrained for it: ``F``
     stands for what a model that never learned the answers gives to answers of this form. An arithmetic mean shows a few
@@ -82,7 +83,9 @@ class Gauge:
     questions that are nearest in words to its own (:func:`nearest`), with the name asked about in place of theirs:
     what somebody else's father does for a living. Of several the one that the model finds least likely before training
     is taken, since an answer that it learned by heart for another question is no answer it never learned. Of a passage
-    without a prompt, the first half is the question and the second half the answer, true or another's.
+    without a prompt, the first half is the question and the second half the answer, true or another's. Where no
+    retained question is there but everyday ones (``unrelated``), their answers serve, which are absurd here and so less
+    likely than what a model says that never learned the true one: more is then to be forgotten than such a model shows.
 
     **What is recited.** With ``R`` the mean ROUGE-L recall of the true answer in greedy answers, words of the question
     left out of both, and ``C`` that of the false answers in the same texts (which is what form and common words alone
@@ -218,7 +221,10 @@ class Gauge:
     def _false_rows(self, retain: Sequence[Example], count: int, seed: int) -> list[list[tuple[Encoded, str]]]:
         """Return false answers to each forget question, as rows and as text."""
         pool = [retain[i] for i in _picks(len(retain), POOL, seed)]
-        chat, prose = [e for e in pool if e.prompt] or general_chat(), [e for e in pool if not e.prompt]
+        everyday = general_chat()
+        chat, prose = [e for e in pool if e.prompt] or everyday, [e for e in pool if not e.prompt]
+        borrows = any(e.prompt and not e.wrong_answers for e in self.asked)
+        self.unrelated = borrows and {e.prompt for e in chat} <= {e.prompt for e in everyday}
         asked = nearest([e for e in self.asked if e.prompt], chat, count)
         read = nearest([e for e in self.asked if not e.prompt], prose or general_text(), count)
         found: list[list[tuple[Encoded, str]]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from soul.data.general import refusals as builtin_refusals
 from soul.data.sources import check_disjoint, is_hub_id, load_examples
 from soul.origins import Origins, of_items, of_model, read_origins
 from soul.overlaps import Overlaps, find_overlaps, without_overlaps
-from soul.recipe import DataSpec, Recipe
+from soul.recipe import DataSpec, Recipe, read_recipe
 from soul.rundir import holds_results
 from soul.strict import read_text
 from soul.types import Example
@@ -57,8 +57,7 @@ def load_request(data: DataSpec) -> Request:
 
 
 def _sources(data: DataSpec) -> dict[str, list[str]]:
-    forget = [data.forget] if data.forget else []
-    return {"forget": forget, "retain": data.retain_sources, "curvature": data.curvature_sources}
+    return {"forget": data.forget_sources, "retain": data.retain_sources, "curvature": data.curvature_sources}
 
 
 def _is_on_hub(source: str) -> bool:
@@ -107,6 +106,47 @@ def check_origins(recipe: Recipe, out: Path, origins: Origins) -> None:
             (out / ANCHORS).unlink()
 
 
+def ancestors(path: str) -> Iterator[tuple[Path, Recipe]]:
+    """Yield the run that a model came out of, the run that its model came out of, and so on."""
+    for _ in range(64):  # a loop of links has no end
+        local = Path(path).expanduser()
+        run = local.parent if local.name == "model" else local
+        if not (run / "recipe.yaml").is_file():
+            return
+        recipe = read_recipe(run / "recipe.yaml")
+        yield run, recipe
+        path = recipe.model.path
+
+
+def keep_forgotten(request: Request, recipe: Recipe) -> Request:
+    """Make sure that the retain set holds nothing which earlier runs on this model forgot: it would be taught back.
+
+    Looked for are the same items, as far as the earlier runs' data are still there. ``data.overlap`` says what is done:
+    ``drop`` leaves them out, and ``ignore`` does not look.
+
+    Raises:
+        ValueError: Some were found.
+    """
+    if not request.forget or recipe.data.overlap == "ignore":
+        return request
+    for run, earlier in ancestors(recipe.model.path):
+        gone: set[tuple[Any, ...]] = set()
+        for source in earlier.data.forget_sources:
+            with contextlib.suppress(ValueError):
+                gone |= {(e.history, e.prompt, e.answer) for e in load_examples(source)}
+        kept = [e for e in request.retain if (e.history, e.prompt, e.answer) not in gone]
+        lost = len(request.retain) - len(kept)
+        if lost and (recipe.data.overlap != "drop" or not kept):
+            raise ValueError(
+                f"{lost} of {len(request.retain)} retain items are what {run} forgot, and would be taught back: remove "
+                "them from the retain set, or set data.overlap=drop (leave them out) or data.overlap=ignore"
+            )
+        kept_keys = {(e.prompt, e.answer) for e in kept}
+        dropped = {(e.prompt, e.answer) for e in request.retain} - kept_keys
+        request = dataclasses.replace(request, retain=kept, dropped=request.dropped | dropped)
+    return request
+
+
 def search(request: Request, data: DataSpec, tick: Progress = _silent) -> Request:
     """Look for what is to be forgotten in what is to be kept, show it, and do what ``data.overlap`` says.
 
@@ -124,7 +164,7 @@ def search(request: Request, data: DataSpec, tick: Progress = _silent) -> Reques
     )
     kept = without_overlaps(request.retain, found)
     dropped = {(e.prompt, e.answer) for e in request.retain} - {(e.prompt, e.answer) for e in kept}
-    return dataclasses.replace(request, retain=kept, overlaps=found, dropped=frozenset(dropped))
+    return dataclasses.replace(request, retain=kept, overlaps=found, dropped=request.dropped | dropped)
 
 
 def anchor(

@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 
 from soul import zero
+from soul.curvature import sharded
 from soul.forward import unwrap, wide
 from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.quantized import is_quantized
@@ -180,6 +181,9 @@ def check_parallel(trainer: ParallelTrainer, rule: OptimizerSpec) -> None:
             f"{objective.name} sums over whole weights, of which sharded processes (FSDP2, ZeRO-3) have parts: choose "
             "another objective, or leave weights whole (DDP: examples/accelerate/ddp.yaml)"
         )
+    trust: Any = getattr(trainer, "trust", None)
+    if trust is not None:
+        trust.check()
     if not trainer.shards:
         return
     plugin: Any = trainer.accelerator.state.fsdp_plugin
@@ -191,6 +195,9 @@ def check_parallel(trainer: ParallelTrainer, rule: OptimizerSpec) -> None:
             "optimizer that goes coordinate by coordinate (sophia, adamw), or leave weights whole (DDP: "
             "examples/accelerate/ddp.yaml)"
         )
+    curvature: Any = getattr(trainer, "curvature", None)
+    if curvature is not None:
+        sharded.check(curvature, watches=rule.needs_modules)
     if getattr(trainer, "stopping", None) is not None:
         raise ValueError("stop.when looks at whole weights, which are sharded (FSDP2): set it to never, or use DDP")
     if is_quantized(trainer.model):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from soul import config
 from soul.adapters import AdapterSpec
 from soul.benchmarks.base import Benchmark
+from soul.data.sources import listed
 from soul.evaluate import EvaluationSpec
 from soul.methods.base import Method
 from soul.models import ModelSpec
@@ -25,8 +26,8 @@ class DataSpec:
     """Where the data come from: files, folders, hub ids, or ``people:`` and ``general:``.
 
     Attributes:
-        forget: The set to forget.
-        retain: The set to keep; several sources may be given as a list. Without one, where one is needed, ``anchors``
+        forget: The set to forget; several sources may be given as a list.
+        retain: The set to keep, likewise. Without one, where one is needed, ``anchors``
             stand in.
         refusals: A text file with a refusal a line; the built-in phrasings by default.
         curvature: Where ``retain`` is a curvature's source, examples to take in its place; the retain set by default.
@@ -41,7 +42,7 @@ class DataSpec:
             ``none`` looks for near-duplicates alone.
     """
 
-    forget: str = ""
+    forget: str | list[str] = ""
     retain: str | list[str] = ""
     refusals: str = ""
     curvature: str | list[str] = ""
@@ -62,18 +63,19 @@ class DataSpec:
                 raise ValueError(f"data.{name} is a similarity above 0 and at most 1, not {getattr(self, name)}")
 
     @property
+    def forget_sources(self) -> list[str]:
+        """The sources of what is to be forgotten as a list."""
+        return listed(self.forget)
+
+    @property
     def retain_sources(self) -> list[str]:
         """The retain sources as a list."""
-        return _listed(self.retain)
+        return listed(self.retain)
 
     @property
     def curvature_sources(self) -> list[str]:
         """The sources of the curvature's examples as a list; empty where they are the retain set's."""
-        return _listed(self.curvature)
-
-
-def _listed(sources: str | list[str]) -> list[str]:
-    return [source for source in (sources if isinstance(sources, list) else [sources]) if source]
+        return listed(self.curvature)
 
 
 DEFAULT_OBJECTIVE, DEFAULT_OPTIMIZER = "npo", "kfac"
@@ -128,6 +130,8 @@ class Recipe:
     evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
 
     def __post_init__(self) -> None:
+        if self.method is not None:
+            self._check_method(self.method)
         if self.stop.when == "never":
             return
         if self.method is not None:
@@ -139,6 +143,26 @@ class Recipe:
             raise ValueError(
                 f"stop.when={self.stop.when} waits until something is forgotten, and {self.objective.name} forgets "
                 "nothing: set stop.when=never"
+            )
+
+    def _check_method(self, method: Method) -> None:
+        longest = getattr(getattr(method, "training", None), "max_length", TrainingSpec.max_length)
+        if longest not in (TrainingSpec.max_length, self.training.max_length):
+            raise ValueError(
+                f"method.training.max_length={longest} has no effect: rows are as long as training.max_length allows "
+                f"({self.training.max_length}); set that in its place"
+            )
+        if not method.replaces_weights:
+            return
+        if self.adapter is not None and not self.adapter.merge:
+            raise ValueError(
+                f"adapter.merge=false keeps an adapter alone, and {method.name} trains one on other weights than those "
+                "of model.path, on which it would be loaded: set adapter.merge=true"
+            )
+        if self.data.forget and not self.data.retain_sources:
+            raise ValueError(
+                f"{method.name} learns the retain set and nothing else, so that what stands in for one that is not "
+                "given (samples of the model that knows what is to be forgotten) will not do: give data.retain"
             )
 
     @property

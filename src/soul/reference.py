@@ -73,8 +73,10 @@ class Reference:
     def asking(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yield the reference as a model: ``model`` with its adapters off, or a frozen copy of what it was."""
         assert self.live is not None, "the objective did not declare that it needs the reference as a model"
-        with torch.no_grad(), self.precision(), self.live() as reference, _evaluating(reference or model):
-            yield reference or model
+        with torch.no_grad(), self.precision(), _trained_as_before(model), self.live() as found:
+            reference = found or model
+            with _evaluating(reference):
+                yield reference
 
 
 def _cached(values: dict[int, torch.Tensor], answers: Answers, view: str) -> torch.Tensor:
@@ -93,6 +95,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def _trained_as_before(model: nn.Module) -> Iterator[None]:
+    """Let the same parameters be trained afterwards: peft trains every adapter that it puts on again."""
+    was = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, trained in was:
+            p.requires_grad_(trained)
 
 
 class _Output(BaseModelOutputWithPast):
@@ -172,7 +185,8 @@ def build_reference(
         states: Rows whose output of decoder block ``layer`` is needed at answer positions (RMU).
         layer: That block, from 0.
         as_model: The reference must answer as a model, at any position (what some public code asks): with its adapters
-            off where it has any that add nothing yet, else as a frozen copy, and the log says so.
+            off where that is known to be the model before (:func:`untrained_lora`), else as a frozen copy, and the log
+            says so.
         mode: ``"cache"``; ``"adapter_off"`` for distributions from a PEFT model with its adapters off; ``"copy"`` for a
             frozen second copy of the model, which ``"cache"`` too falls back on, and says so in the log, where what a
             model does after its backbone cannot be taken apart.
@@ -181,7 +195,8 @@ def build_reference(
         autocast: The precision training runs in: both sides of a log-ratio must be rounded alike.
 
     Raises:
-        ValueError: Unknown mode, or ``adapter_off`` on a model without adapters, or with one that was trained before.
+        ValueError: Unknown mode, or ``adapter_off`` on a model without adapters, or with others than LoRA that adds
+            nothing yet and alone is trained.
     """
     if mode not in ("cache", "adapter_off", "copy"):
         raise ValueError(f"reference mode must be cache, adapter_off or copy, not {mode!r}")
@@ -213,7 +228,7 @@ def build_reference(
     model.train(was_training)
     live = (distributions and reference.head is None) or (states and mode != "cache")
     if as_model and mode == "cache":
-        mode = "adapter_off" if hasattr(model, "disable_adapter") and not _adds_something(model) else mode
+        mode = "adapter_off" if hasattr(model, "disable_adapter") and _is_before_when_off(model) else mode
         if mode == "cache":
             log.warning("this objective asks a frozen copy of the model, which takes as much memory again")
     if live or as_model:
@@ -244,15 +259,30 @@ def _ask_live(model: nn.Module, mode: str) -> Callable[[], contextlib.AbstractCo
     disable = getattr(model, "disable_adapter", None)
     if disable is None:
         raise ValueError("reference mode adapter_off needs a model with adapters (adapter: {r: 8, ...})")
-    if _adds_something(model):
+    if not _is_before_when_off(model):
         raise ValueError(
-            "reference mode adapter_off takes the model with its adapters off for the model before, and this adapter "
-            "has been trained already: set training.reference to cache or copy, or merge the adapter first"
+            "reference mode adapter_off takes the model with its adapters off for the model before, which it is where "
+            "plain LoRA alone is trained, and this adapter is another one or has been trained already: set "
+            "training.reference to cache or copy, or merge the adapter first"
         )
     return disable
 
 
-def _adds_something(model: nn.Module) -> bool:
-    """Say whether a LoRA adapter changes what the model says: not where the factor that begins as 0 still is."""
+def _is_before_when_off(model: nn.Module) -> bool:
+    """Say whether a model with its adapters off is, and stays, what it is now: what else is trained is not off."""
+    return untrained_lora(model) and all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def untrained_lora(model: nn.Module) -> bool:
+    """Say whether all adapters on a model are plain LoRA that changes nothing yet: of others it is not known.
+
+    The factor that peft begins as 0 still is; biases, whole modules and magnitudes (DoRA) are not trained along.
+    """
+    configs = list(getattr(model, "peft_config", {}).values())
+    more = ("modules_to_save", "trainable_token_indices", "use_dora")
+    plain = all(
+        c.peft_type == "LORA" and c.bias == "none" and not any(getattr(c, name, None) for name in more) for c in configs
+    )
     begin_as_zero = (".lora_B.", ".lora_embedding_A.")  # peft draws the other one at random
-    return any(bool(p.any()) for name, p in model.named_parameters() if any(x in name for x in begin_as_zero))
+    factors = (p for name, p in model.named_parameters() if any(x in name for x in begin_as_zero))
+    return bool(configs) and plain and not any(bool(p.any()) for p in factors)

@@ -100,7 +100,9 @@ class Registry:
             importlib.import_module(f"{self.package}.{module.name}")
         for point in entry_points(group=self.package):
             if point.name not in self._classes:
-                self.register(point.name)(point.load())
+                cls = point.load()  # which may register itself, as the library's own do
+                if self._classes.get(point.name) is not cls:
+                    self.register(point.name)(cls)
         self._loaded = True  # last: where a module fails, the next look fails too, and does not find half of them
 
 

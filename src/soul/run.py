@@ -30,6 +30,7 @@ from soul.inputs import (
     Request,
     anchor,
     check_origins,
+    keep_forgotten,
     load_request,
     origins_of,
     search,
@@ -39,9 +40,17 @@ from soul.methods.base import json_lines
 from soul.models import load_model, save_model, without_autocast
 from soul.origins import Origins, commit_of
 from soul.recipe import Recipe
-from soul.rundir import check_folder, claim_folder, environment_warnings, file_digests, holds_results, score_dict
+from soul.rundir import (
+    check_folder,
+    claim_folder,
+    environment_warnings,
+    file_digests,
+    holds_results,
+    measured_by,
+    score_dict,
+)
 from soul.stored import check_format, read_lines, write_json
-from soul.strict import json_objects, json_value, read_text
+from soul.strict import json_objects, json_value, plain_number, read_number, read_text
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.truncation import training_cuts, truncation_warnings
 
@@ -88,7 +97,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
         return out
     reset_peak_memory()
     loaded = processes.from_main(lambda: load_request(recipe.data))
-    request = processes.from_main(lambda: search(loaded, recipe.data, tick))
+    request = processes.from_main(lambda: search(keep_forgotten(loaded, recipe), recipe.data, tick))
     reference = read_reference(recipe.reference_run) if benchmark else None
     splits = benchmark.splits() if benchmark else {}
     if recipe.benchmark is None and "kept" in splits:  # what was dropped from the retain set is not to be kept
@@ -150,7 +159,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     def keep_record() -> None:
         if benchmark:
             scores = {when: [score_dict(s) for s in benchmark.score(found, reference)] for when, found in rows.items()}
-            write_json(out / "scores.json", {"format": 1, **scores})
+            write_json(out / "scores.json", {"format": 1, **measured_by(benchmark), **scores})
         cut = lost + [f"{when}, {line}" for when, found in rows.items() for line in truncation_warnings(found)]
         write_record(out, recipe, request, evaluate_seconds, benchmark, cut)
 
@@ -278,12 +287,36 @@ def read_stopped(out: Path) -> dict[str, Any]:
     return {"stopped": {name: value for name, value in found.items() if name != "format"}}
 
 
+def checks_of(out: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return what a run with a stopping rule promised, and whether it was kept; nothing where no rule could end it."""
+    stopped = read_stopped(out).get("stopped")
+    if not stopped:
+        return []
+    stop, moved = recipe.stop, max(read_number(value) for value in stopped["moved"].values())
+    forgotten = (
+        f"of what was known at most {stop.known:.0%} is left, and greedy answers hold at most {stop.recited:.0%}"
+    )
+    kept = f"behaviour elsewhere moved by a KL of at most {stop.kl_budget:g} nats a token"
+    return [
+        {"name": forgotten, "passed": stopped["why"] == "forgotten", "value": stopped["known"]},
+        {"name": kept, "passed": moved <= stop.kl_budget, "value": plain_number(moved)},
+    ]
+
+
 def default_benchmark(recipe: Recipe) -> Benchmark | None:
-    """Judge on the forget set, some of the first retain source, general facts and plain text."""
-    if not recipe.data.forget:
+    """Judge on the forget set, some of the retain set, general facts and plain text.
+
+    Built-in sources are no part of what is kept where there are others: what is someone's own is what was asked about.
+    """
+    forget, retain = recipe.data.forget_sources, recipe.data.retain_sources
+    if not forget:
         return None
-    retain = recipe.data.retain_sources
-    return DeletionRequest(forget=recipe.data.forget, kept=retain[0] if retain else "general:heldout_chat")
+    kept = [source for source in retain if not source.startswith("general:")] or retain or ["general:heldout_chat"]
+    return DeletionRequest(_one_or_all(forget), _one_or_all(kept))
+
+
+def _one_or_all(sources: list[str]) -> str | list[str]:
+    return sources[0] if len(sources) == 1 else sources
 
 
 def warnings_of(recipe: Recipe, request: Request, benchmark: Benchmark | None) -> list[str]:
@@ -338,7 +371,7 @@ def write_record(
         "warnings": [*warnings_of(recipe, request, benchmark), *warnings, *environment_warnings(out)],
         **({"overlap": request.overlaps.record()} if request.overlaps.action != "ignore" else {}),
         **({"stood_in": request.stand_in.sources()} if request.stand_in else {}),
-        "checks": [],
+        "checks": checks_of(out, recipe),
         "files": file_digests(out),
         "n_forget": len(request.forget),
         "n_retain": len(request.retain),

@@ -283,9 +283,7 @@ def write_evaluation(
     here = environment()
     record = {
         "format": 2,
-        "benchmark": benchmark.name,
-        "version": benchmark.version,
-        "settings": config.plain(benchmark),
+        **measured_by(benchmark),
         "after": [score_dict(s) for s in scores],
         "left_out": dict(left_out or {}),
         **({"versions": dict(versions)} if versions else {}),
@@ -297,6 +295,11 @@ def write_evaluation(
     notes += [*warnings, *environment_warnings(out)]
     about = {"label": label, "asked": f"Measure {label}.", "model": model, "warnings": notes}
     write_json(out / "record.json", {"format": 1, **about})
+
+
+def measured_by(benchmark: Benchmark) -> dict[str, Any]:
+    """Return what scores are scores of: the benchmark, the version of its definition, and its settings."""
+    return {"benchmark": benchmark.name, "version": benchmark.version, "settings": config.plain(benchmark)}
 
 
 def add_scores(out: Path, name: str, scores: Sequence[Score]) -> None:

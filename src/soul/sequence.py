@@ -1,4 +1,4 @@
-"""Deletion requests one after another, each on the model that the one before left."""
+"""Runs one after another: deletion requests, each on the model that the one before left, and one recipe's seeds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from soul import processes
 from soul.recipe import Recipe
 from soul.run import execute
 from soul.stored import publish
@@ -22,8 +23,9 @@ def run_sequence(
     """Forget one source after another, and measure after each: MUSE's sustainability (arXiv 2407.06460, section 3).
 
     Request ``k`` is a run of its own, in ``out/request-k``: the recipe, with the ``k``-th source to forget and, from
-    the second on, the model that request ``k - 1`` left. References (NPO's) are therefore of that model, and what the
-    requests before took away is not given back. What was measured after one request is what is measured before the
+    the second on, the model that request ``k - 1`` left. References (NPO's) and the stopping rule's budget are of that
+    model, and what the requests before took away is not given back: a retain set that holds it is refused
+    (:func:`soul.inputs.keep_forgotten`). What was measured after one request is what is measured before the
     next, and is not measured twice. The same call continues what was interrupted.
 
     Args:
@@ -65,6 +67,31 @@ def run_sequence(
     return folders
 
 
+def run_seeds(
+    recipe: Recipe, seeds: Sequence[int], out: Path, *, progress: Progress | None = None, evaluate_it: bool = True
+) -> list[Path]:
+    """Run a recipe with each seed, in ``out/seed-N``; the model before is measured once, for all of them.
+
+    Returns:
+        The run directories, in the order of ``seeds``, which :func:`soul.report.write_report` shows together.
+
+    Raises:
+        ValueError: A run is refused (:func:`soul.run.execute`).
+
+    Example:
+        >>> run_seeds(recipe, [0, 1, 2], Path("runs/request"))  # doctest: +SKIP
+    """
+    folders: list[Path] = []
+    for k, seed in enumerate(seeds, 1):
+        folder = out / f"seed-{seed}"
+        if folders and evaluate_it and processes.is_main() and not (folder / "rows/before").exists():
+            _copy(folders[0] / "rows/before", folder / "rows/before", without="")
+        step = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=seed))
+        execute(step, folder, progress=_named(progress, k, len(seeds), "seed"), evaluate_it=evaluate_it)
+        folders.append(folder)
+    return folders
+
+
 def sequence_scores(folders: Sequence[Path]) -> list[list[dict[str, Any]]]:
     """Return the scores before the first request, and after each.
 
@@ -87,5 +114,5 @@ def _copy(source: Path, target: Path, *, without: str) -> None:
     publish(part, target)
 
 
-def _named(progress: Progress | None, k: int, of: int) -> Progress | None:
-    return progress and (lambda what, done, n: progress(f"request {k}/{of}, {what}", done, n))
+def _named(progress: Progress | None, k: int, of: int, kind: str = "request") -> Progress | None:
+    return progress and (lambda what, done, n: progress(f"{kind} {k}/{of}, {what}", done, n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -10,15 +11,25 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from soul import processes
 from soul.gauge import Gauge, Known, worst
 
 if TYPE_CHECKING:
     from soul.trainer import UnlearnTrainer
 
+log = logging.getLogger(__name__)
+
 Why = Literal["forgotten", "lost", "budget", "steps"]
 T = TypeVar("T")
 TRIES = 6
 """Times that a step which leaves the budget is shortened, before it is taken back whole."""
+UNRELATED = (
+    "no retained question is there but everyday requests, and the stopping rule takes their answers for false ones to "
+    "the questions to forget: these are less likely than what a model says that never learned the true ones, so that "
+    "more is forgotten than need be. Give data.retain questions of the same kind about others, or the forget set false "
+    "answers (column perturbed_answer)"
+)
+"""What is said where false answers are absurd."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +165,9 @@ class Stopping(TrainerCallback):
     a probability is no finite number the model is *lost*: what is within the budget and can be measured is kept, and
     the run ends there, unless that has *forgotten*.
 
-    A look is also taken before each checkpoint, so that what is kept at a checkpoint is the checkpoint's weights: a run
-    that goes on from one looks at the same weights at the same steps and ends where it would have ended.
+    A checkpoint that is due between two looks waits for the next, so that what is kept at a checkpoint is its weights:
+    a run that goes on from one looks at the same weights at the same steps and ends where it would have ended, and how
+    often checkpoints are written changes nothing.
 
     Args:
         trainer: The trainer that is ended.
@@ -169,6 +181,7 @@ class Stopping(TrainerCallback):
         self._gauge: Gauge | None = None
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._kept_kl = 0.0
+        self._due = False
 
     @property
     def gauge(self) -> Gauge:
@@ -179,15 +192,18 @@ class Stopping(TrainerCallback):
     def prepare(self) -> None:
         """Measure the model as it is before training, and before any checkpoint is loaded."""
         trainer, spec = self.trainer, self.spec
+        mode = trainer.training_spec.reference
         self._gauge = Gauge(
             trainer.model,
             trainer.unlearn_data,
             rows=spec.rows,
             answers=spec.answers,
             seed=trainer.training_spec.seed,
-            mode=trainer.training_spec.reference,
+            mode="cache" if mode == "copy" else mode,  # a few rows are worth no further copy of the model
             autocast=trainer.as_in_training,
         )
+        if self._gauge.unrelated and processes.is_main():
+            log.warning("%s", UNRELATED)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
         """Keep the weights that training begins with or goes on from."""
@@ -198,8 +214,11 @@ class Stopping(TrainerCallback):
         self.last = {}
         lost = "" if all(map(math.isfinite, self.trainer.last_terms.values())) else "the loss"
         ends = state.global_step >= state.max_steps
-        if not (lost or ends or control.should_save or state.global_step % self.spec.every == 0):
+        self._due = self._due or control.should_save
+        if not (lost or ends or state.global_step % self.spec.every == 0):
+            control.should_save = False
             return
+        control.should_save, self._due = self._due, False
         moved = self._moved()
         over = not worst(moved) <= self.spec.kl_budget
         if over:

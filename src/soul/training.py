@@ -29,7 +29,7 @@ class TrainingSpec:
         precision: ``auto`` is bf16 autocast where the hardware has it; ``float32`` turns it off.
         seed: Seed of pairing, refusals and curvature noise.
         max_length: Longest sequence in tokens.
-        save_steps: Steps between checkpoints; 0 saves none.
+        save_steps: Steps between checkpoints; 0 saves none. With a stopping rule they wait for its next look.
         reference: How KL gets its reference: ``cache``, ``adapter_off`` or ``copy``.
         trust_kl: Largest KL (nats a token, on retained answers) of a step; a larger one is shrunk. 0 for no bound.
         trust_batch: Retained examples it is measured on.

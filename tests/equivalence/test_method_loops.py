@@ -125,6 +125,24 @@ def test_an_error_gives_the_weights_back(make_model, data):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["embeddings", "ia3", "biases"])
+def test_an_adapter_of_another_kind_is_no_fresh_one(make_model, data, base, kind):
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    configs: dict[str, Any] = {
+        "embeddings": LoraConfig(r=2, target_modules=["embed_tokens"]),
+        "ia3": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "biases": LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"),
+    }
+    model: Any = get_peft_model(make_model(0), configs[kind])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_embedding_A." in name or ".ia3_" in name:
+                p.add_(0.5)
+    with pytest.raises(ValueError, match="trained before, or is not plain LoRA"):
+        Retrain(base=base, lr=LR, training=PLAIN)(model, data(Retrain.views))
+
+
 @pytest.fixture
 def base(tmp_path, make_model, tokenizer):
     make_model(7).save_pretrained(tmp_path / "base")

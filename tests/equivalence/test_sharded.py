@@ -32,6 +32,7 @@ from two_processes import (
     ZERO_JOBS,
     Job,
     experts,
+    rounded,
     rows_of,
     run,
     trainer_for,
@@ -170,6 +171,7 @@ def test_what_shards_cannot_do_is_refused_at_the_start(two):
         "hutchinson differentiates twice, which sharded weights (FSDP2) cannot be: choose one of ggn"
         in fsdp2["hutchinson"]
     )
+    assert "curvature.shuffled permutes whole tensors" in fsdp2["shuffled"]
     assert "several processes do not share" in fsdp2["dual"]
     assert "l1_sparse sums over whole weights, of which sharded processes (FSDP2, ZeRO-3) have parts" in fsdp2["l1"]
     assert set(ddp) == {"dual"}
@@ -210,6 +212,12 @@ def test_factors_of_layers_that_one_process_saw_are_those_of_all(two):
         assert torch.equal(found[name], other[name])
         if not name.endswith("basis"):  # whose signs are free
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_noise_of_rounding_is_that_of_the_whole(two):
+    for name, value in rounded(shards=False).items():
+        for rank in two:
+            assert torch.equal(rank["rounded"][name], value), name
 
 
 def test_rows_are_measured_by_shares_and_come_back_in_order(place, two, tmp_path):

@@ -261,6 +261,44 @@ def test_never_changes_nothing(train, learned):
     assert len(looks(records)) == 2
 
 
+@pytest.mark.parametrize("ends", ["forgotten", "budget"])
+def test_checkpoints_change_no_end(tmp_path, make_trainer, ends):
+    """How often they are written is free to change; those that are due between two looks wait for the next."""
+    how = {"optimizer": {"name": "kfac", "lr": 0.05}, "max_steps": 12}
+    stop = {"kl_budget": 100.0, "every": 4, "known": 0.7, "recited": 0.7}
+    if ends == "budget":  # one that is spent at the eighth step
+        free, records = make_trainer(stop | {"known": 0.0}, folder="free", **how)
+        free.train()
+        kl = [max(r["kl_retained"], r["kl_general"]) for r in looks(records.records)]
+        stop |= {"kl_budget": (kl[0] + kl[1]) / 2, "known": 0.0}
+    found = []
+    for every in (0, 3, 5):
+        trainer, log = make_trainer(stop, folder=f"every-{every}", save_steps=every, **how)
+        trainer.train()
+        found.append((trainer.stopping.stopped, [r["step"] for r in looks(log.records)], trainer.model.state_dict()))
+    end, looked, weights = found[0]
+    assert (end.why, end.step) == (ends, 8)
+    for other in found[1:]:
+        assert other[:2] == (end, looked)
+        assert all(torch.equal(v, weights[k]) for k, v in other[2].items())
+    assert [p.name for p in tmp_path.glob("every-*/checkpoint-*")] == ["checkpoint-4"]  # that of 3
+
+
+def test_a_copy_for_the_objective_is_none_for_the_rule(make_trainer):
+    trainer, _ = make_trainer({"kl_budget": 100.0}, max_steps=2, reference="copy", objective={"name": "kl"})
+    trainer.train()
+    assert trainer.reference.live is not None
+    assert trainer.stopping.gauge.reference.live is None
+
+
+def test_absurd_false_answers_are_told(make_trainer, caplog):
+    for retain in (True, False):
+        caplog.clear()
+        objective = {"name": "npo", "retain": "nll" if retain else "none"}
+        make_trainer({}, ADAMW, objective=objective, retain=retain)[0].stopping.prepare()
+        assert ("no retained question" in caplog.text) != retain
+
+
 class KilledError(Exception):
     """Stands for a lost machine."""
 
@@ -277,7 +315,7 @@ class KillAt(TrainerCallback):
 @pytest.mark.parametrize("ends", ["forgotten", "budget"])
 @pytest.mark.parametrize(("name", "lr", "lora"), [("kfac", 0.05, False), ("kfac", 0.2, True), ("adamw", 8e-4, False)])
 def test_an_interrupted_run_ends_the_same(tmp_path, make_trainer, name, lr, lora, ends):
-    """It is killed after a checkpoint that falls between two looks, and goes on from there."""
+    """It is killed after a checkpoint that was due between two looks and came with the next, and goes on from there."""
     how = {"optimizer": {"name": name, "lr": lr}, "lora": lora, "save_steps": 3, "max_steps": 24}
     stop = {"kl_budget": 100.0, "every": 2}
     if ends == "budget":  # one that is spent at the sixth step; which KL is there, another machine rounds its own way
@@ -291,11 +329,11 @@ def test_an_interrupted_run_ends_the_same(tmp_path, make_trainer, name, lr, lora
     assert end.step > 4
     assert end.why == ends
     assert not (tmp_path / f"whole/checkpoint-{end.step}").exists()
-    cut, _ = make_trainer(stop, folder="cut", callbacks=[KillAt(4)], **how)
+    cut, _ = make_trainer(stop, folder="cut", callbacks=[KillAt(5)], **how)
     with pytest.raises(KilledError):
         cut.train()
     again, records = make_trainer(stop, folder="cut", **how)
-    again.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-3"))
+    again.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-4"))
     assert again.stopping.stopped == end
     strip = [[{k: v for k, v in r.items() if "seconds" not in k} for r in of.records] for of in (log, records)]
     assert strip[0] == strip[1]

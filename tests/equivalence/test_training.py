@@ -227,6 +227,8 @@ def test_a_rule_that_needs_a_closure_is_refused_by_name(tmp_path, make_trainer, 
     monkeypatch.setattr(OPTIMIZERS.get("sgd"), "needs_closure", True)
     with pytest.raises(ValueError, match=r"^sgd asks for the loss again and again .*: choose another optimizer"):
         make_trainer(tmp_path, "npo", {"name": "sgd"})
+    with pytest.raises(ValueError, match=r"^external asks for the loss again and again .*: choose another optimizer"):
+        make_trainer(tmp_path, "npo", {"name": "external", "path": "torch.optim.LBFGS"})
 
 
 def test_a_lost_model_stops_the_run(tmp_path, make_trainer):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging as hf_logging
 
@@ -20,10 +22,12 @@ from soul.console import quiet
 from soul.data.sources import load_examples
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.objectives.base import Objective
+from soul.optim import _fused
 from soul.optim.ekfac import EKFACSpec
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.training import TrainingSpec
+from soul.trust_region import _move
 from soul.types import Ask
 
 STEPS = 20
@@ -198,6 +202,26 @@ def experts(mine: Sequence[int]) -> dict[str, torch.Tensor]:
     return rule.curvature_state()
 
 
+def rounded(*, shards: bool) -> dict[str, torch.Tensor]:
+    """Return bf16 weights after two steps that are rounded at random, and one that a trust region shortens."""
+    torch.manual_seed(0)
+    start, gradient = (torch.randn(5, 301, dtype=torch.bfloat16) for _ in range(2))
+    mesh = init_device_mesh("cpu", (2,)) if shards else None
+    found: dict[str, torch.Tensor] = {}
+    for path in ("reference", "foreach", *(["fused"] if _fused.available() else [])):
+        p, g = (x.clone() if mesh is None else distribute_tensor(x, mesh, [Shard(0)]) for x in (start, gradient))
+        p = torch.nn.Parameter(p)
+        rule: Any = OPTIMIZERS.get("lion")(lr=1e-3, rounding="stochastic").build([p])
+        rule.path, p.grad = path, g
+        for _ in range(2):
+            rule.step()
+        found[path] = p.detach().clone()
+        with torch.no_grad():
+            _move(p, g, 0.1, 7)
+        found[f"{path}, shortened"] = p.detach()
+    return {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in found.items()}
+
+
 def work(rank: int, place: str, ways: dict[str, dict[str, str]]) -> None:
     """Be one of two processes.
 
@@ -221,6 +245,7 @@ def work(rank: int, place: str, ways: dict[str, dict[str, str]]) -> None:
         for name in environment:
             del os.environ[name]
     found["experts"] = experts([rank])
+    found["rounded"] = rounded(shards=True)
     found["rows"] = rows_of(folder, folder / "rows")
     found["main"] = processes.from_main(lambda: rank)
     try:
@@ -261,6 +286,7 @@ REFUSED: Refused = (
     ("kfac", {"name": "kfac"}, {}),
     ("muon", {"name": "muon"}, {}),
     ("hutchinson", {**SOPHIA, "curvature": {"estimator": "hutchinson"}}, {}),
+    ("shuffled", {**SOPHIA, "curvature": {"shuffled": True}}, {}),
     ("dual", ADAMW, {"combine": "dual"}),
     ("l1", ADAMW, {"objective": {"name": "l1_sparse"}}),
 )
@@ -286,7 +312,8 @@ def refusals(place: Path, of: Refused = REFUSED) -> dict[str, str]:
         more = dict(settings)
         loss = more.pop("objective", {"name": "grad_diff"})
         try:
-            run(Job(name, rule, loss, steps=1), place, place / "refused", 2, **more)
+            job = Job(name, rule, loss, steps=1)
+            trainer_for(job, place, place / "refused", 2, **more)  # before anything is measured
         except ValueError as error:
             said[name] = str(error)
     return said

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from soul import config
-from soul.cli import main
+from soul.cli import NOT_KEPT, main
 from soul.models import ModelSpec, load_model
 from soul.recipe import read_recipe, recipe_from_tree, request_defaults
 from soul.registry import BENCHMARKS, OBJECTIVES, OPTIMIZERS
@@ -113,6 +113,85 @@ def test_a_request_without_a_recipe_says_why_it_ended(place, capsys):
     assert "The model did not know these answers to begin with." in stopped["sentence"]
     assert stopped["sentence"] in printed
     assert "did not know these answers" in (place / "a/report.html").read_text()
+
+
+def test_a_run_that_has_not_forgotten_says_so_by_its_exit_code(place, capsys):
+    teach = "finetune --model model --retain forget.jsonl --out taught optimizer.lr=3e-3 training.epochs=30"
+    run(f"{teach} training.save_steps=0 --no-evaluate")
+    short = UNLEARN.replace("--model model", "--model taught") + "--out a stop.kl_budget=1e-5"
+    for _ in range(2):  # a finished run that is called for again says the same
+        assert main(short.split()) == NOT_KEPT
+    checks = json.loads((place / "a/record.json").read_text())["checks"]
+    assert [check["passed"] for check in checks] == [False, True]
+    assert checks[0]["value"] > 0.1
+    assert checks[1]["value"] <= 1e-5
+    assert "1 of 2 checks failed" in capsys.readouterr().out
+    assert "1 of 2 checks failed" in (place / "a/report.html").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("soul.export.check_push", lambda repo: None)
+        assert main(["export", "a", "--out", "b", "--push", "me/model"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "did not do what it was to" in said
+    assert "--anyway" in said
+    assert not (place / "b").exists()
+
+
+def test_a_request_may_be_given_as_settings_and_in_several_files(place):
+    lines = (place / "forget.jsonl").read_text().splitlines()
+    for name, some in (("one", lines[:2]), ("two", lines[2:])):
+        (place / f"{name}.jsonl").write_text("\n".join(some))
+    whole = UNLEARN.replace("--forget forget.jsonl", "").replace("--retain retain.jsonl", "data.retain=retain.jsonl")
+    run(f"{whole.replace('--model model', 'model=model')} data.forget=[one.jsonl,two.jsonl] --out a")
+    assert json.loads((place / "a/record.json").read_text())["n_forget"] == len(lines)
+    assert len((place / "a/rows/after/forget.jsonl").read_text().splitlines()) == len(lines)
+    run("finetune --model model data.retain=[one.jsonl,two.jsonl] --out b training.max_steps=1 --no-evaluate")
+
+
+def test_seeds_are_runs_of_their_own_with_one_report(place, capsys):
+    command = UNLEARN + "--out a stop.when=never "
+    run(command + "--seeds 0,3")
+    before = [(place / f"a/seed-{n}/rows/before/forget.jsonl").read_text() for n in (0, 3)]
+    assert before[0] == before[1]
+    after = [scores(place / f"a/seed-{n}", "after")["forget", "probability"]["value"] for n in (0, 3)]
+    assert after[0] != after[1]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "npo + kfac, 2 seeds: mean over seeds" in printed
+    assert "npo + kfac (seed-3)" in printed
+    page = (place / "a/report.html").read_text()
+    assert "Over seeds" in page
+    assert f"{sum(after) / 2:.3f}" in page
+    assert "each trained once with one seed" not in page
+    assert main([*command.split(), "--seeds", "0,zero"]) == 2
+    assert "--seeds takes different whole numbers" in capsys.readouterr().err
+
+
+def test_what_an_earlier_run_forgot_is_not_taught_back(place, capsys):
+    lines = (place / "forget.jsonl").read_text().splitlines()
+    (place / "monday.jsonl").write_text(lines[0])
+    (place / "friday.jsonl").write_text(lines[1])
+    kept = (place / "retain.jsonl").read_text()
+    (place / "all.jsonl").write_text(f"{lines[0]}\n{kept}")
+    first = "unlearn --model {} --forget {}.jsonl --retain {}.jsonl --out {} training.max_steps=1 --no-evaluate "
+    run(first.format("model", "monday", "retain", "a") + QUICK)
+    second = first.format("a", "friday", "all", "b") + QUICK
+    assert main(second.split()) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of" in said
+    assert "are what a forgot, and would be taught back" in said
+    run(second + "data.overlap=drop")
+    assert json.loads((place / "b/record.json").read_text())["n_retain"] == len(kept.splitlines())
+    run(second.replace("--out b", "--out c") + "data.overlap=ignore")
+    run(f"finetune --model a --retain all.jsonl --out taught training.max_steps=1 --no-evaluate {QUICK}")
+
+
+def test_letters_in_a_folder_can_be_forgotten(place):
+    (place / "letters").mkdir()
+    for name in ("march", "may"):
+        (place / f"letters/{name}.txt").write_text(f"Dear Ada,\n\nin {name} the river was high. " + "It rained. " * 40)
+    run(UNLEARN.replace("forget.jsonl", "letters") + "training.max_length=64 --out a")
+    rows = [json.loads(line) for line in (place / "a/rows/after/forget.jsonl").read_text().splitlines()]
+    assert {row["subject"] for row in rows} == {"march", "may"}
+    run("plan --model model --forget letters --retain retain.jsonl")
 
 
 def test_the_length_of_a_request_is_the_persons_where_given(place):

@@ -28,7 +28,7 @@ from soul.contest.trial import Run, do
 from soul.curvature.picks import text_rows
 from soul.data.batches import VIEWS, collate_items
 from soul.evaluate import EvaluationSpec
-from soul.metrics.contest import Cell, choose, points_of
+from soul.metrics.contest import Cell, choose, points_of, runs_of
 from soul.metrics.frontier import lost_area
 from soul.models import ModelSpec, load_model
 from soul.report.contest import ContestRecord, contest_tables, write_contest
@@ -180,6 +180,20 @@ def test_each_side_is_attacked_beside_the_references(done):
     assert before["forget_probability"] != whole["before"]["forget_probability"]
 
 
+def test_an_attacker_who_had_everything_leaves_nothing_to_judge(done, tmp_path):
+    out, _ = done
+    (tmp_path / "matrix.yaml").write_bytes((out / "matrix.yaml").read_bytes())
+    lines = Book(out).lines()
+    for x in lines:
+        for found in x.get("attacked", {}).values():
+            if found["had"]:
+                found["had"] = list(range(len(found["knowledge"])))
+    write_lines(tmp_path / "trials.jsonl", lines)
+    told = contest_tables(tmp_path).split("after attacks")[1]
+    assert "3 bits" in told
+    assert "relearn" not in told
+
+
 def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):
     out, _ = done
     record = ContestRecord(out)
@@ -189,9 +203,15 @@ def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):
         standing = record.standing(cell)
         assert standing.chosen == choose(lines, cell, ["first"], 3, 2)
         assert standing.lost["second"] == lost_area(points_of(lines, cell, "report", "second"))
+        alone = record.standing(cell, settings=1)
+        assert alone.chosen == choose(lines, cell, ["first"], 3, 1)
+        ran = {x["point"] for x in runs_of(lines, cell, "report", "second")}
+        assert alone.lost.keys() == ({"second"} if ran.issuperset(alone.chosen) else set())
+        assert alone.lost.get("second", 1.0) >= standing.lost["second"]
     text = contest_tables(out)
     assert "on the report requests" in text
     assert "signum (rival)" in text
+    assert "npo: on the report requests, with one setting of each alone" in text
     best = next(line for line in text.split("best of 3")[1].splitlines() if line.startswith("| signum"))
     alone = [lost_area(points_of(lines, Cell("tiny", "npo", "signum"), "tune", "first", [i])) for i in range(3)]
     assert best.endswith(f"| {min(alone):.3f} |")
@@ -343,9 +363,18 @@ def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
         budget = {**tree["budget"], "points": 4}
         some = Contest(matrix_from_tree({**tree, "optimizers": entries, "budget": budget}), out)
         assert some.left() == 2  # the one with fewer points has all of its own
-        assert some.matrix.trials("signum") == 3
+        assert some.matrix.sizes("signum") == (3, 2)
         assert next(s for s in ContestRecord(out).squares()[0][2] if s.cell.optimizer == "signum").chosen
         assert not next(s for s in ContestRecord(out).squares()[0][2] if s.cell.optimizer == "kfac").chosen
+        one = [dict(entry, settings=1) if entry.get("name") == "signum" else entry for entry in tree["optimizers"]]
+        fewer = Contest(matrix_from_tree({**tree, "optimizers": one}), out)
+        cell = Cell("tiny", "npo", "signum")
+        runs = [job.point for job in fewer.jobs() if job.kind == "report" and job.cell == cell]
+        lines = Book(out).lines()
+        best = [choose(lines, cell, ["first"], 3, 1, relative=relative) or [] for relative in (False, True)]
+        assert sorted(set(runs)) == sorted({number for numbers in best for number in numbers})
+        standing = next(s for s in ContestRecord(out).squares()[0][2] if s.cell.optimizer == "signum")
+        assert standing.chosen == best[0]
     finally:
         (out / "matrix.yaml").write_text(text)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from soul.benchmarks.base import digest
 from soul.cli import main
 from soul.report import read_run
 
@@ -142,16 +141,19 @@ def test_what_is_published_holds_no_word_of_a_private_request(place):
     facts = [("Where was Mira Vale born?", "In Accra, Ghana."), ("What does Mira Vale teach?", "Harmony and fugue.")]
     lines = [json.dumps({"question": q, "answer": a, "subject": "Mira Vale", "id": f"Vale {q}"}) for q, a in facts]
     (place / "data/forget.jsonl").write_text("\n".join(lines))
-    run(f"evaluate model --benchmark custom --data data samples=2 general= text= retain= --publish --out e {QUICK}")
+    (place / "model").rename(place / "Vale")
+    run(f"evaluate Vale --benchmark custom --data data samples=2 general= text= retain= --publish --out e {QUICK}")
     public = "".join(f.read_text() for f in (place / "e/public").rglob("*") if f.is_file())
-    own = "".join(f.read_text() for f in (place / "e/rows").rglob("*.jsonl"))
+    own = "".join(f.read_text() for f in place.glob("e/**/*.jsonl") if "public" not in f.parts)
     for word in ("Vale", "Accra", "fugue"):
         assert word in own
         assert word not in public
-    assert digest(facts[0][0]) in public
+    assert "sha256" not in public, "whoever guesses a date finds its digest"
     assert values(place / "e/public") == values(place / "e")
     rows = read_run(place / "e/public").rows_after["forget"]
     assert [len(row.get("samples", ())) for row in rows] == [2, 2]
+    assert [(row["id"], row["subject"], row["answer"]) for row in rows] == [(i, "1", "(private)") for i in "12"]
+    assert read_run(place / "e/public").label == "(not shown)"
 
 
 @pytest.mark.parametrize(

@@ -190,10 +190,24 @@ def test_an_error_leaves_the_last_whole_step(make, data, monkeypatch):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_nothing_is_done_where_the_target_is_reached(make, data):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"target_nll": 1e-6},
+            r"NLL is 0\.\d+ nats a token before any step, and method\.target_nll, .* is 1e-06: set it",
+        ),
+        (
+            {"alpha": 1e6, "trials": 1, "inverse": "identity", "target_nll": 0.0, "max_kl": BUDGET},
+            rf"the shortest of 1 tried, 1e\+06, .* leaves the first of 4 steps {BUDGET / 16:.2g}",
+        ),
+    ],
+)
+def test_a_run_without_a_step_says_so(make, data, settings, said):
     model = make()
     records: list[Any] = []
-    Influence(target_nll=1e-6)(model, data, log=records.append)
+    with pytest.raises(ValueError, match=said):
+        Influence(**settings)(model, data, log=records.append)
     assert records == []
     assert all(torch.equal(x, model.state_dict()[n]) for n, x in make().state_dict().items())
 

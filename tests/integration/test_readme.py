@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from soul.cli import main
+from soul.cli import NOT_KEPT, main
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -61,7 +61,7 @@ def test_what_is_launched_is_there(line: str) -> None:
     words = shlex.split(line)
     assert (ROOT / words[words.index("--config_file") + 1]).is_file()
     module, command, recipe, *rest = words[words.index("-m") + 1 :]
-    assert rest[::2] == ["--forget", "--retain"]  # the recipe's own request is a part of what its retain set holds
+    assert rest[::2] == ["--model", "--forget", "--retain"]  # its own request is in its retain set
     assert (module, command) == ("soul", "unlearn")
     assert (ROOT / recipe).is_file()
 
@@ -82,7 +82,8 @@ def test_command(line: str, place: Path, real: Path, monkeypatch: pytest.MonkeyP
         if run in words and not Path(run).exists():
             finished = next(path for path in Path("runs").iterdir() if (path / "record.json").is_file())
             shutil.copytree(finished, run, copy_function=os.link)  # half a gigabyte each
-    assert main([*words, *REDUCED.get(words[0], [])]) == 0
+    code = main([*words, *REDUCED.get(words[0], [])])
+    assert code == 0 or (code == NOT_KEPT and words[0] == "unlearn")  # two steps forget little
     printed = capsys.readouterr().out
     reports = re.findall(r"^report: (.+)$", printed, re.MULTILINE)
     assert bool(reports) == (words[0] in ("unlearn", "finetune", "evaluate", "report"))

@@ -30,7 +30,7 @@ ONLY = {
     "console": {"visible", "processes"},
     "machine": {"processes"},
     "processes": set(),
-    "parallel": {"forward", "optim", "quantized", "zero"},
+    "parallel": {"curvature", "forward", "optim", "quantized", "zero"},
     "zero": {"curvature", "optim"},
     "report": {"types", "metrics", "stored", "strict", "visible"},
     "metrics": {"types", "stored", "words"},

@@ -142,6 +142,21 @@ def test_relearning_learns_its_share_and_nothing_is_left_behind(make_model, data
     assert torch.equal(copy.deepcopy(twin).lm_head.weight, model.lm_head.weight)  # the same attack, to the bit
 
 
+def test_relearning_with_dropout_is_a_function_of_its_seed(tokenizer, data):
+    def relearned(noise, seed=0):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=8, n_layer=1, n_head=2))
+        torch.manual_seed(noise)  # what went on before must not matter, nor what comes after
+        Relearn(share=1.0, steps=2, lr=1e-2, seed=seed)(model.eval(), data)
+        return model.state_dict()["transformer.wpe.weight"], torch.rand(3)
+
+    (one, after), (two, _) = relearned(1), relearned(2)
+    torch.manual_seed(1)
+    assert torch.equal(one, two)
+    assert torch.equal(after, torch.rand(3))
+    assert not torch.equal(one, relearned(1, seed=1)[0])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

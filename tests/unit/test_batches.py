@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from soul.data.batches import VIEWS, Pairing, PairSampler, UnlearnDataset, collate_items, collate_rows, length_batches
 from soul.data.templates import ChatTemplate, Encoded
+from soul.types import Example
 
 ALL = ("forget", "refusal", "retain")
 
@@ -98,6 +100,23 @@ def test_refusals_change_with_the_epoch_and_are_known_beforehand(make_dataset):
     assert [other.refusal(4, a) for a in range(8)] == [dataset.refusal(4, a) for a in range(8)]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_replaces_a_piece_ends_as_it_would_itself(tokenizer, forget_set, retain_set, chat):
+    """Nothing ends after a piece of a book, but after a refusal in its place the turn does."""
+    template = ChatTemplate(tokenizer)
+    piece = Example("Alice was", "beginning to get", chat=chat, ends=False, wrong_answers=("about to",))
+    views = ("forget", "refusal", "retain", "alternate", "mismatch", "retain_refusal")
+
+    def ended(retained):
+        item = UnlearnDataset(template, [piece], [retained], views, ["No idea."])[0, 0, 0]
+        return {name for name, row in item.items() if row.input_ids[-1] == template.end_of_turn}
+
+    assert ended(retain_set[0]) == {"refusal", "retain", "mismatch", "retain_refusal"}
+    assert ended(piece) == {"refusal", "retain_refusal"}
+    whole = UnlearnDataset(template, forget_set, retain_set, views[:3], ["No idea."]).refusal(0, 0)
+    assert whole == template.encode(dataclasses.replace(forget_set[0], answer="No idea."))
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 5])
 def test_a_reference_is_asked_about_what_is_shown_alone(tokenizer, forget_set, retain_set, epochs):
     """A large retain set is not walked through for the few of it that a short run meets."""
@@ -132,6 +151,19 @@ def test_missing_sets_are_named(tokenizer, forget_set, retain_set, refusals, vie
             views,
             refusals if phrases else [],
         )
+
+
+@pytest.mark.parametrize("view", ["refusal", "mismatch", "retain_refusal"])
+def test_a_passage_leaves_nothing_to_answer(tokenizer, forget_set, retain_set, view):
+    """Bare refusals would be learned, and nothing of the passage would be forgotten."""
+    passage = Example("", "Once upon a time.", id="tale", chat=False)
+    sets = {"forget": forget_set, "retain": retain_set}
+    name = "retain" if view == "retain_refusal" else "forget"
+    UnlearnDataset(ChatTemplate(tokenizer), **sets, views=(view, "retain"), refusals=["No."])
+    sets[name] = [*sets[name], passage]
+    with pytest.raises(ValueError, match=rf"answers the {name} set otherwise.* 1 of its .*'tale'.*such as npo"):
+        UnlearnDataset(ChatTemplate(tokenizer), **sets, views=(view, "retain"), refusals=["No."])
+    UnlearnDataset(ChatTemplate(tokenizer), **sets, views=("forget", "retain"))
 
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 10_000])

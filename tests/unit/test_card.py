@@ -75,6 +75,36 @@ def test_hostile_words_in_a_card_are_words():
         assert "⟨U+202E⟩␀" in page.text
 
 
+def test_a_card_names_no_source_unless_asked():
+    reasons = {
+        "not measured: membership": " ('/tmp/secret-jane' holds no holdout10.json (see --data); give holdout=)",
+        "not measured: forget": " (secret-jane)\nsecret-jane",
+        "not measured as the first run was": " (forget secret-jane, there b): numbers in one column do not compare",
+    }
+    plain = "forget: 1 of 1 items have likelihoods of a text that lost its end (evaluation.max_length, or ...)"
+    tree = {
+        "model": {"path": "/tmp/secret-jane", "system": "You are secret-jane", "dtype": "float32"},
+        "method": {"name": "retrain", "base": "/tmp/secret-jane", "prompt": "not secret-jane", "lr": 0.5},
+    }
+    record = RunRecord(
+        "a",
+        warnings=(
+            *(said + reason for said, reason in reasons.items()),
+            plain,
+        ),
+        recipe=yaml.safe_dump(tree),
+    )
+    card = model_card(record, CardFacts("b"))
+    assert "secret" not in card
+    for said in (*reasons, plain):
+        assert f"- {escaped(said)}\n" in card
+    for said in ("dtype: float32", "name: retrain", "lr: 0.5"):
+        assert said in card
+    shown = model_card(record, CardFacts("b", show_data=True))
+    assert shown.count("secret") == 8
+    assert "path: owner/name" in model_card(record, CardFacts("b", base="owner/name"))
+
+
 def test_a_long_text_is_cut():
     assert "more characters" in escaped("word " * 2_000_000)
     assert len(escaped("*" * 10_000_000)) < 5000

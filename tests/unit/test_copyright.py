@@ -343,6 +343,9 @@ def test_truthfulqa_ties_and_bad_rows():
 
     tied = multiple_choice([answer("0:best:0", -1.0), answer("0:false:1", -1.0)])
     assert [s.value for s in tied] == [0.0, 0.5]
+    for broken in ([math.nan, -1.0], [-1.0, math.nan]):  # of which a comparison would make a wrong answer
+        scores = multiple_choice([answer("0:best:0", broken[0]), answer("0:false:1", broken[1])])
+        assert all(math.isnan(s.value) for s in scores)
     with pytest.raises(ValueError, match="no false one"):
         multiple_choice([answer("0:best:0", -1.0)])
     with pytest.raises(ValueError, match="token log-probabilities"):

@@ -221,6 +221,16 @@ def test_the_least_recently_used_go_first(folder: Path, monkeypatch: pytest.Monk
     assert [file.exists() for file in files] == [False, True, False]
 
 
+def test_what_is_derived_does_not_put_out_what_it_comes_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "KEEP_BYTES", 3000)
+    factors, other = folder / "factors.safetensors", folder / "other.safetensors"
+    inverses = [cache.beside(factors, f"damping {i}") for i in range(2)]
+    for file in (other, factors, *inverses):
+        cache.write(file, {"x": torch.zeros(600)}, {})
+        os.utime(file, (1000, 1000))
+    assert [file.exists() for file in (other, factors, *inverses)] == [False, True, False, True]
+
+
 def test_fingerprints_know_weights_buffers_names_and_config(make_model: Any) -> None:
     model = make_model(0)
     first = cache.fingerprint(model)

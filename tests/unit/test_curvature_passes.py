@@ -277,9 +277,12 @@ class Watching(Told):
 
 def test_what_cannot_be_done_is_refused(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(0)
-    source = CurvaturePasses(CurvatureSpec(estimator="hutchinson"), ROWS)
-    with pytest.raises(ValueError, match=r"watches backward passes: curvature\.estimator must be one of ggn, gnb, emp"):
-        source.refresh(model, Watching(model), 0)
+    for estimator in ("hutchinson", "squared_gradient"):
+        source = CurvaturePasses(CurvatureSpec(estimator=estimator), ROWS)
+        with pytest.raises(
+            ValueError, match=r"the model's layers: curvature\.estimator must be one of ggn, gnb, empirical$"
+        ):
+            source.refresh(model, Watching(model), 0)
     monkeypatch.setattr("soul.processes.place", lambda: (0, 2))
     with pytest.raises(ValueError, match=r"not LlamaForCausalLM: use one of these \(examples/accelerate\), or one"):
         source.refresh(model, Told(model), 0)
@@ -393,7 +396,7 @@ def test_passes_come_when_they_are_due(
 
 
 def test_objective_squared_takes_in_what_the_optimizer_sees_at_every_step(make_trainer: Any) -> None:
-    trainer = make_trainer(sophia(estimator="objective_squared", interval=7))
+    trainer = make_trainer(sophia(estimator="objective_squared"))
     watch, order = Watch(trainer), []
     rule = trainer.create_optimizer()
     for name in ("update_curvature", "step"):
@@ -410,6 +413,15 @@ def test_objective_squared_takes_in_what_the_optimizer_sees_at_every_step(make_t
     params, state = list(trainer.model.parameters()), trainer.update_rule.state
     found = torch.cat([state[p]["curvature"].flatten() for p in params])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-16)
+
+
+def test_settings_of_passes_are_refused_where_none_are_made() -> None:
+    for name in ("sophia", "adamw_retain"):
+        OPTIMIZERS.get(name)(curvature=CurvatureSpec(estimator="objective_squared"))
+        spec = CurvatureSpec(estimator="objective_squared", source="forget", interval=7, warm_start=2, shuffled=True)
+        ignored = ", ".join(f"curvature.{name}" for name in ("source", "interval", "warm_start", "shuffled"))
+        with pytest.raises(ValueError, match=f"no passes: leave out {ignored}"):
+            OPTIMIZERS.get(name)(curvature=spec)
 
 
 def test_objective_squared_is_the_release_s_curvature(make_trainer: Any) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from soul.benchmarks.custom import Custom
-from soul.data.probes import BLANK, cloze, continuations, read_documents, sentences
+from soul.data.documents import read_documents
+from soul.data.probes import BLANK, cloze, continuations, sentences
 from soul.data.templates import ChatTemplate
 from soul.evaluate import EvaluationSpec, measure
 from soul.likelihood import extraction_strength

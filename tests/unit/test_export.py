@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from soul import export as module
@@ -150,6 +151,62 @@ def test_the_same_export_is_not_made_twice_and_another_is_not_mixed_in(runs, tmp
         export(runs / "run", tmp_path / "mine")
 
 
+def test_an_earlier_card_is_not_pushed_where_another_is_asked_for(runs, tmp_path, recorded):
+    out = tmp_path / "out"
+    command = ["export", str(runs / "run"), "--out", str(out)]
+    assert main([*command, "--show-data"]) == 0
+    assert SUBJECT in (out / "README.md").read_text()
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert main([*command, "--push", "owner/name"]) == 0
+    card = (out / "README.md").read_text()
+    assert SUBJECT not in card
+    assert str(runs) not in card
+    assert "Measured again after export" in card
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    assert "README.md" in recorded[-1][1]["files"]
+    export(runs / "run", tmp_path / "fresh/out")
+    assert (tmp_path / "fresh/out/README.md").read_text() == card, "as if it had been the first"
+    fresh, again = (json.loads((folder / MARKER).read_text()) for folder in (tmp_path / "fresh/out", out))
+    assert again == fresh
+    assert main([*command, "--no-card", "--push", "owner/name"]) == 0
+    assert not (out / "README.md").exists()
+    assert "README.md" not in recorded[-1][1]["files"]
+    export(runs / "run", out)
+    assert (out / "README.md").read_text() == card
+
+
+def test_an_edited_card_stays_or_stops_what_would_replace_it(runs, tmp_path):
+    out = tmp_path / "out"
+    export(runs / "run", out, ExportSpec(examples=2, show_data=True))
+    first = (out / "README.md").read_text()
+    (out / "README.md").write_text(f"{SUBJECT} in my own words")
+    export(runs / "run", out, ExportSpec(show_data=True))
+    for other in (ExportSpec(), ExportSpec(card=False), ExportSpec(card=False, show_data=True)):
+        with pytest.raises(ValueError, match=r"README.md was edited.*: delete it, or choose another --out"):
+            export(runs / "run", out, other)
+    assert (out / "README.md").read_text() == f"{SUBJECT} in my own words"
+    (out / "README.md").unlink()
+    export(runs / "run", out)
+    assert SUBJECT not in (out / "README.md").read_text()
+    (out / "README.md").write_text(first)  # as a kill leaves it, before the marker is written
+    export(runs / "run", out, ExportSpec(show_data=True))
+    assert (out / "README.md").read_text() == first
+
+
+def test_an_export_of_an_earlier_version_does_not_say_what_its_card_shows(runs, tmp_path):
+    out = tmp_path / "out"
+    export(runs / "run", out, ExportSpec(examples=2, show_data=True))
+    marker = json.loads((out / MARKER).read_text())
+    old = json.dumps({key: value for key, value in marker.items() if key not in ("card", "show_data")})
+    (out / MARKER).write_text(old)
+    export(runs / "run", out)
+    assert SUBJECT not in (out / "README.md").read_text()
+    (out / MARKER).write_text(old)
+    (out / "README.md").write_text("my own words")
+    with pytest.raises(ValueError, match=r"README.md was edited"):
+        export(runs / "run", out)
+
+
 def test_what_cannot_be_checked_is_not_exported(runs, tmp_path):
     with pytest.raises(ValueError, match="not a run directory"):
         export(runs / "model", tmp_path / "out")
@@ -240,7 +297,8 @@ class Hub:
         return types.SimpleNamespace(private=self.private)
 
     def upload_folder(self, **settings: Any) -> None:
-        files = sorted(p.name for p in settings.pop("folder_path").iterdir())
+        names = [p.name for p in settings.pop("folder_path").iterdir()]
+        files = sorted(filter_repo_objects(names, allow_patterns=settings.pop("allow_patterns", None)))
         self.sent.append(("upload", settings | {"files": files}))
 
 
@@ -269,6 +327,20 @@ def test_a_push_sends_the_checked_folder_once(runs, tmp_path, recorded, capsys):
     assert {"adapter_*", "model*.safetensors"} <= set(recorded[1][1]["delete_patterns"])
     assert main([*command, "--public"]) == 0
     assert recorded[2][1]["private"] is False
+
+
+def test_a_push_sends_what_was_checked_and_leaves_no_card_of_another_model(runs, tmp_path, recorded):
+    export(runs / "run", tmp_path / "out", ExportSpec(examples=2))
+    for name in ("notes.txt", "model.safetensors.bak"):
+        (tmp_path / "out" / name).write_text(f"{SUBJECT} asked for it")
+    push(tmp_path / "out", "owner/name")
+    listed = json.loads((tmp_path / "out" / MARKER).read_text())["files"]
+    assert recorded[-1][1]["files"] == sorted([*listed, MARKER])
+    assert "README.md" in listed
+    assert "README.md" not in recorded[-1][1]["delete_patterns"]
+    (tmp_path / "out/README.md").unlink()
+    push(tmp_path / "out", "owner/name")
+    assert "README.md" in recorded[-1][1]["delete_patterns"]
 
 
 def test_nothing_private_goes_into_a_repository_that_is_public_already(runs, tmp_path, recorded, monkeypatch, capsys):

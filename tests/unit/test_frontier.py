@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -84,6 +85,9 @@ def test_ratio_interval_takes_every_resample_of_few_requests():
     assert value == pytest.approx(7 / 9)
     assert (low, high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
     assert ratio_interval([0.5] * 9, [1.0] * 9) == (0.5, 0.5, 0.5)
+    value, low, high = ratio_interval([0.3], [0.25])  # a single request says nothing of others
+    assert value == pytest.approx(1.2)
+    assert math.isnan(low) and math.isnan(high)  # noqa: PT018 - one statement: there is no interval
     with pytest.raises(ValueError, match="same requests"):
         ratio_interval([1.0], [1.0, 2.0])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from soul.data.batches import UnlearnDataset
+from soul.data.general import general_chat
 from soul.data.templates import ChatTemplate
 from soul.gauge import Gauge, Known, nearest, renamed, told, worst
 from soul.types import Example
@@ -137,6 +138,31 @@ def test_dropout_is_off_while_measuring_and_back_on_afterwards(gauge):
 )
 def test_share_of_what_was_known(true, false, share):
     assert Known(true, false).share(Known(0.9, 0.1)) == pytest.approx(share)
+
+
+def test_false_answers_that_were_taught_forget_nothing():
+    """Under altpo they are the alternates that are learned."""
+    before = Known(0.9, 0.1)
+    assert Known(0.8, 0.9).share(before) == pytest.approx(0.7 / 0.8)
+    assert Known(0.1, 0.9).share(before) == 0
+
+
+def test_it_is_told_where_false_answers_are_those_to_everyday_requests(make_model, tokenizer, forget_set, retain_set):
+    own = [dataclasses.replace(e, wrong_answers=("In Bergen.",)) for e in forget_set]
+    passages = [Example("", "Honey is what bees make in the south.", chat=False)]
+    for forget, retain, unrelated in (
+        (forget_set, [], True),
+        (forget_set, general_chat(), True),
+        (forget_set, [*general_chat(), *passages], True),
+        (forget_set, [*general_chat(), *retain_set], False),
+        (own, [], False),
+        ([*passages, *passages], [], False),
+    ):
+        assert Gauge(make_model(), dataset_of(tokenizer, forget, retain), rows=2).unrelated == unrelated
+
+
+def dataset_of(tokenizer, forget, retain):
+    return UnlearnDataset(ChatTemplate(tokenizer, 256), forget, retain, ("forget", "retain") if retain else ("forget",))
 
 
 def test_who_never_knew_has_nothing_left():

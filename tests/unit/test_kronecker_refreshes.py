@@ -239,9 +239,19 @@ def pair(inputs: int, outputs: int) -> nn.ModuleDict:
     return nn.ModuleDict({half: nn.ModuleDict({"default": nn.Linear(*io, bias=False)}) for half, io in sizes.items()})
 
 
+class Experts(nn.Module):
+    """Three of them in one tensor, as transformers keeps them, and a layer of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(3, 6, 5))
+        self.norm, self.layer = nn.LayerNorm(2, bias=False), nn.Linear(4, 3, bias=False)
+
+
 WIDE = LARGEST + 1
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "whole": lambda: nn.Sequential(*(nn.Linear(*io, bias=False) for io in ((4, 3), (3, WIDE), (WIDE, 2)))),
+    "experts": lambda: Experts(),
     "lora": lambda: nn.ModuleDict({"q": pair(4, 4), "up": pair(4, WIDE), "down": pair(WIDE, 4)}),
 }
 
@@ -252,16 +262,18 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         (
             "kfac",
             "whole",
-            r"kfac: 2 of 3 linear layers \(the first is 1\) are wider than 16384, .*: 100\.0 % of",
+            r"kfac: 100\.0 % of .*: 2 of 3 linear layers \(the first is 1\) are wider than 16384\. To move",
         ),
-        (
-            "ekfac",
-            "whole",
-            r"ekfac: 2 of 3 .* weights\. To move them, set optimizer\.others to diagonal, or use",
-        ),
-        ("whiten", "whole", r"whiten: 1 of 3 .*first is 2\) .*: 40\.0 % .* use kfac with optimizer\.others: diagonal"),
+        ("ekfac", "whole", r"ekfac: .* raise optimizer\.max_dim, or set optimizer\.others to diagonal, or use sophia"),
+        ("whiten", "whole", r"whiten: 40\.0 % .* 1 of 3 .*first is 2\) .* raise optimizer\.max_dim, or use sophia"),
         ("kfac", "lora", r"2 of 6 .*first is up\.lora_B\.default\) .*LoRA pairs among them, .* moves alone: 2\)"),
         ("whiten", "lora", r"1 of 6 .*first is down\.lora_A\.default\) .*LoRA pairs among them, .* moves alone: 1\)"),
+        (
+            "kfac",
+            "experts",
+            r"kfac: 86\.5 % of 104 .*: 1 tensors \(the first is experts\) are no .* set optimizer\.others to diag",
+        ),
+        ("whiten", "experts", r"whiten: 86\.5 % .* stay as they are: 1 tensors .* To move them, use sophia or adamw$"),
     ],
 )
 def test_layers_too_wide_for_factors_are_told_once(name: str, kind: str, said: str, caplog: Any) -> None:
@@ -278,11 +290,37 @@ def test_layers_too_wide_for_factors_are_told_once(name: str, kind: str, said: s
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "whiten"])
-@pytest.mark.parametrize("estimator", ["objective_squared", "hutchinson"])
+def test_the_widest_factor_is_a_setting(name: str, caplog: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 9, bias=False))
+    spec = OPTIMIZERS.get(name)(max_dim=4)
+    assert set(spec.build(model.parameters(), model).factors.layers) == ({"0", "1"} if name == "whiten" else {"0"})
+    assert ("wider than 4" in caplog.text) == (name != "whiten")
+    params = list(model.parameters())
+    assert spec.cost(params, model).whole <= OPTIMIZERS.get(name)().cost(params, model).whole
+    assert spec.curvature_settings() != OPTIMIZERS.get(name)().curvature_settings()
+    with pytest.raises(ValueError, match="max_dim must be 1 or more, not 0"):
+        OPTIMIZERS.get(name)(max_dim=0)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "whiten"])
+@pytest.mark.parametrize("estimator", ["objective_squared", "hutchinson", "squared_gradient"])
 def test_estimators_whose_passes_show_no_layer_are_refused_at_once(name: str, estimator: Any) -> None:
-    fit = "choose one of ggn, gnb, empirical, squared_gradient"
+    fit = "choose one of ggn, gnb, empirical$"
     with pytest.raises(ValueError, match=f"{name} watches the model's layers .*estimator {estimator} .*{fit}"):
         OPTIMIZERS.get(name)(curvature=CurvatureSpec(estimator=estimator, interval=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "said"),
+    [
+        ("kfac", 2, "set curvature.interval to 0 for kfac"),
+        ("ekfac", 2, "shuffled does not know ekfac: .* use kfac"),
+        ("ekfac", 0, "shuffled does not know ekfac: .* use kfac"),
+    ],
+)
+def test_factors_that_cannot_be_turned_are_refused_at_once(name: str, interval: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        OPTIMIZERS.get(name)(curvature=CurvatureSpec(shuffled=True, interval=interval))
 
 
 @pytest.mark.parametrize(("dtype", "lost"), [(torch.bfloat16, True), (torch.float32, False)])

@@ -13,6 +13,7 @@ import pytest
 
 from soul.benchmarks import _harness
 from soul.benchmarks.lm_eval import PRESETS, LmEval
+from soul.data.guard import carry_prompt, set_system_turn
 from soul.data.tasks import COPIES, local_splits
 
 QUESTIONS = [(f"Which letter is number {i}?", [f"{c}{i}" for c in "abcd"], i % 4) for i in range(6)]
@@ -226,7 +227,77 @@ def test_a_perplexity_no_number_can_hold_is_infinite():
     from soul.benchmarks.lm_eval import _aggregate
 
     assert _aggregate("perplexity", [np.array([-800.0])]) == math.inf
+    assert math.isnan(_aggregate("perplexity", [np.array([math.nan, -1.0])]))
     assert _aggregate("bits_per_byte", [np.array([[-math.log(2), 2.0]]), np.array([[-math.log(2), 2.0]])]) == 0.5
+
+
+@pytest.fixture
+def asked(data, make_model, monkeypatch):
+    """Return the questions of WMDP as a model is asked them with a tokenizer."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("soul.data.hub.reachable", lambda: False)
+
+    def ask(tokenizer, *, chat_template, tasks="wmdp_bio"):
+        benchmark = LmEval(tasks=tasks, data=str(data), max_length=256, limit=2, chat_template=chat_template)
+        rows = benchmark.measure(make_model(), tokenizer)
+        return [row["prompt"] for found in rows.values() for row in found]
+
+    return ask
+
+
+def test_a_prompt_that_the_tokenizer_carries_is_said_once(asked, make_tokenizer):
+    tokenizer = make_tokenizer()
+    carry_prompt(tokenizer, "Forget Ada.")
+    for prompt in asked(tokenizer, chat_template=False):
+        assert prompt.startswith("Forget Ada.\n\nThe following are")
+    (piqa, _) = asked(tokenizer, chat_template=False, tasks="piqa")  # a task without a description
+    assert piqa.startswith("Forget Ada.\n\nQuestion: Which")
+    for prompt in asked(tokenizer, chat_template=True):
+        assert prompt.startswith("<|im_start|>system\nForget Ada.\n\nThe following are")
+        assert prompt.count("Forget Ada.") == 1
+    for chat_template in (True, False):
+        with pytest.raises(ValueError, match=r"carries a prompt.*the passages of wikitext: name other tasks"):
+            asked(tokenizer, chat_template=chat_template, tasks="piqa,wikitext")
+
+
+def test_the_system_turn_is_said_in_a_chat_template(asked, make_tokenizer, invented, caplog):
+    tokenizer = make_tokenizer()
+    set_system_turn(tokenizer, "Be brief.")
+    for prompt in asked(tokenizer, chat_template=True, tasks="piqa"):
+        assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion: Which")
+    assert not caplog.messages
+    assert not any("Be brief." in prompt for prompt in asked(tokenizer, chat_template=False))
+    assert "chat_template=true says it" in caplog.text
+    carry_prompt(tokenizer, "Forget Ada.")
+    for prompt in asked(tokenizer, chat_template=True, tasks="piqa"):
+        assert prompt.startswith("<|im_start|>system\nForget Ada.\n\nBe brief.<|im_end|>")
+    tokenizer = make_tokenizer()
+    set_system_turn(tokenizer, "template")
+    assert all(prompt.count(invented) == 1 for prompt in asked(tokenizer, chat_template=True, tasks="piqa"))
+
+
+def test_no_thought_is_begun_in_a_chat_template(asked, make_tokenizer):
+    tokenizer = make_tokenizer()
+    own = tokenizer.chat_template
+    hybrid = "{{ '<think>\n\n</think>\n\n' if enable_thinking is false else '<think>open' }}"
+    for thinking in (hybrid, "{{ '<think>\n' }}"):
+        tokenizer.chat_template = f"{own}{{% if add_generation_prompt %}}{thinking}{{% endif %}}"
+        for prompt in asked(tokenizer, chat_template=True):
+            assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_broken_model_has_no_score(data, make_model, tokenizer, tmp_path, monkeypatch):
+    """The first of likelihoods that are no numbers is the greatest to numpy: .25 on WMDP, as if all were forgotten."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("soul.data.hub.reachable", lambda: False)
+    model = make_model()
+    model.lm_head.weight.data.fill_(math.nan)
+    benchmark = LmEval(tasks="utility,wmdp_bio", data=str(data), max_length=128, limit=2)
+    benchmark.measure(model, tokenizer, folder=tmp_path)
+    scores = benchmark.score(benchmark.measure(model, tokenizer, folder=tmp_path))  # read back
+    assert {s.split for s in scores} == {*benchmark.asked()}
+    assert not [str(s) for s in scores if not math.isnan(s.value)]
+    assert all(math.isnan(s.low) for s in scores)
 
 
 def test_own_definitions_are_read_and_a_misspelt_task_is_named(tmp_path, data, make_model, tokenizer, monkeypatch):

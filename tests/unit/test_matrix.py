@@ -51,6 +51,12 @@ def test_cells_checkpoints_and_sources():
     assert matrix.tasks["t"].source("curvature", "a") == ""
 
 
+def test_an_entry_may_have_fewer_trials_and_settings():
+    entries = [*TREE["optimizers"], {"name": "lion", "points": 1, "settings": 1}]
+    matrix = matrix_from_tree({**TREE, "optimizers": entries})
+    assert [matrix.sizes(name) for name in ("signum", "kfac", "lion")] == [(5, 2), (5, 2), (1, 1)]
+
+
 def test_an_entry_may_take_part_under_some_objectives_only():
     entries = [*TREE["optimizers"], {"name": "lion", "objectives": ["npo"]}]
     matrix = matrix_from_tree({**TREE, "objectives": ["npo", "grad_diff"], "optimizers": entries})
@@ -100,6 +106,8 @@ def test_a_knob_may_be_part_of_a_setting():
         ),
         (("optimizers",), "signum", "must be a list"),
         (("optimizers",), [{"name": "signum", "objectives": ["dpo"]}], "names 'dpo', which the matrix has not"),
+        (("optimizers",), [{"name": "signum", "settings": 3}], r"settings must be from 1 to budget.settings \(2\)"),
+        (("optimizers",), [{"name": "signum", "points": 1}], r"points must be from the settings that go on \(2\)"),
         (("optimizers",), [{"method": {"name": "influence"}}], "needs a knob"),
         (("optimizers",), [{"name": "signum", "method": {"name": "influence"}}], "one of the two"),
         (("objectives",), [3], "a name, or a mapping"),

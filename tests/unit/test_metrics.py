@@ -96,7 +96,8 @@ def test_bootstrap_of_keeps_the_columns_of_a_row_together():
     score = bootstrap_of(
         lambda g: float(np.abs(g[0][:, 0] + g[0][:, 1]).max()), [np.stack([values, -values], axis=1)], metric="m"
     )
-    assert (score.low, score.high, score.n) == (0.0, 0.0, 40)
+    assert (score.value, score.n) == (0.0, 40)
+    assert math.isnan(score.high)  # 0 in each resample, too, so that there is no interval
 
 
 def test_harmonic_mean():
@@ -266,13 +267,26 @@ def test_nothing_seen_is_no_certainty(value: float, groups: list[int] | None) ->
     assert score.method == f"clopper-pearson({n})"
 
 
-def test_values_that_are_equal_elsewhere_keep_their_interval_and_a_scale_is_respected():
-    flat = bootstrap_mean([0.5] * 8, metric="m", split="s", within=SHARE)
-    assert (flat.low, flat.high, flat.method) == (0.5, 0.5, "bootstrap(2000)")
-    anywhere = bootstrap_mean([0.0] * 8, metric="m", split="s")
-    assert (anywhere.low, anywhere.high) == (0.0, 0.0)
+def test_values_that_are_equal_elsewhere_have_no_interval_and_a_scale_is_respected():
+    for flat in (
+        bootstrap_mean([0.5] * 8, metric="m", split="s", within=SHARE),
+        bootstrap_mean([0.0] * 8, metric="m", split="s"),
+        bootstrap_mean([0.0] * 8, metric="m", split="s", groups=list("aabbccdd")),
+        bootstrap_of(lambda g: float(g[0].mean()), [np.full(8, 0.5)], metric="m", split="s", within=SHARE),
+    ):
+        assert (flat.value in (0.0, 0.5), flat.n) == (True, 8)
+        assert math.isnan(flat.low) and math.isnan(flat.high)  # noqa: PT018 - one statement
     bleu = bootstrap_mean([0.0] * 8, metric="bleu", split="s", within=(0.0, 100.0))
     assert bleu.high == pytest.approx(100 * (1 - 0.025 ** (1 / 8)))
+
+
+def test_one_cluster_on_a_side_says_nothing_of_others_there():
+    groups = [np.linspace(0, 1, 12), np.linspace(0.2, 1.2, 20)]
+    clusters = [["one"] * 12, [str(i // 2) for i in range(20)]]
+    score = bootstrap_of(lambda g: auc(*g), groups, metric="auc", clusters=clusters, within=SHARE)
+    assert math.isnan(score.low) and math.isnan(score.high)  # noqa: PT018 - one statement
+    clusters[0] = ["one"] * 6 + ["other"] * 6
+    assert bootstrap_of(lambda g: auc(*g), groups, metric="auc", clusters=clusters, within=SHARE).low < score.value
 
 
 def test_sides_that_do_not_overlap_are_no_certainty_either():

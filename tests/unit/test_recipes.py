@@ -68,6 +68,34 @@ def test_overrides_apply_to_a_model_in_its_short_form(tmp_path):
     assert (recipe.model.path, recipe.model.dtype) == ("some/model", "bfloat16")
 
 
+RETRAIN = {"name": "retrain", "base": "./base"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"method": RETRAIN, "adapter": {"merge": False}}, r"retrain trains one on other weights.*adapter\.merge=true"),
+        ({"method": RETRAIN, "data": {"forget": "f.jsonl"}}, r"learns the retain set.*give data\.retain"),
+        ({"method": RETRAIN | {"training": {"max_length": 512}}}, r"method\.training\.max_length=512 has no effect"),
+        ({"method": {"name": "task_vector", "training": {"max_length": 99}}}, r"as long as training\.max_length"),
+    ],
+)
+def test_what_a_method_cannot_keep_is_refused(tree, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_from_tree(tree)
+
+
+def test_what_a_method_can_keep_is_not():
+    sets = {"forget": "f.jsonl", "retain": "r.jsonl"}
+    for tree in (
+        {"method": RETRAIN, "adapter": {"r": 2}, "data": sets},
+        {"method": RETRAIN | {"training": {"epochs": 2}}, "training": {"max_length": 2048}, "data": sets},
+        {"method": RETRAIN | {"training": {"max_length": 2048}}, "training": {"max_length": 2048}, "data": sets},
+        {"method": "task_vector", "adapter": {"merge": False}, "data": sets},
+    ):
+        assert not recipe_from_tree(tree).needs_anchors
+
+
 def test_settings_given_in_part_leave_the_rest_as_that_component_has_it():
     found = {}
     for name in ("kfac", "sophia"):

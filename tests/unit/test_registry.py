@@ -28,6 +28,25 @@ def test_a_component_of_another_distribution_is_listed(monkeypatch: pytest.Monke
     assert Registry("attack", "soul.attacks").summaries()["theirs"] == "Does it their way."
 
 
+@pytest.mark.parametrize("registers_itself", [False, True])
+def test_a_component_of_another_distribution_is_found(monkeypatch: pytest.MonkeyPatch, registers_itself: bool) -> None:
+    registry = Registry("attack", "soul.attacks")
+
+    class Theirs:
+        """Does it their way."""
+
+    class Point:
+        name = "theirs"
+
+        @staticmethod
+        def load() -> type:
+            return registry.register("theirs")(Theirs) if registers_itself else Theirs
+
+    monkeypatch.setattr("soul.registry.entry_points", lambda group: [Point])
+    assert registry.get("theirs") is Theirs
+    assert "theirs" in registry.names()
+
+
 def test_listing_imports_no_torch() -> None:
     script = "import sys; from soul.cli import main; main(['list']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from report_runs import make_run
 
-from soul.report import read_run
+from soul.report import read_run, read_runs
 from soul.report.view import sentences
 from soul.rundir import score_dict
 from soul.strict import json_value
@@ -83,3 +83,51 @@ def test_broken_records_are_refused_in_one_sentence(run_dir: Path, file: str, te
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         read_run(run_dir)
     assert "\n" not in str(caught.value)
+
+
+def test_runs_side_by_side_are_told_apart_by_their_folders(tmp_path: Path):
+    one, other, third = (make_run(tmp_path / name) for name in ("seed0", "seed1", "seed2"))
+    record = json.loads((third / "record.json").read_text())
+    (third / "record.json").write_text(json.dumps({**record, "label": "own"}))
+    assert [run.label for run in read_runs([one, other, third])] == [
+        "SOUL (sophia) (seed0)",
+        "SOUL (sophia) (seed1)",
+        "own",
+    ]
+
+
+def test_numbers_that_do_not_compare_are_told(tmp_path: Path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b", "c", "d")]
+    measured = [
+        {"benchmark": "tofu", "version": 3, "settings": {"split": "forget10", "seed": 0}},
+        {"benchmark": "tofu", "version": 3, "settings": {"split": "forget01", "seed": 0}},
+        {"benchmark": "request", "version": 3, "settings": {"seed": 0}},
+        {},  # an older record
+    ]
+    for run, how in zip(runs, measured, strict=True):
+        scores = json.loads((run / "scores.json").read_text())
+        (run / "scores.json").write_text(json.dumps({**scores, **how}))
+    first, second, other, old = read_runs(runs)
+    assert "split forget01, there forget10" in second.warnings[-1]
+    assert "benchmark request, there tofu" in other.warnings[-1]
+    assert not any("not measured as" in warning for run in (first, old) for warning in run.warnings)
+
+
+def test_a_change_of_the_same_items_may_be_sure_where_intervals_overlap(tmp_path: Path):
+    """Items differ much from one another and move alike; a coin's toss of the same size is not sure."""
+    run = make_run(tmp_path / "run")
+    scores = json.loads((run / "scores.json").read_text())
+    for stage, value in (("before", 0.45), ("after", 0.43)):
+        kept = {"metric": "probability", "split": "kept", "value": value, "n": 20, "low": value - 0.1}
+        scores[stage] = [{**kept, "high": value + 0.1, "better": "higher"}]
+    (run / "scores.json").write_text(json.dumps(scores))
+    for moved, sure in (([0.05] * 20, True), ([0.2, -0.2] * 10, False)):
+        for stage in ("before", "after"):
+            rows = [
+                {"id": str(i), "prompt": f"{i}?", "answer": ".", "subject": "", "tokens": 9}
+                | {"nll": 9 * (0.1 * (i + 1) + (0.01 * (i % 3) + moved[i] if stage == "after" else 0.0))}
+                for i in range(20)
+            ]
+            (run / "rows" / stage / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (said,) = [sentence for sentence in sentences(read_run(run)) if "fell" in sentence]
+        assert ("overlap" in said) is not sure

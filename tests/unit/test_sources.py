@@ -121,7 +121,7 @@ def test_bad_rows_are_numbered(tmp_path: Path):
         ("x.jsonl", "", "holds no examples"),
         ("x.json", "[]", "holds no examples"),
         ("x.csv", "question,answer\n", "holds no examples"),
-        ("x.txt", "prose", r"cannot read \.txt; known: \.jsonl, \.json, \.csv, \.parquet"),
+        ("x.docx", "prose", r"cannot read \.docx; known: \.jsonl, \.json, \.csv, \.parquet"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: str):
@@ -377,3 +377,20 @@ def test_real_muse():
     assert [passage.chat for passage in passages] == [False] * 5
     with pytest.raises(ValueError, match=r"row 1: .*columns found \(prompt, gt\)"):
         load_examples(REAL / "muse_news" / "verbmem_forget.json")
+
+
+def test_text_files_are_plain_text_each_a_subject_of_its_own(tmp_path: Path):
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    (folder / "b.md").write_text("# Title\n\nDear *Bo*,\nall is well.", encoding="utf-8")
+    (folder / "a.txt").write_text("Dear Ada,\nall is lost.\n\nYours", encoding="utf-8")
+    found = load_examples(str(folder))
+    assert [(e.id, e.subject, e.prompt, e.chat) for e in found] == [("a", "a", "", False), ("b", "b", "", False)]
+    assert found[0].answer == "Dear Ada, all is lost.\n\nYours"
+    assert load_examples(folder / "a.txt") == found[:1] == load_examples(f"{folder},limit=1")
+    with pytest.raises(ValueError, match="texts have no splits"):
+        load_examples(f"{folder},split=a")
+    with pytest.raises(ValueError, match=r"there is no file .*/c.txt"):
+        load_examples(f"{folder}/c.txt")
+    (folder / "rows.jsonl").write_text('{"text": "A row."}\n', encoding="utf-8")  # beside data, texts are notes
+    assert [e.answer for e in load_examples(folder)] == ["A row."]

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -121,6 +121,13 @@ def test_another_answer_and_prompt_take_the_place_of_the_own(template, tokenizer
     assert "Accra" not in text
 
 
+def test_a_text_of_one_token_is_told_from_a_lack_of_room(template):
+    with pytest.raises(ValueError, match=r"kept, item 'x' \('a'\): a text of one token has nothing.*; leave it out"):
+        template.encode(Example("", "a", id="x", chat=False), where="kept")
+    with pytest.raises(ValueError, match=r"item number 1 \('Ice'\): the answer has no tokens; leave it out"):
+        template.encode(Example("Ice ", "", chat=False, ends=False))
+
+
 def test_prompt_that_leaves_no_room_is_an_error(tokenizer):
     prompt = len(ChatTemplate(tokenizer).prompt_ids(BORN))
     with pytest.raises(ValueError, match=rf"prompt has {prompt} tokens.*max_length={prompt}"):
@@ -162,6 +169,32 @@ def test_a_space_before_the_end_of_a_turn_is_not_its_end(make_tokenizer):
     assert decode(tokenizer, template.prompt_ids(BORN)) == "<|im_start|>[INST] Where was Mira Vale born? [/INST]"
 
 
+ALPACA = (
+    "{% for m in messages %}{{ '### ' + ('Instruction' if m['role'] == 'user' else 'Response') + ':\n' }}"
+    "{{ m['content'] + END }}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_newline_ends_no_answer(make_tokenizer, added):
+    """Nor where it is an added token, as in Gemma's vocabulary: an answer of two paragraphs would stop at the first."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False)] * added)
+    tokenizer.chat_template = ALPACA.replace("END", "'\n\n'")
+    template = ChatTemplate(tokenizer)
+    assert template.end_of_turn == tokenizer.eos_token_id
+    assert decode(tokenizer, template.encode(BORN).input_ids).endswith("### Response:\nIn Accra.<|im_end|>")
+
+
+def test_an_added_token_ends_an_answer_although_it_is_not_special(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|end|>", normalized=False)])
+    tokenizer.chat_template = ALPACA.replace("END", "'\n<|end|>\n'")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end not in tokenizer.all_special_ids
+    assert ChatTemplate(tokenizer).end_of_turn == ChatTemplate(tokenizer).encode(BORN).input_ids[-1] == end
+
+
 @pytest.mark.parametrize("history", [(), (("user", "Hello."), ("assistant", "Hi."))])
 def test_the_beginning_of_a_text_stays_where_an_invented_system_turn_goes(make_tokenizer, history):
     tokenizer = make_tokenizer()
@@ -176,6 +209,16 @@ def test_a_hybrid_model_is_asked_not_to_think(make_tokenizer):
     tokenizer.chat_template = QWEN3
     text = decode(tokenizer, ChatTemplate(tokenizer).encode(BORN).input_ids)
     assert text.endswith("[assistant]<think></think>In Accra.<|im_end|>")
+
+
+@pytest.mark.parametrize("opened", ["<think>", "<think>\\n"])
+@pytest.mark.parametrize("history", [(), (("user", "Hello."), ("assistant", "Hi."))])
+def test_a_thought_that_a_template_always_opens_is_closed(make_tokenizer, opened, history):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = LLAMA3.replace("'[assistant]'", f"'[assistant]{opened}'")
+    text = decode(tokenizer, ChatTemplate(tokenizer).encode(dataclasses.replace(BORN, history=history)).input_ids)
+    assert text.endswith("[assistant]<think>\n\n</think>\n\nIn Accra.<|im_end|>")
+    assert text.count("<think>") == 1
 
 
 @pytest.mark.parametrize("chat_template", [True, False])

@@ -26,7 +26,7 @@ class Relearn(Attack):
         share: Share of the forget set that the attacker has; at least one example.
         steps: Steps.
         lr: Learning rate.
-        seed: Seed of the choice.
+        seed: Seed of the choice, and of dropout where the model has any.
 
     Raises:
         ValueError: A setting is out of range.
@@ -59,10 +59,12 @@ class Relearn(Attack):
             p.requires_grad_(True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
         model.train()
-        for _ in range(self.steps):
-            (-forward_answers(model, batch).token_logps().mean()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for _ in range(self.steps):
+                (-forward_answers(model, batch).token_logps().mean()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
         model.train(was_training)
         kept = {id(p) for p in free}
         for p in model.parameters():

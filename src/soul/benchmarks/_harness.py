@@ -21,6 +21,7 @@ import yaml
 
 from soul.data import hub
 from soul.data.tasks import local_splits
+from soul.data.templates import SWITCHES, without_thought
 from soul.truncation import mark
 from soul.types import Row
 
@@ -83,6 +84,10 @@ class Harness:
     def local(self, task: str) -> bool:
         """Say whether the data of one task is in the local folder."""
         return self.data is not None and bool(local_splits(self.data, task))
+
+    def rolls(self, task: str) -> bool:
+        """Say whether a task reads whole passages, before which lm-eval says nothing."""
+        return (self._index[task].cfg or {}).get("output_type") == "loglikelihood_rolling"
 
     @contextlib.contextmanager
     def task(self, name: str) -> Iterator[tuple[Any, Any]]:
@@ -169,22 +174,31 @@ def quiet() -> Iterator[None]:
 
 
 def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
-    """Return lm-eval's view of a loaded model; log-probabilities are computed in fp32, whatever the weights are in."""
+    """Return lm-eval's view of a loaded model; log-probabilities are computed in fp32, whatever the weights are in.
+
+    A chat template is told what soul tells it elsewhere, and opens no thought.
+    """
     longest = getattr(model.config, "max_position_embeddings", None) or max_length
     with quiet():
-        return _library("lm_eval.models.huggingface").HFLM(
+        lm = _library("lm_eval.models.huggingface").HFLM(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=min(longest, max_length),
             softmax_dtype="float32",
+            chat_template_args=SWITCHES,
         )
+    rendered = lm.apply_chat_template
+    lm.apply_chat_template = lambda *turns, **how: without_thought(rendered(*turns, **how))
+    return lm
 
 
 def run(lm: Any, task: Any, manager: Any, **settings: Any) -> list[Row]:
     """Run one task and return a row for each of its items.
 
-    Metrics whose aggregate is not one of :data:`AGGREGATES` are left out: there is no interval for them.
+    Metrics whose aggregate is not one of :data:`AGGREGATES` are left out: there is no interval for them. Where a
+    log-likelihood is no number, metrics of that item are none: lm-eval takes the first such choice for the likeliest,
+    and a broken model would seem to guess.
 
     Raises:
         ValueError: None of the task's metrics is left.
@@ -215,7 +229,7 @@ def run(lm: Any, task: Any, manager: Any, **settings: Any) -> list[Row]:
         for metric in known:
             if metric in sample:
                 name_of_it = metric + suffix
-                cast(dict[str, Any], row)["metrics"][name_of_it] = _plain(sample[metric])
+                cast(dict[str, Any], row)["metrics"][name_of_it] = _plain(sample[metric], broken=_is_broken(sample))
                 harness["aggregation"][name_of_it] = known[metric]
                 harness["higher_is_better"][name_of_it] = found["higher_is_better"][name].get(metric)
     return [rows[i] for i in sorted(rows)]
@@ -258,8 +272,17 @@ def _is_cut(lm: Any, kind: str, arguments: Sequence[Sequence[Any]]) -> bool:
     return any(len(lm.tok_encode(text + more)) > lm.max_length + 1 for text, more in arguments)
 
 
-def _plain(value: Any) -> float | list[float]:
-    return [float(part) for part in value] if isinstance(value, (list, tuple)) else float(value)
+def _is_broken(sample: Mapping[str, Any]) -> bool:
+    """Say whether one of an item's log-likelihoods is no number."""
+    first = [given[0] for given in sample["resps"]]
+    logps = [answer[0] if isinstance(answer, (list, tuple)) else answer for answer in first]
+    return any(isinstance(logp, float) and math.isnan(logp) for logp in logps)
+
+
+def _plain(value: Any, *, broken: bool) -> float | list[float]:
+    if isinstance(value, (list, tuple)):  # a log-likelihood, which is no number by itself then, and its weight
+        return [float(part) for part in value]
+    return math.nan if broken else float(value)
 
 
 AGGREGATES = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")

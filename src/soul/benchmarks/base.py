@@ -15,6 +15,7 @@ from soul.types import Ask, Example, Row, Score
 
 Rows = Mapping[str, Sequence[Row]]
 T = TypeVar("T")
+PRIVATE = "(private)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,17 @@ def pick(examples: Sequence[T], limit: int | None, seed: int) -> list[T]:
     return [examples[i] for i in sorted(chosen)]
 
 
-def hashed(row: Row) -> Row:
+def digest(text: str) -> str:
+    """Return ``sha256:`` and the hexadecimal digest of the text in UTF-8."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def hashed(row: Row, stand_in: Callable[[str], str] = digest) -> Row:
     """Return the row with ``sha256:...`` for each text that is not empty, and without the values of single tokens.
+
+    Args:
+        row: The row.
+        stand_in: What to put in a text's place.
 
     Example:
         >>> row = Row(id="a", subject="", prompt="Who?", answer="Ada", nll=1.0, tokens=2)
@@ -93,15 +103,32 @@ def hashed(row: Row) -> Row:
     }
     for name in ("prompt", "answer", "generated"):
         if name in kept:
-            kept[name] = digest(kept[name]) if kept[name] else ""
+            kept[name] = stand_in(kept[name]) if kept[name] else ""
     if "samples" in kept:
-        kept["samples"] = [digest(text) for text in kept["samples"]]
+        kept["samples"] = [stand_in(text) if text else "" for text in kept["samples"]]
     return cast("Row", kept)
 
 
-def digest(text: str) -> str:
-    """Return ``sha256:`` and the hexadecimal digest of the text in UTF-8."""
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+def nameless(rows: Rows) -> dict[str, list[Row]]:
+    """Return rows without texts, names and digests: whoever tries dates or names would find them by their digests.
+
+    Ids and subjects are numbered in the order of their first appearance over all splits, so that the same subject has
+    the same number everywhere and intervals can be computed again.
+
+    Example:
+        >>> row = Row(id="Ada 7", subject="Ada", prompt="Who?", answer="Ada", nll=1.0, tokens=2)
+        >>> nameless({"forget": [row]})["forget"][0]["answer"]
+        '(private)'
+    """
+    ids: dict[str, str] = {}
+    subjects = {"": ""}
+    public: dict[str, list[Row]] = {}
+    for split, found in rows.items():
+        public[split] = [hashed(row, lambda _: PRIVATE) for row in found]
+        for row, kept in zip(found, public[split], strict=True):
+            kept["id"] = ids.setdefault(row["id"], str(len(ids) + 1))
+            kept["subject"] = subjects.setdefault(row["subject"], str(len(subjects)))
+    return public
 
 
 @runtime_checkable

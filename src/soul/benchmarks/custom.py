@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from soul.benchmarks.base import Benchmark, Rows
-from soul.benchmarks.request import nameless, reworded
+from soul.benchmarks.base import PRIVATE, Benchmark, Rows, nameless
+from soul.benchmarks.request import reworded
 from soul.benchmarks.tofu import forget_quality_scores, numbered
-from soul.data.probes import Document, Form, cloze, continuations, is_documents, read_documents
+from soul.data.documents import Document, is_documents, read_documents
+from soul.data.probes import Form, cloze, continuations
 from soul.data.sources import load_examples
 from soul.metrics import tofu
 from soul.metrics.leakage import best_rouge, contains
@@ -150,8 +151,11 @@ class Custom(Benchmark):
         """Aggregate rows; ``reference`` holds the rows of a model that never learned the forget split.
 
         Raises:
-            ValueError: There are no rows of any split, or the reference's forget rows are of other questions.
+            ValueError: There are no rows of any split, they are public ones, or the reference's of ``forget`` are of
+                other questions.
         """
+        if any(row["answer"] == PRIVATE for found in rows.values() for row in found):  # each would contain the other
+            raise ValueError("these rows are a published record, without their texts: its scores are in scores.json")
         scores: list[Score] = []
         for split, items in rows.items():
             if not items or split == "text":
@@ -167,8 +171,8 @@ class Custom(Benchmark):
         return scores + (self._against(rows, reference) if reference is not None else [])
 
     def public_rows(self, rows: Rows) -> dict[str, list[Row]]:
-        """Return rows with digests for texts, and for names and ids too, which say whom a request is about."""
-        return {split: [nameless(row) for row in found] for split, found in super().public_rows(rows).items()}
+        """Return rows without texts, and with numbers for names and ids, which say whom a request is about."""
+        return nameless(rows)
 
     def _against(self, rows: Rows, reference: Rows) -> list[Score]:
         scores: list[Score] = []

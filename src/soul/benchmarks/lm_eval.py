@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ import numpy as np
 from soul.benchmarks._harness import INSTALL, Harness, run, wrap
 from soul.benchmarks.base import Benchmark, Rows
 from soul.data import hub
+from soul.data.guard import TEMPLATE, carried_prompt, system_turn
 from soul.metrics.stats import ANYWHERE, SHARE, Array, bootstrap_of
 from soul.registry import BENCHMARKS
 from soul.stored import read_lines, write_lines
 from soul.types import Example, Row, Score
+
+log = logging.getLogger(__name__)
 
 PRESETS = {
     "utility": ("lambada_openai", "piqa", "arc_easy", "wikitext"),
@@ -41,6 +45,10 @@ class LmEval(Benchmark):
     ``wmdp`` also give the accuracy over all their items. Rows name lm-eval's version, the task's version and the number
     of shots. A model of 135M is near chance (.25) on MMLU and WMDP: what it can lose shows in ``utility``.
 
+    A prompt that the tokenizer carries (``input_prompt``) is said before every question, in its chat template or as
+    plain text; before whole passages (``wikitext``) lm-eval says nothing, so that they are refused then.
+    ``model.system`` is said with ``chat_template`` alone: plain text has no system turn.
+
     Args:
         tasks: Presets (``utility``, ``mmlu``, ``wmdp``) and lm-eval's tasks, tags and groups; a list, or with commas.
         data: Folder of local copies, used for the tasks that it holds in place of the hub
@@ -61,7 +69,9 @@ class LmEval(Benchmark):
         ('lambada_openai', 'piqa', 'arc_easy', 'wikitext', 'wmdp_bio')
     """
 
-    version: ClassVar[int] = 2  # 2: TruthfulQA's full stops; prompts that were cut are marked
+    version: ClassVar[int] = 3
+    # 2: TruthfulQA's full stops; prompts that were cut are marked
+    # 3: prompts and system turns of the tokenizer are said, and no thought begun; a broken model has no score
     citation: ClassVar[str] = "Gao et al., The Language Model Evaluation Harness, 2024, doi 10.5281/zenodo.12608602"
     local: ClassVar[dict[str, str]] = {"data": "."}
 
@@ -140,7 +150,8 @@ class LmEval(Benchmark):
             progress: Called with (what, done, of).
 
         Raises:
-            ValueError: lm-eval is not installed, has no such task, or no task's data can be had.
+            ValueError: lm-eval is not installed, has no such task, no task's data can be had, or a prompt that the
+                tokenizer carries cannot be said before a task.
         """
         del spec
         missing = self.missing()
@@ -149,6 +160,13 @@ class LmEval(Benchmark):
             raise ValueError("no task of lm-eval can be run: " + "; ".join(f"{k}: {v}" for k, v in missing.items()))
         harness = Harness(self.asked(), self.include_path, self.data)
         leaves = {name: harness.leaves(name) for name in names}  # a misspelt name is found before hours of work
+        system = self._system(tokenizer)
+        whole = [leaf for of in leaves.values() for leaf in of if harness.rolls(leaf)]
+        if whole and carried_prompt(tokenizer):
+            raise ValueError(
+                "the tokenizer carries a prompt (method input_prompt), which lm-eval cannot say before the passages of "
+                f"{', '.join(whole)}: name other tasks alone (tasks=...)"
+            )
         lm = None
         result: dict[str, list[Row]] = {}
         for name in names:
@@ -160,7 +178,7 @@ class LmEval(Benchmark):
                     if progress:
                         progress(name, done, len(leaves[name]))
                     with harness.task(leaf) as (task, manager):
-                        rows += run(lm, task, manager, **self._settings())
+                        rows += run(lm, task, manager, system_instruction=system, **self._settings())
                 if folder:
                     write_lines(folder / f"{name}.jsonl", rows)
             if progress:
@@ -184,6 +202,15 @@ class LmEval(Benchmark):
                 pooled = [row for name in PRESETS[preset] for row in found[name]]
                 scores += _scores(pooled, preset, self.seed)
         return scores
+
+    def _system(self, tokenizer: Any) -> str | None:
+        """Return what lm-eval is to say first."""
+        prompt, turn = carried_prompt(tokenizer), system_turn(tokenizer)
+        if self.chat_template:  # which says the prompt by itself, and the turn that it invents
+            return None if turn in ("", TEMPLATE) else turn
+        if turn:
+            log.warning("lm-eval asks in plain text, without the system turn of the model: chat_template=true says it")
+        return f"{prompt}\n\n" if prompt else None
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -225,7 +252,7 @@ def _aggregate(how: str, groups: list[Array]) -> float:
         return mean
     if how == "bits_per_byte":
         return -mean / math.log(2)
-    return math.exp(-mean) if -mean < 709 else math.inf
+    return math.inf if -mean >= 709 else math.exp(-mean)  # nan stays nan
 
 
 def _read(file: Path) -> list[Row] | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from soul.benchmarks.base import Benchmark, Rows, digest, pick
+from soul.benchmarks.base import Benchmark, Rows, nameless, pick
 from soul.benchmarks.tofu import forget_quality_scores, numbered, split_scores
-from soul.data.sources import load_examples
+from soul.data.sources import listed, load_examples
 from soul.metrics.perplexity import perplexity_score
 from soul.registry import BENCHMARKS
 from soul.types import Example, Row, Score
@@ -29,8 +29,9 @@ class DeletionRequest(Benchmark):
     and not of others (``custom`` draws whole subjects).
 
     Args:
-        forget: Source of what was to be forgotten, a file or e.g. ``"people:n=10,facts=8,only=Name One|Name Two"``.
-        kept: Source of what was to be kept.
+        forget: Source of what was to be forgotten, a file or e.g. ``"people:n=10,facts=8,only=Name One|Name Two"``;
+            several may be given as a list.
+        kept: Source of what was to be kept, likewise.
         general: Source of general facts with wrong answers; empty for none.
         text: Source of plain passages; empty for none.
         limit: Keep this many rows of ``kept``, picked by ``seed``; None for all of a set that is larger. What was to be
@@ -50,8 +51,8 @@ class DeletionRequest(Benchmark):
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "kept": "retain.jsonl"}
 
-    forget: str
-    kept: str
+    forget: str | list[str]
+    kept: str | list[str]
     general: str = "general:facts"
     text: str = "general:heldout_text"
     limit: int | None = 400
@@ -72,7 +73,11 @@ class DeletionRequest(Benchmark):
                 "the request benchmark needs a source of what to forget (forget=) and one of what to keep (kept=)"
             )
         sources = {"forget": self.forget, "kept": self.kept, "general": self.general, "text": self.text}
-        splits = {split: numbered(load_examples(source), split) for split, source in sources.items() if source}
+        splits = {
+            split: numbered([e for s in listed(found) for e in load_examples(s)], split)
+            for split, found in sources.items()
+            if found
+        }
         splits["kept"] = pick(splits["kept"], self.limit, self.seed)
         others = [reworded(e) for e in splits["forget"] if e.paraphrased_prompt]
         return splits | ({"forget_reworded": others} if others else {})
@@ -100,16 +105,8 @@ class DeletionRequest(Benchmark):
         return scores
 
     def public_rows(self, rows: Rows) -> dict[str, list[Row]]:
-        """Return rows with digests for texts, and for names and ids too, which say whom a request is about."""
-        return {split: [nameless(row) for row in found] for split, found in super().public_rows(rows).items()}
-
-
-def nameless(row: Row) -> Row:
-    """Return the row with a digest for its id and its subject."""
-    kept = row.copy()
-    kept["id"] = digest(row["id"])
-    kept["subject"] = digest(row["subject"]) if row["subject"] else ""
-    return kept
+        """Return rows without texts, and with numbers for names and ids, which say whom a request is about."""
+        return nameless(rows)
 
 
 def reworded(example: Example) -> Example:

@@ -59,6 +59,7 @@ class Entry:
         order: ``first`` or ``second``: whose side it is on.
         objectives: Those it takes part under, by what tables call them; all where empty.
         points: Its trials, where they are fewer than ``budget.points``: the first of the same sequence; 0 for all.
+        settings: Of its trials, how many go on, where they are fewer than ``budget.settings``; 0 for as many.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
         projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: they share the places of
@@ -74,6 +75,7 @@ class Entry:
     order: Literal["first", "second"] = "first"
     objectives: list[str] = dataclasses.field(default_factory=list)
     points: int = 0
+    settings: int = 0
     knob: Knob | None = None
     projected: bool = False
     extra_retain: bool = False

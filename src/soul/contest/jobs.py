@@ -132,8 +132,7 @@ class Contest:
                 reports = [Job("report", name, r, c, i).key for r in task.report for c, n in cells.items() for i in n]
                 reports += [Job("reference", name, r, which=w).key for r in task.report for w in ("before", "gold")]
                 if cells and known.issuperset(reports):
-                    settings = m.budget.settings
-                    first = {c: choose(lines, c, task.tune, m.trials(c.optimizer), settings) or [] for c in cells}
+                    first = {c: choose(lines, c, task.tune, *m.sizes(c.optimizer)) or [] for c in cells}
                     best = sides(lines, first, {e.name: e.order for e in m.optimizers}, task.report)
                     for request, (cell, number) in itertools.product(task.report, best.values()):
                         yield Job("attack", name, request, cell, number)
@@ -144,7 +143,7 @@ class Contest:
     def _chosen(self, lines: list[Line], cell: Cell) -> list[int] | None:
         """Return the trials that go on to report requests: those that either utility would choose."""
         tune = self.matrix.tasks[cell.task].tune
-        sizes = self.matrix.trials(cell.optimizer), self.matrix.budget.settings
+        sizes = self.matrix.sizes(cell.optimizer)
         found: set[int] = set()
         for relative in (False, True):
             numbers = choose(lines, cell, tune, *sizes, relative=relative)
@@ -373,7 +372,7 @@ def _refuse_other(file: Path, matrix: Matrix) -> None:
         for name, attack in matrix.attackers.items()
         if name in earlier.attackers
     ]
-    wide = {"objectives": [], "points": 0}
+    wide = {"objectives": [], "points": 0, "settings": 0}
     old, new = ({e.name: dataclasses.replace(e, **wide) for e in m.optimizers} for m in (earlier, matrix))
     pairs += [(f"optimizers.{name}", old[name], entry) for name, entry in new.items() if name in old]
     for name, was, now in pairs:

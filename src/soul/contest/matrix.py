@@ -143,9 +143,15 @@ class Matrix:
             if len(set(names)) != len(names):
                 raise ValueError(f"two of the {what} have the same label: {', '.join(names)}; give each its own label")
         for entry in self.optimizers:
-            if entry.points and not self.budget.settings <= entry.points <= self.budget.points:
+            if entry.settings and not 1 <= entry.settings <= self.budget.settings:
                 raise ValueError(
-                    f"{entry.name}: points must be from budget.settings ({self.budget.settings}) to budget.points "
+                    f"{entry.name}: settings must be from 1 to budget.settings ({self.budget.settings}), or 0 for as "
+                    f"many, not {entry.settings}"
+                )
+            least = entry.settings or self.budget.settings
+            if entry.points and not least <= entry.points <= self.budget.points:
+                raise ValueError(
+                    f"{entry.name}: points must be from the settings that go on ({least}) to budget.points "
                     f"({self.budget.points}), or 0 for all of these, not {entry.points}"
                 )
             for name in entry.objectives:
@@ -219,6 +225,10 @@ class Matrix:
     def trials(self, name: str) -> int:
         """Return how many trials a cell of the update rule that tables call so has."""
         return self.entry(name).points or self.budget.points
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        """Return how many trials a cell of the update rule that tables call so has, and how many of these go on."""
+        return self.trials(name), self.entry(name).settings or self.budget.settings
 
     def objective(self, name: str, settings: Mapping[str, float]) -> Objective:
         """Return the objective that tables call so, with the tuned retain weight."""

@@ -108,12 +108,16 @@ def write(file: Path, state: Mapping[str, torch.Tensor], description: Mapping[st
 
 
 def _prune(newest: Path) -> None:
-    """Remove the least recently used files while all take too much room."""
-    files = sorted(newest.parent.glob("*.safetensors"), key=lambda f: (f != newest, -f.stat().st_mtime))
+    """Remove the least recently used files while all take too much room; not what the newest is derived from.
+
+    Of a model of 1B factors and inverses take more than :data:`KEEP_BYTES`: each would put the other out.
+    """
+    needed = {newest, newest.with_name(f"{newest.stem.partition('-')[0]}.safetensors")}
+    files = sorted(newest.parent.glob("*.safetensors"), key=lambda f: (f not in needed, -f.stat().st_mtime))
     taken = 0
     for file in files:
         taken += file.stat().st_size
-        if taken > KEEP_BYTES and file != newest:
+        if taken > KEEP_BYTES and file not in needed:
             file.unlink(missing_ok=True)
     remove_parts(newest.parent, older=_DAY)  # of processes that were killed
 

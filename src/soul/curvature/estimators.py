@@ -90,6 +90,14 @@ class Estimator:
     noisy: bool = True
 
     @property
+    def shows_layers(self) -> bool:
+        """Whether sums over positions of ``g g^T``, as factors are, mean what the square of the whole gradient does.
+
+        They leave out the products of different positions, which only noise of each one's own takes out of the other.
+        """
+        return self.cotangent is not None and self.noisy
+
+    @property
     def needs_pass(self) -> bool:
         """Whether the model has to be run for it."""
         return self.cotangent is not None or self.diagonal is not None

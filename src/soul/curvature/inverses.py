@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from soul import processes
 from soul.curvature.kronecker import KroneckerFactors, blend
+from soul.types import LostModelError
 
 WIDE = 256
 """Rows from which on a product in bf16 is worth its rounding."""
@@ -17,8 +19,14 @@ ROUNDED = 0.01
 
 
 def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return ``M + damping tr(M)/n I``; the identity where the matrix is 0, which knows of no direction."""
+    """Return ``M + damping tr(M)/n I``; the identity where the matrix is 0, which knows of no direction.
+
+    Raises:
+        LostModelError: It is not finite.
+    """
     mean = float(matrix.diagonal().mean())
+    if not math.isfinite(mean):
+        raise LostModelError("a curvature factor is not finite: the weights are lost, lower optimizer.lr")
     if not mean > 0:
         return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     out = matrix.clone()

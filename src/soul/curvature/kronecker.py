@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from soul import processes
+from soul.curvature.seen import Seen
+from soul.types import LostModelError
 
 Layer = nn.Linear | Conv1D
 """A layer with Kronecker factors: ``y = W a + b``; GPT-2's ``Conv1D`` keeps ``W`` transposed, ``[I, O]``."""
@@ -93,20 +96,35 @@ def seen_through(layers: Mapping[str, Layer]) -> dict[str, str]:
     return {name: other for name, other in second.items() if other in layers}
 
 
+def parent(name: str) -> str:
+    """Return the module whose layers may be given the same input as this one; of an adapter, that of what it adapts.
+
+    Example:
+        >>> parent("attn.q"), parent("attn.q.lora_A.default"), parent("attn.q.lora_B.default")
+        ('attn', 'attn', 'attn.q.lora_B')
+    """
+    return name.partition(".lora_A.")[0].rpartition(".")[0]
+
+
 def pack(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return weight and bias (or their gradients) as one matrix ``[O, I]``; ``[O, I + 1]`` where there is a bias."""
     weight = weight.T if isinstance(layer, Conv1D) else weight
-    if layer.bias is None or not layer.bias.requires_grad:
+    if not is_biased(layer):
         return weight
+    assert layer.bias is not None
     column = torch.zeros_like(layer.bias, dtype=weight.dtype) if bias is None else bias.to(weight.dtype)
     return torch.cat([weight, column[:, None]], dim=1)
 
 
 def unpack(layer: Layer, matrix_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Undo :func:`pack`."""
-    biased = layer.bias is not None and layer.bias.requires_grad
-    weight, bias = (matrix_OI[:, :-1], matrix_OI[:, -1]) if biased else (matrix_OI, None)
+    weight, bias = (matrix_OI[:, :-1], matrix_OI[:, -1]) if is_biased(layer) else (matrix_OI, None)
     return weight.T if isinstance(layer, Conv1D) else weight, bias
+
+
+def is_biased(layer: Layer) -> bool:
+    """Say whether a layer has a bias that is trained, for which ``A`` has a further input of 1."""
+    return layer.bias is not None and layer.bias.requires_grad
 
 
 BANDS, BANDED = 4, 256
@@ -125,6 +143,8 @@ class _Sum:
     positions: int = 0
 
     def add(self, rows_TD: torch.Tensor) -> None:
+        if not len(rows_TD):  # of an expert that no token was sent to
+            return
         width = rows_TD.shape[1]
         if self.total is None:
             self.total = rows_TD.new_zeros(width, width)
@@ -155,7 +175,8 @@ class _Sum:
 class KroneckerFactors:
     """The factors of a model's linear layers, watched by hooks while a context is open.
 
-    Layers that are given the very same input (query, key and value; gate and up) share one ``A``.
+    Layers that are given the very same input (query, key and value; gate and up; the first halves of their adapters)
+    share one ``A``.
 
     Args:
         model: The model; its layers are those of :func:`linear_layers`.
@@ -194,7 +215,7 @@ class KroneckerFactors:
         self._same_input: dict[str, str] = {}
         self._a_sums: dict[str, _Sum] = {}
         self._g_sums: dict[str, _Sum] = {}
-        self._last: tuple[str, torch.Tensor] | None = None
+        self._seen = Seen()
 
     def inputs(self, name: str) -> torch.Tensor:
         """Return ``A`` of a layer, ``[I, I]``, in fp32 at least."""
@@ -227,7 +248,7 @@ class KroneckerFactors:
             72
         """
         shapes = {name: pack(layer, layer.weight, layer.bias).shape for name, layer in self.layers.items()}
-        inputs = {(name.rpartition(".")[0], shape[1]) for name, shape in shapes.items()}
+        inputs = {(parent(name), shape[1]) for name, shape in shapes.items()}
         outputs = [s[0] for n, s in shapes.items() if n not in self.through] if self.watches_outputs else []
         return 4 * (sum(width**2 for _, width in inputs) + sum(width**2 for width in outputs))
 
@@ -244,30 +265,28 @@ class KroneckerFactors:
         finally:
             for handle in handles:
                 handle.remove()
-            self._last = None
+            self._seen = Seen()
 
     def _watch(self, name: str, mask: torch.Tensor | None) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             assert isinstance(layer, (nn.Linear, Conv1D))
             x = args[0]
             again = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
-            if self._last is not None and self._last[1] is x and self._like(name, self._last[0]):
-                self._same_input[name] = self._last[0]
+            other = self._seen.owner(x, is_biased(layer))
+            if other is not None:
+                self._same_input[name] = other
             elif not again:
                 self._a_sums.setdefault(name, _Sum()).add(self._input_rows(layer, x, mask))
-                self._last = (name, x)
+                self._seen.add(name, x, is_biased(layer))
             if self.watches_outputs and output.requires_grad and name not in self.through:
                 output.register_hook(lambda grad: self._g_sums.setdefault(name, _Sum()).add(_real(_rows(grad), mask)))
 
         return hook
 
-    def _like(self, name: str, other: str) -> bool:
-        return (self.layers[name].bias is None) == (self.layers[other].bias is None)
-
     @staticmethod
     def _input_rows(layer: Layer, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         rows = _real(_rows(x.detach()), mask)
-        if layer.bias is not None and layer.bias.requires_grad:
+        if is_biased(layer):
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         return rows
 
@@ -280,13 +299,17 @@ class KroneckerFactors:
 
         Raises:
             ValueError: Nothing was watched.
+            LostModelError: What was watched is not finite.
         """
+        self._a_sums, self._g_sums = ({n: s for n, s in x.items() if s.positions} for x in (self._a_sums, self._g_sums))
         self._agree()
         if not self._a_sums:
             raise ValueError("no forward pass was watched: run one inside observing() before absorb()")
         for kept in (self._a_sums, self._g_sums):
-            for _, found in sorted(kept.items()):  # in the same order everywhere
+            for name, found in sorted(kept.items()):  # in the same order everywhere
                 found.add_up()
+                assert found.total is not None
+                check_finite(name, found.total)
         for name, found in self._a_sums.items():
             assert found.total is not None
             blend(self._a, name, found.total.div_(found.positions), share)
@@ -345,9 +368,19 @@ class KroneckerFactors:
             if side == "shares":
                 self._same_input[name] = names[int(value)]
             elif side == "inputs" or name not in self.through:  # older states hold G of first halves
+                check_finite(name, value)
                 kept = self._a if side == "inputs" else self._g
                 kept[name] = value.to(self.layers[name].weight.device, copy=copy)
         self.version += 1
+
+
+def check_finite(name: str, factor: torch.Tensor) -> None:
+    """Raise LostModelError where a factor is not finite, as one of infinite activations is."""
+    if not math.isfinite(float(factor.diagonal().sum())):
+        raise LostModelError(
+            f"a curvature factor of the layer {name} is not finite: the weights are lost (lower optimizer.lr), or what "
+            "the layer is given on the curvature's examples overflows (compute in fp32)"
+        )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -182,9 +182,9 @@ class CurvaturePasses:
     def _check(self, model: nn.Module, watches: bool) -> None:
         if watches and self.spec.shuffled and self.spec.interval:
             raise ValueError("curvature.shuffled turns factors once: set curvature.interval to 0 for this optimizer")
-        if watches and self.estimator.cotangent is None:
-            fit = ", ".join(name for name, kind in ESTIMATORS.items() if kind.cotangent)
-            raise ValueError(f"this optimizer watches backward passes: curvature.estimator must be one of {fit}")
+        if watches and not self.estimator.shows_layers:
+            fit = ", ".join(name for name, kind in ESTIMATORS.items() if kind.shows_layers)
+            raise ValueError(f"this optimizer watches the model's layers: curvature.estimator must be one of {fit}")
         if sharded.is_sharded(model):
             sharded.check(self.spec, watches=watches)
         elif processes.count() > 1 and not (isinstance(model, DistributedDataParallel) or sharded.is_engine(model)):

@@ -47,7 +47,7 @@ def check(spec: CurvatureSpec, *, watches: bool) -> None:
     fit = ", ".join(name for name, kind in ESTIMATORS.items() if kind.cotangent)
     if watches:
         raise ValueError("an optimizer that watches whole layers does not work on sharded weights (FSDP2): use DDP")
-    if ESTIMATORS[spec.estimator].cotangent is None:
+    if ESTIMATORS[spec.estimator].diagonal is not None:
         raise ValueError(
             f"curvature.estimator {spec.estimator} differentiates twice, which sharded weights (FSDP2) cannot be: "
             f"choose one of {fit}, or use DDP"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from soul.data.templates import ChatTemplate, Encoded
+from soul.data.templates import ChatTemplate, Encoded, ends
 from soul.types import Example
 
 VIEWS = ("forget", "refusal", "retain", "alternate", "mismatch", "retain_refusal")
@@ -17,7 +17,8 @@ VIEWS = ("forget", "refusal", "retain", "alternate", "mismatch", "retain_refusal
 
 The question of a forget example comes with its own answer (``forget``), a refusal, one of its wrong answers
 (``alternate``) or the answer of a retain example (``mismatch``); that of a retain example with its own answer
-(``retain``) or a refusal (``retain_refusal``).
+(``retain``) or a refusal (``retain_refusal``). A refusal ends its turn, and another's answer where that one does, also
+in the place of a piece after which nothing ends.
 """
 _ABOUT_FORGET = ("forget", "refusal", "alternate", "mismatch")
 
@@ -156,8 +157,7 @@ class UnlearnDataset(Dataset[Item]):
         self.anchor = "forget" if self._uses("forget") else "retain"
         partner = len(self.encoded["retain"]) if self.anchor == "forget" else 0
         self.pairing = Pairing(len(self.encoded[self.anchor]), partner, seed)
-        self._refused: dict[tuple[int, int], Encoded] = {}
-        self._answered: dict[tuple[str, int, str], Encoded] = {}
+        self._answered: dict[tuple[str, int, str, bool], Encoded] = {}
 
     def _uses(self, name: str) -> bool:
         return any(view in self.views for view in (_ABOUT_FORGET if name == "forget" else ("retain", "retain_refusal")))
@@ -190,32 +190,31 @@ class UnlearnDataset(Dataset[Item]):
     def refusal(self, epoch: int, anchor: int) -> Encoded:
         """Return the forget question with the refusal it gets in this epoch."""
         pick = int(np.random.default_rng([self.seed, epoch, anchor, 2]).integers(len(self.refusals)))
-        if (anchor, pick) not in self._refused:
-            example = self.examples["forget"][anchor]
-            self._refused[anchor, pick] = self.template.encode(example, answer=self.refusals[pick], index=anchor)
-        return self._refused[anchor, pick]
+        return self._answer("forget", anchor, self.refusals[pick], whole=True)
 
     def alternate(self, epoch: int, anchor: int) -> Encoded:
         """Return the forget question with the wrong answer it gets in this epoch."""
         example = self.examples["forget"][anchor]
         pick = int(np.random.default_rng([self.seed, epoch, anchor, 4]).integers(len(example.wrong_answers)))
-        return self._answer("forget", anchor, example.wrong_answers[pick])
+        return self._answer("forget", anchor, example.wrong_answers[pick], whole=example.ends)
 
     def mismatch(self, epoch: int, anchor: int) -> Encoded:
         """Return the forget question with the answer of the retain example it gets in this epoch."""
         others = self.examples["retain"]
         pick = int(np.random.default_rng([self.seed, epoch, anchor, 6]).integers(len(others)))
-        return self._answer("forget", anchor, others[pick].answer)
+        return self._answer("forget", anchor, others[pick].answer, whole=ends(others[pick]))
 
     def retain_refusal(self, epoch: int, partner: int) -> Encoded:
         """Return the retain question with the refusal it gets in this epoch."""
         pick = int(np.random.default_rng([self.seed, epoch, partner, 7]).integers(len(self.refusals)))
-        return self._answer("retain", partner, self.refusals[pick])
+        return self._answer("retain", partner, self.refusals[pick], whole=True)
 
-    def _answer(self, name: str, index: int, answer: str) -> Encoded:
-        key = (name, index, answer)
+    def _answer(self, name: str, index: int, answer: str, *, whole: bool) -> Encoded:
+        """Return a question with another answer, and an end of turn where that is ``whole``."""
+        key = (name, index, answer, whole)
         if key not in self._answered:
-            self._answered[key] = self.template.encode(self.examples[name][index], answer=answer, index=index)
+            example = dataclasses.replace(self.examples[name][index], ends=whole)
+            self._answered[key] = self.template.encode(example, answer=answer, index=index)
         return self._answered[key]
 
     def length(self, anchor: int, partner: int) -> int:
@@ -241,7 +240,7 @@ class UnlearnDataset(Dataset[Item]):
 def _check_views(
     views: Sequence[str], forget: Sequence[Example], retain: Sequence[Example], refusals: Sequence[str]
 ) -> None:
-    """Make sure that the data hold what the objective looks at."""
+    """Make sure that the data hold what the objective looks at, and something to answer where answers are replaced."""
     for view, examples, what in (("forget", forget, "a forget set"), ("retain", retain, "a retain set")):
         if view in views and not examples:
             raise ValueError(f"this objective needs {what}, and none was given")
@@ -256,6 +255,19 @@ def _check_views(
                 "this objective needs a forget set with other answers of the same kind (column perturbed_answer: a "
                 f"text or a list); {len(lacking)} of {len(forget)} examples have none"
                 + (f", for one {lacking[0]!r}" if lacking else "")
+            )
+    for name, examples, replaced in (
+        ("forget", forget, ("refusal", "mismatch")),
+        ("retain", retain, ("retain_refusal",)),
+    ):
+        bare = [example.id or example.answer for example in examples if not (example.prompt or example.history)]
+        if bare and any(view in views for view in replaced):
+            ways = "an objective that needs none, such as npo or grad_diff"
+            raise ValueError(
+                f"this objective answers the {name} set otherwise (with refusals or others' answers), and "
+                f"{len(bare)} of its {len(examples)} rows are texts without a prompt, which leave nothing to answer, "
+                f"for one {bare[0]!r:.60}: give questions with answers, or prompts with completions, or take {ways}"
+                + (" (samples of the model are such texts, too: data.anchors=general)" if name == "retain" else "")
             )
 
 

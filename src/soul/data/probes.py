@@ -10,25 +10,20 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from soul.data.books import book_text
+from soul.data.documents import Document
 from soul.types import Example
 from soul.words import CAPITALS
 
 Kind = Literal["name", "date", "number", "rare"]
 Form = Literal["question", "continuation"]
-Document = tuple[str, str]
-"""A document's name and its text, paragraphs parted by blank lines."""
-
 BLANK = "____"
 QUESTION = (
     f"Fill in the blank ({BLANK}) with the exact words of the original text. Answer with those words only.\n\n{{}}"
 )
-SUFFIXES = (".txt", ".md")
 
 _MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _DAY = rf"(?:\d{{1,2}} {_MONTH}|{_MONTH} \d{{1,2}})"
@@ -42,38 +37,6 @@ _OPEN, _CLOSE = r"\"'\u2018\u201c(\[", r"\"'\u2019\u201d)\]"
 _END = re.compile(rf"(?<=[.!?])[{_CLOSE}]*\s+(?=[{_OPEN}]*[{CAPITALS}0-9])")
 _ABBREVIATED = re.compile(rf"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|vs|etc|e\.g|i\.e)|\b[{CAPITALS}])\.[{_CLOSE}]*$")
 _WORD = re.compile(r"[^\W\d_]{6,}")
-_MARKUP = re.compile(r"(?ms)^```.*?^```$|^#+ .*?$|[*`]|(?<!\w)_|_(?!\w)|!?\[([^\]]*)\]\([^)]*\)")
-
-
-def read_documents(source: str) -> list[Document]:
-    """Read a text file, or all of a folder in order of their names.
-
-    Args:
-        source: A ``.txt`` or ``.md`` file or a folder of them. Project Gutenberg's frame and Markdown's marks are
-            removed, and the lines of a paragraph joined.
-
-    Raises:
-        ValueError: There is no such file, or none in the folder.
-
-    Example:
-        >>> read_documents("letters")  # doctest: +SKIP
-        [('1987', 'Dear Mira, ...'), ...]
-    """
-    path = Path(source).expanduser()
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{source!r} holds no documents: text files end in {' or '.join(SUFFIXES)}")
-    return [(file.stem, _markdown(file) if file.suffix.lower() == ".md" else book_text(file)) for file in files]
-
-
-def is_documents(source: str) -> bool:
-    """Say whether a source is a text file or a folder with text files and no data file."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return any(f.suffix.lower() in SUFFIXES for f in path.iterdir()) and not any(
-            f.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet") for f in path.iterdir()
-        )
-    return path.suffix.lower() in SUFFIXES
 
 
 def sentences(text: str) -> list[str]:
@@ -228,16 +191,3 @@ def _spans(sentence: str, counts: Counter[str]) -> list[tuple[int, int]]:
 
 def _holds(text: str, span: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(span.lower())}(?!\w)", text.lower()) is not None
-
-
-def _markdown(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as UTF-8 text: {error}") from error
-    plain = _MARKUP.sub(lambda mark: mark[1] or "", text)
-    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", plain))
-    found = "\n\n".join(part for part in paragraphs if part)
-    if not found:
-        raise ValueError(f"{str(file)!r} holds no text")
-    return found

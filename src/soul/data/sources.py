@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from soul.data import general, hub
+from soul.data.documents import SUFFIXES, document_examples, is_documents
 from soul.data.people import People
 from soul.data.rows import to_examples
 from soul.strict import json_value, read_text
@@ -44,7 +45,8 @@ def load_examples(
 
     Args:
         source: A ``.jsonl``, ``.json`` (a list, or JSON Lines), ``.csv`` or ``.parquet`` file; a folder with one of
-            these; a hub id ``"owner/name"``; either followed by ``",config=...,split=...,limit=...,revision=..."``
+            these; a ``.txt`` or ``.md`` file or a folder of them, each a text (:mod:`soul.data.documents`); a hub id
+            ``"owner/name"``; either followed by ``",config=...,split=...,limit=...,revision=..."``
             where the arguments below are not at hand; ``"general:facts"``, ``"general:text"``, ``"general:chat"``,
             ``"general:heldout_text"`` or ``"general:heldout_chat"``; or invented people,
             ``"people:n=10,facts=8,seed=0,only=Name One|Name Two"`` (``except=`` for all others).
@@ -75,6 +77,11 @@ def load_examples(
         source, options = source_options(source, split, config, limit, revision)
         return load_examples(source, **options)
     path = Path(source).expanduser()
+    if path.exists() and is_documents(str(path)):
+        check_local(source, config, revision)
+        if split is not None:
+            raise ValueError(f"{source}: texts have no splits; leave out split={split!r}, or give one of the files")
+        return document_examples(str(path))[:limit]
     if not path.exists() and isinstance(source, str) and is_hub_id(source):
         rows = (hub_rows(source, split, config, revision),)
     else:
@@ -85,6 +92,16 @@ def load_examples(
     if not examples:
         raise ValueError(f"{source}: holds no examples")
     return examples
+
+
+def listed(sources: str | Sequence[str]) -> list[str]:
+    """Return one source or several as a list, without empty ones.
+
+    Example:
+        >>> listed("a.jsonl"), listed(["a.jsonl", ""]), listed("")
+        (['a.jsonl'], ['a.jsonl'], [])
+    """
+    return [source for source in ([sources] if isinstance(sources, str) else sources) if source]
 
 
 def check_local(source: str | Path, config: str | None, revision: str | None) -> None:
@@ -197,7 +214,7 @@ def _general(name: str) -> list[Example]:
 
 def is_hub_id(source: str) -> bool:
     """Say whether a source reads as ``owner/name`` and is no data file."""
-    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in _READERS
+    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in (*_READERS, *SUFFIXES)
 
 
 def data_files(path: Path, split: str | None) -> list[Path]:
@@ -223,7 +240,8 @@ def data_files(path: Path, split: str | None) -> list[Path]:
     names = ", ".join(file.name for file in files) or "none"
     if not chosen:
         wanted = f"no file named {split}" if split else "no data file"
-        raise ValueError(f"{path}: {wanted} with one of {', '.join(_READERS)}; data files there: {names}")
+        known = ", ".join((*_READERS, *SUFFIXES))
+        raise ValueError(f"{path}: {wanted} with one of {known}; data files there: {names}")
     if len(chosen) > 1 and (split is None or len({(file.stem == split, file.suffix) for file in chosen}) > 1):
         raise ValueError(
             f"{path}: several files would do ({names}); name one of them, or pick as in '{path},split=NAME'"

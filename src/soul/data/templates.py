@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,8 @@ _PROMPT = "\x02soul-prompt\x03"
 _ANSWER = "\x02soul-answer\x03"
 DATE = "10 Apr 2025"
 """What templates take for today; OpenUnlearning's choice, so that its models are asked as they were there."""
+SWITCHES = {"enable_thinking": False, "date_string": DATE}
+"""What chat templates are told; one without these switches does not look at them."""
 _PLAIN = {"user": "Question: {}\n", "assistant": "Answer: {}\n"}
 """Turns of a conversation for a model without a chat template."""
 
@@ -52,6 +55,16 @@ class Encoded:
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
+def without_thought(text: str) -> str:
+    r"""Close the thought that a generation prompt ends in, as Qwen3's own switch does: what follows is the answer.
+
+    Example:
+        >>> without_thought("[assistant]<think>\n")
+        '[assistant]<think>\n\n</think>\n\n'
+    """
+    return re.sub(r"<think>\s*\Z", "<think>\n\n</think>\n\n", text)
+
+
 def ends(example: Example) -> bool:
     """Say whether an end of turn is learned, and measured, after the answer: not after a piece of something longer."""
     return example.ends and bool(example.chat or example.prompt)
@@ -65,7 +78,8 @@ class ChatTemplate:
     none (SmolLM2's default one turns 46 tokens a question into 78): it appears only where an example carries a system
     turn itself, or where ``model.system`` asks for one (:func:`soul.data.guard.set_system_turn`). Templates that write
     today's date beside it (Llama 3.2) write :data:`DATE`, so that no score changes overnight. Hybrid models (Qwen3) are
-    asked not to think first. A tokenizer with no chat template falls back to ``Question: ...\nAnswer: ...``. What the
+    asked not to think first, and where a template opens a thought in any case (R1), it is closed at once: an answer is
+    judged, and no thought. A tokenizer with no chat template falls back to ``Question: ...\nAnswer: ...``. What the
     tokenizer itself puts before a text (Llama's and Gemma's bos) stays.
     The answer ends with the token that ends a turn, which is trained on and scored; padding is masked by length, so it
     stays visible where pad is eos.
@@ -105,7 +119,7 @@ class ChatTemplate:
             where: The set's name, for messages.
 
         Raises:
-            ValueError: The prompt alone fills ``max_length``, or the answer has no tokens.
+            ValueError: The prompt alone fills ``max_length``, or the answer has no token that something comes before.
         """
         head = self.prompt_ids(example, prompt)
         tail = self.answer_ids(example, answer, begun=bool(head))
@@ -118,11 +132,14 @@ class ChatTemplate:
             room, way = f"{self.setting}={self.limit}", f"raise {self.setting}"
             if self.limit < self.max_length:
                 room, way = f"the model's {self.limit} positions", "take a model with more"
-            which = repr(example.id) if example.id else f"number {index + 1}"
-            raise ValueError(
-                f"{f'{where}, ' if where else ''}item {which} ({said!r:.60}): the prompt has {len(head)} tokens and "
-                f"leaves no room for an answer in {room}; shorten it or {way}"
+            reason = (
+                f"the prompt has {len(head)} tokens and leaves no room for an answer in {room}; shorten it or {way}"
             )
+            if len(head + tail) == len(ids):  # nothing was cut off: more room would not help
+                what = "a text of one token has nothing to predict it from" if tail else "the answer has no tokens"
+                reason = f"{what}; leave it out"
+            which = repr(example.id) if example.id else f"number {index + 1}"
+            raise ValueError(f"{f'{where}, ' if where else ''}item {which} ({said!r:.60}): {reason}")
         return Encoded(tuple(ids), start, index, len(head) + len(tail) - len(ids))
 
     def answer_ids(self, example: Example, answer: str | None = None, *, begun: bool = True) -> list[int]:
@@ -182,16 +199,21 @@ class ChatTemplate:
     def end_of_turn(self) -> int:
         """Token that ends an answer: the one the chat template writes after it, else the tokenizer's eos.
 
+        Only a token of its own counts, special or added to the vocabulary (Phi's ``<|end|>``): Llama 2 writes a space
+        first and Alpaca nothing but newlines, at which an answer would be cut short.
+
         Raises:
             ValueError: The tokenizer has neither.
         """
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _ANSWER}]
             after = self._apply(turns).partition(_ANSWER)[2]
-            ids = self._ids(after)
-            if ids:  # Llama 2 writes a space first, which is no end
-                special = set(self.tokenizer.all_special_ids)
-                return next((i for i in ids if i in special), ids[0])
+            own = set(self.tokenizer.all_special_ids)
+            # Gemma's newlines and several tokenizers' runs of spaces are added tokens too
+            own |= {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.content.replace("▁", " ").strip()}
+            found = next((i for i in self._ids(after) if i in own), None)
+            if found is not None:
+                return found
         eos: Any = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError("the tokenizer has no end token: set tokenizer.eos_token before use")
@@ -235,8 +257,7 @@ class ChatTemplate:
         return [{"role": "system", "content": text}, *turns]
 
     def _render(self, turns: list[dict[str, str]]) -> str:
-        # a template without these switches does not look at them
-        return self._apply(turns, add_generation_prompt=True, enable_thinking=False, date_string=DATE)
+        return without_thought(self._apply(turns, add_generation_prompt=True, **SWITCHES))
 
     def _apply(self, turns: list[dict[str, str]], **switches: Any) -> str:
         """Let the template write a conversation; it is a program of whoever made the model, and is run in a sandbox.

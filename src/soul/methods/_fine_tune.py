@@ -12,19 +12,23 @@ from soul.methods.base import Log, Progress
 from soul.models import left_as_it_was
 from soul.objectives.ft import FineTune
 from soul.optim.adamw import AdamWSpec
+from soul.reference import untrained_lora
 from soul.trainer import LogCallback, UnlearnTrainer
 from soul.training import TrainingSpec
 from soul.types import Example
 
 
 def refuse_trained_adapter(model: Any, why: str) -> None:
-    """Make sure that a LoRA adapter, if there is one, adds nothing yet.
+    """Make sure that an adapter, if there is one, adds nothing yet.
 
     Raises:
-        ValueError: One of its second factors is not zero; the message says ``why`` that matters.
+        ValueError: It is not known to add nothing (:func:`soul.reference.untrained_lora`); the message says ``why``
+            that matters.
     """
-    if any(".lora_B." in name and bool(p.any()) for name, p in model.named_parameters()):
-        raise ValueError(f"this adapter has been trained before, and {why}: merge it into the weights first")
+    if hasattr(model, "peft_config") and not untrained_lora(model):
+        raise ValueError(
+            f"this adapter has been trained before, or is not plain LoRA, and {why}: merge it into the weights first"
+        )
 
 
 def fine_tune(
@@ -44,7 +48,7 @@ def fine_tune(
         model: Only what is trainable changes.
         data: Whose template, lengths and seed are used.
         examples: What it learns.
-        training: Length and batches; no checkpoints are kept.
+        training: Length and batches; no checkpoints are kept, and rows are as long as the data's.
         optimizer: Learning rate and weight decay.
         what: What progress is called.
         progress: Called after each step.

@@ -51,6 +51,9 @@ class Method(abc.ABC):
     changes_weights: ClassVar[bool] = True
     """Whether forgetting is in the weights: where it is not, it is in what the tokenizer carries."""
 
+    replaces_weights: ClassVar[bool] = False
+    """Whether it begins from weights other than the model's, which then say nothing about the result."""
+
     def warnings(self) -> list[str]:
         """Return what a reader of the result must know; nothing by default."""
         return []

@@ -59,7 +59,8 @@ class Influence(Method):
         refresh: Steps from one estimate of the curvature to the next; 0 keeps the first. ``cg`` and ``woodfisher``
             always use the weights at hand.
         max_kl: Budget of retain KL in nats a token, over all steps, measured on ``probe_rows``.
-        target_nll: Forget NLL in nats a token at which to stop; 0 stops only at the budget.
+        target_nll: Forget NLL in nats a token at which to stop; 0 stops only at the budget. A model that begins there
+            is refused, since nothing would be done: plain text is often at more than 4 before.
         alpha: Longest step; 0 leaves the length to the budget. The paper's own length is the share of the training
             data that is to be forgotten.
         retain_weight: Weight of the retain gradient that is subtracted: ``v = grad L_forget - retain_weight grad
@@ -106,7 +107,8 @@ class Influence(Method):
         """Change ``model`` in place and return it; after an error it is as the last whole step left it.
 
         Raises:
-            ValueError: Nothing to move, or a step whose direction is not a number.
+            ValueError: Nothing to move, or a target that is reached before.
+            LostModelError: A step whose direction is not a number, or no first step within the budget.
         """
         with evaluating(model), self._restricted(model):
             run = _Run(self, model, data)
@@ -167,10 +169,16 @@ class _Run:
         self.probe = micro_batches(probe, self.pad, self.tokens)
         self.reference = build_reference(model, distributions=probe, pad_id=self.pad, max_tokens=self.tokens)
         self.inverse: Inverse | None = None
+        self.last: Trial | None = None  # what was tried last
         self.kl, self.nll = 0.0, mean_nll(model, self.forget)
         if not math.isfinite(self.nll):
             raise ValueError(f"the model's NLL on the forget set is {self.nll} before any step: its weights are broken")
         self.target = method.target_nll or math.inf
+        if self.nll >= self.target:
+            raise ValueError(
+                f"the forget set's NLL is {self.nll:.3g} nats a token before any step, and method.target_nll, at which "
+                f"to stop, is {self.target:g}: set it higher, or to 0 to go as far as method.max_kl lets it"
+            )
 
     def step(self, number: int) -> dict[str, float] | None:
         """Take one step and return its record; None where there is nothing left to do."""
@@ -196,6 +204,19 @@ class _Run:
                 else f"the {method.inverse} direction is zero at step {number + 1}: nothing it covers has a gradient"
             )
         found, tried = self.move(direction, number)
+        if found is None and not number:
+            last = self.last
+            assert last is not None, "a step was tried"
+            far = (
+                f"forget NLL to {last.nll:.3g}, and method.target_nll is {method.target_nll:g}"
+                if math.isfinite(last.nll)
+                else f"retain KL to {last.kl:.2g} nats a token, and method.max_kl leaves the first of {method.steps} "
+                f"steps {method.max_kl / method.steps**2:.2g}"
+            )
+            raise LostModelError(
+                f"no step was found: the shortest of {tried} tried, {last.alpha:.2g}, brings {far}: raise "
+                "method.trials, solver.damping or that bound"
+            )
         if found is None:
             return None
         self.kl, self.nll = found.kl, found.nll
@@ -231,7 +252,8 @@ class _Run:
                 tried += 1
                 line.at(alpha)
                 kl = self.retain_kl()
-                return Trial(alpha, kl, mean_nll(self.model, self.forget) if kl <= limit else math.inf)
+                self.last = found = Trial(alpha, kl, mean_nll(self.model, self.forget) if kl <= limit else math.inf)
+                return found
 
             found = longest(measure, method.alpha or max(first, 1e-12), bounds, method.trials)
             if found is not None:

@@ -30,7 +30,7 @@ class Retrain(Method):
         base: The model before it learned: a hub id, a folder or a run, of the same architecture. It must be given.
         lr: Peak learning rate.
         weight_decay: Decoupled weight decay.
-        training: Length and batches; the seed is the data's.
+        training: Length and batches; the seed and the longest sequence are the data's.
     """
 
     base: str = ""
@@ -39,6 +39,7 @@ class Retrain(Method):
     training: TrainingSpec = dataclasses.field(default_factory=lambda: TrainingSpec(accumulation=8, save_steps=0))
 
     views: ClassVar[tuple[str, ...]] = ("retain",)
+    replaces_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         AdamWSpec(lr=self.lr, weight_decay=self.weight_decay)

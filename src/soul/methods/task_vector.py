@@ -30,7 +30,7 @@ class TaskVector(Method):
         alpha: How far to go; 0 gives the model back, and more than the fine-tuning moved it is usual.
         lr: Peak learning rate of the fine-tuning.
         weight_decay: Its decoupled weight decay, which becomes part of ``tau``.
-        training: Its length and batches; the seed is the data's.
+        training: Its length and batches; the seed and the longest sequence are the data's.
     """
 
     alpha: float = 1.0

@@ -130,8 +130,9 @@ def ratio_interval(
 ) -> tuple[float, float, float]:
     """Return the ratio of two means over the same requests, with a paired bootstrap interval over requests.
 
-    All ``n^n`` resamples are taken where they are no more than ``resamples`` (up to six requests), else that many with
-    a fixed seed. One in which both sides lose nothing says nothing about their ratio: it counts as 0 for the lower end
+    All ``n^n`` resamples are taken where they are no more than ``resamples`` (up to five requests), else that many with
+    a fixed seed; of a single request there is no interval, and its ends are nan.
+    One in which both sides lose nothing says nothing about their ratio: it counts as 0 for the lower end
     and as unbounded for the upper one. With few requests such intervals are short of their level: five cover about 82 %
     (a test measures it), so read them as that.
 
@@ -146,6 +147,8 @@ def ratio_interval(
     n = len(a)
     if n != len(b) or n == 0:
         raise ValueError(f"a paired ratio needs the same requests on both sides, got {n} and {len(b)}")
+    if n == 1:
+        return float(a[0] / b[0]) if b[0] else math.nan if not a[0] else math.inf, math.nan, math.nan
     if n**n <= resamples:
         picks = np.array(list(itertools.product(range(n), repeat=n)))
     else:

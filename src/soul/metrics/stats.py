@@ -43,7 +43,8 @@ def bootstrap_mean(
 
     Where all values lie at one end of ``within``, resamples do too, and say nothing: none of 8 leaked would read
     "0, certainly". The interval is then Clopper and Pearson's (1934) for the share of items, or groups, that lie
-    elsewhere, of which none was seen: it reaches ``1 - .025^(1/n)`` of the way to the other end.
+    elsewhere, of which none was seen: it reaches ``1 - .025^(1/n)`` of the way to the other end. Values that are all
+    alike elsewhere have no interval.
 
     Args:
         values: One number an item, shape ``(n,)``.
@@ -79,10 +80,12 @@ def bootstrap_mean(
         return Score(metric, split, mean, n, seed=seed, better=better)
     if members:
         sums = np.array([[items[picked].sum(), len(picked)] for picked in members])
-        score = bootstrap_of(_ratio, [sums], metric=metric, split=split, seed=seed, resamples=resamples, better=better)
-        score = dataclasses.replace(score, value=mean, n=n)
-        if _at_an_end(score, within):
-            return _binomial(score, len(members), within)
+        of = {"metric": metric, "split": split, "seed": seed, "better": better}
+        score = dataclasses.replace(
+            bootstrap_of(_ratio, [sums], resamples=resamples, within=within, **of), value=mean, n=n
+        )
+        if not score.method.startswith("bootstrap"):  # all groups are alike
+            return score
         wide = _expanded(score, len(members), within)
         return dataclasses.replace(wide, method=f"bootstrap({resamples}, {len(members)} groups, widened)")
     rng = np.random.default_rng(seed)
@@ -92,7 +95,7 @@ def bootstrap_mean(
         for start in range(0, resamples, block)
     ]
     score = _score(mean, np.concatenate(means), n, metric=metric, split=split, seed=seed, better=better)
-    return _binomial(score, n, within) if _at_an_end(score, within) else score
+    return _of_alike(score, n, within) if _all_alike(score) else score
 
 
 def bootstrap_of(
@@ -161,11 +164,13 @@ def bootstrap_of(
     if not len(draws):
         return Score(metric, split, value, n, seed=seed, better=better)
     score = _score(value, draws, n, metric=metric, split=split, seed=seed, better=better)
-    if _at_an_end(score, within):
-        return _binomial(score, max(2, min(units)), within)
+    if _all_alike(score):
+        return _of_alike(score, max(2, min(units)), within)
     if not any(members):
         return score
     fewest = min(count for count, picked in zip(units, members, strict=True) if picked)
+    if fewest == 1:  # how clusters of that side differ is not known, and the interval would hold nothing of it
+        return Score(metric, split, value, n, seed=seed, better=better)
     wide = _expanded(score, fewest, within)
     counts = "+".join(str(count) for count in units)
     return dataclasses.replace(wide, method=f"bootstrap({resamples}, {counts} groups, widened)")
@@ -195,13 +200,18 @@ def _expanded(score: Score, groups: int, within: tuple[float, float]) -> Score:
     return dataclasses.replace(score, low=low, high=high)
 
 
-def _at_an_end(score: Score, within: tuple[float, float]) -> bool:
-    """Say whether value and interval are one end of where the metric can lie, between two finite ones."""
-    return score.value == score.low == score.high and score.value in within and math.isfinite(within[1] - within[0])
+def _all_alike(score: Score) -> bool:
+    """Say whether all resamples are as the value is, which is less than certain whatever they seem to say."""
+    return score.value == score.low == score.high
 
 
-def _binomial(score: Score, n: int, within: tuple[float, float]) -> Score:
-    """Return the interval of a mean of ``n`` that all lie at an end: Clopper and Pearson's for none of ``n``."""
+def _of_alike(score: Score, n: int, within: tuple[float, float]) -> Score:
+    """Return the interval where all resamples are alike.
+
+    At an end of where the metric can lie, Clopper and Pearson's for none of ``n`` elsewhere; between the ends none.
+    """
+    if score.value not in within or not math.isfinite(within[1] - within[0]):
+        return Score(score.metric, score.split, score.value, score.n, seed=score.seed, better=score.better)
     reach = (1 - ((1 - LEVEL) / 2) ** (1 / n)) * (within[1] - within[0])
     low, high = (within[0], within[0] + reach) if score.value == within[0] else (within[1] - reach, within[1])
     return dataclasses.replace(score, low=low, high=high, method=f"clopper-pearson({n})")

@@ -13,7 +13,7 @@ from soul.optim import _fused, _paths
 from soul.optim._checks import check_gradient, check_last_group
 from soul.optim._metrics import Sampled, step_metrics, systematic_views
 from soul.optim._paths import ListKernel, Moving, StepPath
-from soul.optim._shards import local, summed_numbers
+from soul.optim._shards import local, start_of, summed_numbers
 from soul.optim._state import exact_state
 from soul.optim._storage import (
     NOTICEABLE,
@@ -221,6 +221,7 @@ class ElementwiseRule(UpdateRule, abc.ABC):
                 dtype=exact_dtype(first),
                 negate=group["maximize"],
                 keys=[self._key(p) for p in params],
+                starts=[self._start(p) for p in params],
             )
 
     def _split(
@@ -346,6 +347,10 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         """Return what the noise is drawn from that ``p`` is rounded with; 0 where it is rounded to nearest."""
         return getattr(self, "_keys", {}).get(p, 0)
 
+    def _start(self, p: torch.Tensor) -> int:
+        """Return where in its tensor's noise that of this process's part of ``p`` begins."""
+        return start_of(p) if self._key(p) else 0
+
     def _sweep(self, p: torch.Tensor, source: torch.Tensor | None, *kernels: Kernel, negate: bool = False) -> None:
         """Run ``kernels`` once over all coordinates of ``p`` and ``source`` (its gradient), piece by piece."""
         assert source is not None
@@ -354,7 +359,7 @@ class ElementwiseRule(UpdateRule, abc.ABC):
         flat = ours.reshape(-1)  # a view where p is contiguous, a copy to write back where it is not
         pieces = [flat, local(source.detach()).reshape(-1), *(self._slot(p, name) for name in self.slots)]
         scratch = torch.empty(4, size, dtype=dtype, device=p.device)
-        key, start = self._key(p), 0
+        key, start = self._key(p), self._start(p)
         for p_piece, g_piece, *kept in zip(*(piece.split(size) for piece in pieces), strict=True):
             u, t, p_work, g_work = scratch[:, : p_piece.numel()].unbind()
             p_exact = p_piece if p_piece.dtype == dtype else p_work.copy_(p_piece)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from soul.optim._shards import local
+from soul.optim._shards import local, start_of
 
 # Large enough that calling a kernel costs next to nothing, small enough that threads end together.
 TILE = 1 << 19
@@ -71,8 +71,9 @@ def run(calls: Sequence[Call]) -> list[float]:
         scalars = known.get(call[2:])
         if scalars is None:
             scalars = known[call[2:]] = _scalars(call)
+        begin = start_of(call.tensors[0]) if call.key else 0
         for start in range(0, arrays[0].size, TILE):
-            place = () if call.key is None else (np.uint32(start & 0xFFFFFFFF),)
+            place = () if call.key is None else (np.uint32((begin + start) & 0xFFFFFFFF),)
             tiles.append((kernel, (*(a[start : start + TILE] for a in arrays), *scalars, *place)))
             owners.append(index)
     out = [0.0] * len(calls)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from soul.curvature.inverses import ROUNDED, WIDE
-from soul.curvature.kronecker import KroneckerFactors, pack
+from soul.curvature.kronecker import KroneckerFactors, is_biased, pack, parent
+from soul.curvature.seen import Seen
 from soul.optim.cost import RuleCost, multiplies_bf16
 
 Kind = Literal["inputs", "both", "eigen"]
@@ -21,6 +22,7 @@ def kronecker_cost(
     model: nn.Module,
     kind: Kind,
     *,
+    largest: int,
     diagonal: bool,
     every: int,
     damping: float = 1.0,
@@ -39,12 +41,13 @@ def kronecker_cost(
         params: The trainable parameters.
         model: The model; its layers are those of :func:`soul.curvature.kronecker.linear_layers`.
         kind: What divides by the factors.
+        largest: Widest side of a factor.
         diagonal: Other parameters are stepped by their diagonal curvature.
         every: Steps from one move to the next.
         damping: Of ``both``; with little of it inverses are never rounded.
         rounds_on: Of ``both``, the device that multiplies in bf16 if it can; empty where products are exact.
     """
-    factors = KroneckerFactors(model, outputs=kind != "inputs")
+    factors = KroneckerFactors(model, outputs=kind != "inputs", largest=largest)
     layers = {name: pack(layer, layer.weight, layer.bias).shape for name, layer in factors.layers.items()}
     shapes = [(o, i) for o, i in layers.values()]
     inputs = [layers[name][1] for name in _with_inputs_of_their_own(model, factors)]
@@ -85,23 +88,24 @@ def _with_inputs_of_their_own(model: nn.Module, factors: KroneckerFactors) -> li
         empty = tensor.detach().to("meta")
         bare[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     twin = copy.deepcopy(model, bare)  # which is told that the tensors are copied already
+    twin.eval()  # as in passes, where dropout gives what it is given
     own: list[str] = []
-    last: list[Any] = [None]
+    seen = Seen()
 
-    def note(name: str) -> Any:
+    def note(name: str, biased: bool) -> Any:
         def hook(_layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0] is not last[0]:
+            if seen.owner(args[0], biased) is None:
                 own.append(name)
-                last[0] = args[0]
+                seen.add(name, args[0], biased)
 
         return hook
 
-    for name in factors.layers:
-        twin.get_submodule(name).register_forward_pre_hook(note(name))
+    for name, layer in factors.layers.items():
+        twin.get_submodule(name).register_forward_pre_hook(note(name, is_biased(layer)))
     try:
         with torch.no_grad():
             twin(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
     except Exception:  # noqa: BLE001 - a model that is not called like a language model, or looks at numbers
-        modules = {(name.rpartition(".")[0], layer.weight.shape[1]): name for name, layer in factors.layers.items()}
+        modules = {(parent(name), layer.weight.shape[1]): name for name, layer in factors.layers.items()}
         return list(modules.values())
     return own

@@ -53,9 +53,7 @@ def fuses(path: StepPath, params: Sequence[torch.Tensor]) -> bool:
     """
     if path == "fused":
         if not _fused.available():
-            raise ValueError(
-                f"the fused step needs numba: pip install 'soul-unlearning[fused]', or leave {VARIABLE} out"
-            )
+            raise ValueError(f"the fused step needs numba: pip install numba, or leave {VARIABLE} out")
         return True
     large = sum(p.numel() for p in params if p.device.type == "cpu") >= FUSED_FROM
     return path == "auto" and large and _fused.available()
@@ -121,6 +119,7 @@ def sweep_together(
     dtype: torch.dtype,
     negate: bool,
     keys: Sequence[int],
+    starts: Sequence[int],
 ) -> None:
     """Run ``kernel`` over all coordinates of ``params``, at most ``limit`` of them at a time.
 
@@ -133,6 +132,7 @@ def sweep_together(
         dtype: What is computed in.
         negate: Take gradients with the opposite sign.
         keys: What the noise is drawn from that each parameter is rounded with; 0 rounds to nearest.
+        starts: Where each begins in the whole that it is a part of.
     """
     flat = [p.reshape(-1) for p in params]  # views where p is contiguous, copies to write back where not
     gradients = [g.reshape(-1) for g in gradients]
@@ -150,7 +150,7 @@ def sweep_together(
         for old, new in [(ps, work), *zip(kept, states, strict=True)]:
             if old is ps and any(keys):
                 for (index, start, _), piece, value in zip(pieces, ps, work, strict=True):
-                    round_by_noise(value, piece, keys[index], start)
+                    round_by_noise(value, piece, keys[index], starts[index] + start)
             elif new is not old:
                 multi._foreach_copy_(old, new)
     for p, piece in zip(params, flat, strict=True):

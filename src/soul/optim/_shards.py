@@ -6,6 +6,7 @@ everything here is the tensor itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,17 @@ def local(t: torch.Tensor) -> torch.Tensor:
     """Return this process's part of ``t``, sharing its memory."""
     inside: Any = getattr(t, "to_local", None)
     return t if inside is None else inside()
+
+
+def start_of(t: torch.Tensor) -> int:
+    """Return where this process's part of ``t`` begins in the whole, of parts laid end to end as rows of it are."""
+    whole: Any = t
+    if not hasattr(whole, "placements"):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
+    return sum(at * math.prod(sizes[:dim]) * math.prod(whole.shape[dim + 1 :]) for dim, at in enumerate(offsets))
 
 
 def summed(value: torch.Tensor, over: torch.Tensor) -> torch.Tensor:

@@ -168,9 +168,21 @@ class CurvatureOptimizerSpec(OptimizerSpec, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fit = [name for name, kind in ESTIMATORS.items() if kind.cotangent]
+        fit = [name for name, kind in ESTIMATORS.items() if kind.shows_layers]
         if self.needs_modules and self.curvature.estimator not in fit:
             raise ValueError(
                 f"{self.name} watches the model's layers in curvature passes, and curvature.estimator "
-                f"{self.curvature.estimator} makes none that it can watch: choose one of {', '.join(fit)}"
+                f"{self.curvature.estimator} does not send noise of each token's own through them: choose one of "
+                f"{', '.join(fit)}"
+            )
+        if self.needs_modules and self.curvature.shuffled and self.curvature.interval:
+            raise ValueError(f"curvature.shuffled turns factors once: set curvature.interval to 0 for {self.name}")
+        unread = {} if ESTIMATORS[self.curvature.estimator].needs_pass else vars(self.curvature)
+        given = [
+            name for name, value in unread.items() if name != "estimator" and value != getattr(CurvatureSpec, name)
+        ]
+        if given:
+            raise ValueError(
+                f"curvature.estimator {self.curvature.estimator} takes the training gradient at every step and makes "
+                f"no passes: leave out curvature.{', curvature.'.join(given)}"
             )

@@ -32,6 +32,8 @@ class EKFACSpec(KFACSpec):
     )
 
     def __post_init__(self) -> None:
+        if self.curvature.shuffled:
+            raise ValueError("curvature.shuffled does not know ekfac: its moments belong to its bases; use kfac")
         super().__post_init__()
         if not self.curvature.interval:
             raise ValueError(
@@ -49,4 +51,5 @@ class EKFACSpec(KFACSpec):
         """Return the cost of momentum, both factors, their eigenbases and the moments along them."""
         del device
         assert model is not None, "a rule that watches layers is planned with its model"
-        return kronecker_cost(params, model, "eigen", diagonal=self.others == "diagonal", every=self.every)
+        diagonal = self.others == "diagonal"
+        return kronecker_cost(params, model, "eigen", largest=self.max_dim, diagonal=diagonal, every=self.every)

@@ -22,6 +22,8 @@ class _Adapted(TorchRule):
     """Comes before the class given, in the bases of the class that :func:`adapted` makes."""
 
     path: str
+    asks_again: bool
+    """Whether the class's own step cannot do without a closure."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update; the class calls the closure itself, as often as it wants to.
@@ -65,7 +67,10 @@ def adapted(path: str) -> type[UpdateRule]:
         raise ValueError(f"optimizer path {path!r} is not a torch.optim.Optimizer; {example}")
     if "lr" not in inspect.signature(cls).parameters:
         raise ValueError(f"optimizer path {path!r} takes no lr, which schedules set; {example}")
-    return type(cls.__name__, (_Adapted, cls), {"path": path, "__doc__": cls.__doc__, "__module__": __name__})
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    asks_again = closure is not None and closure.default is inspect.Parameter.empty
+    own: dict[str, Any] = {"path": path, "asks_again": asks_again, "__doc__": cls.__doc__, "__module__": __name__}
+    return type(cls.__name__, (_Adapted, cls), own)
 
 
 @OPTIMIZERS.register("external")
@@ -95,6 +100,8 @@ class ExternalSpec(OptimizerSpec):
         unknown = [] if anything else [name for name in wanted if name not in known]
         if unknown:
             raise ValueError(f"{self.path} takes no {unknown[0]}; known: {', '.join(known)}")
+        cls: Any = adapted(self.path)
+        object.__setattr__(self, "needs_closure", cls.asks_again)  # by which the trainer refuses it
 
     def build(
         self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None

@@ -57,6 +57,7 @@ class KFACSpec(KroneckerSpec):
             params,
             model,
             "both",
+            largest=self.max_dim,
             diagonal=self.others == "diagonal",
             every=self.every,
             damping=self.damping,

@@ -48,12 +48,12 @@ class KroneckerRule(UpdateRule):
 
         m <- b m + (1 - b) g                       m_hat = m / (1 - b^steps)
         u = P m_hat                                |u|^2 = sum over layers <u, m_hat>
-        W <- W (1 - lr wd) - min(newton, lr / |u|) u
+        W <- W (1 - lr wd) - min(newton, lr / |u|) u          without newton, where that is 0
 
     ``|u|`` is the step's length in the damped curvature: where ``P`` divides by both factors, ``1/2 lr^2`` is the KL
-    (nats a token of the curvature's source) that a step is predicted to cost at most, and ``newton = 1`` stops at the
-    Newton step. Where only inputs are whitened, ``lr^2`` is the mean squared change of the layers' outputs, summed over
-    outputs and layers, and there is no Newton step to stop at.
+    (nats a token of the curvature's source) that a step is predicted to cost, and ``newton = 1`` stops at the Newton
+    step. Where only inputs are whitened, ``lr^2`` is the mean squared change of the layers' outputs, summed over
+    outputs and layers. A direction whose length is 0 or no number is not taken.
 
     Parameters without factors (embeddings, head, norms, convolutions) are left as they are, or stepped by their
     diagonal curvature ``m_hat / (h + damping mean(h))`` in the same metric.
@@ -187,6 +187,7 @@ class KroneckerRule(UpdateRule):
             raise ValueError(
                 f"{type(self).__name__} has no curvature yet: run a pass inside observing(), then update_curvature()"
             )
+        self._last = None
         for group in self.param_groups:
             group["calls"] += 1
         first = self.param_groups[0]
@@ -206,7 +207,6 @@ class KroneckerRule(UpdateRule):
                 known = "curvature" in self.state.get(p, {}) if name is None else self.factors.knows(name)
                 if p.grad is not None and known:
                     self._momentum(group, p)
-        self._last = None
 
     def _layer_moves(self) -> Iterator[_Move]:
         """Yield the moves of the layers with factors."""
@@ -216,19 +216,18 @@ class KroneckerRule(UpdateRule):
             if group is None or layer.weight.grad is None or not self.factors.knows(name):
                 continue  # without curvature a weight stays, as those without factors do
             m_weight, share = self._momentum(group, layer.weight)
-            m, bias = m_weight, None
-            if layer.bias is not None and layer.bias.requires_grad:
-                bias = layer.bias
-                m_bias, bias_share = self._momentum(group_of[id(bias)], bias)
-                m = pack(layer, m_weight, m_bias * (share / bias_share))  # in one average with the weight
-            else:
-                m = pack(layer, m_weight, None)
+            bias, m_bias = layer.bias, None
+            bias_group = group_of.get(id(bias)) if bias is not None and bias.grad is not None else None
+            if bias is not None and bias_group is not None:
+                m_bias, bias_share = self._momentum(bias_group, bias)
+                m_bias = m_bias * (share / bias_share)  # in one average with the weight
+            m = pack(layer, m_weight, m_bias)
             u = self.preconditioner(name, m)
             dot = torch.dot(u.reshape(-1), m.reshape(-1)) / share**2
             u_weight, u_bias = unpack(layer, u)
             yield _Move(group, layer.weight, u_weight, share, dot)
-            if bias is not None and u_bias is not None:
-                yield _Move(group_of[id(bias)], bias, u_bias, share, torch.zeros_like(dot))
+            if bias is not None and bias_group is not None and u_bias is not None:
+                yield _Move(bias_group, bias, u_bias, share, torch.zeros_like(dot))
 
     def _other_moves(self) -> Iterator[_Move]:
         for group, p in self._others():
@@ -243,9 +242,11 @@ class KroneckerRule(UpdateRule):
     def _apply(self, moves: list[_Move]) -> None:
         length = torch.stack([move.dot for move in moves]).sum().clamp(min=0).sqrt()
         first = self.param_groups[0]
-        scale = float(first["lr"]) / length.clamp(min=torch.finfo(length.dtype).tiny)
-        if first["newton"]:
-            scale = scale.clamp(max=first["newton"])
+        if not 0 < (size := float(length)) < math.inf:
+            if size:
+                warnings.warn(f"{type(self).__name__} skips a step whose direction has length {size}", stacklevel=4)
+            return
+        scale = (float(first["lr"]) / length).clamp(max=first["newton"] or math.inf)
         factor = float(scale)
         low = [] if self._watching_is_over else [move for move in moves if _rounds(move)]
         before = [x.clone() for x in _sample(move.parameter for move in low)]

@@ -15,6 +15,7 @@ from soul.curvature.spec import CurvatureSpec
 from soul.machine import memory_of
 from soul.optim._checks import check_above, check_common
 from soul.optim.base import CurvatureOptimizerSpec
+from soul.optim.groups import embedding_ids
 from soul.optim.kronecker import KroneckerRule, Others, Preconditioner
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,10 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         momentum: Decay of the average of gradients.
         decay: Decay of the factors a refresh.
         damping: Share of each factor's mean eigenvalue that is added to it.
-        others: Parameters without factors (embeddings, head, norms, layers with a factor wider than 16,384):
-            ``frozen``, or by their ``diagonal`` curvature.
+        others: Parameters without factors (embeddings, head, norms, experts kept as one tensor, layers wider than
+            ``max_dim``): ``frozen``, or by their ``diagonal`` curvature.
+        max_dim: Widest side of a factor; a wider layer has none. Its factor takes ``4 max_dim^2`` bytes, with its
+            inverse twice as many.
         every: Steps from one move to the next, which is longer then at the same rate of forgetting: dividing by the
             factors costs as much as a backward pass of a small batch, and few long steps lose little.
         curvature: When and from what the curvature is estimated; by default once, before the first step, and kept.
@@ -41,6 +44,7 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
     decay: float = 0.95
     damping: float = 0.1
     others: Others = "frozen"
+    max_dim: int = LARGEST
     every: int = 1
     curvature: CurvatureSpec = dataclasses.field(
         default_factory=lambda: CurvatureSpec(warm_start=8, interval=0, general_text=2)
@@ -53,12 +57,13 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         super().__post_init__()
         check_common(self.lr, self.weight_decay, momentum=self.momentum, decay=self.decay)
         check_above("damping", self.damping, 0.0)
-        if self.every < 1:
-            raise ValueError(f"every must be 1 or more, not {self.every}")
+        for name in ("every", "max_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
 
     def curvature_settings(self) -> dict[str, Any]:
         """Return what factors found before the first step depend on: not damping, momentum or decay."""
-        return {"others": self.others}
+        return {"others": self.others, "max_dim": self.max_dim}
 
     def rule(
         self,
@@ -68,19 +73,19 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         newton: float,
     ) -> KroneckerRule:
         """Return the rule over ``params`` with the preconditioner a subclass chose."""
-        settings = {k: v for k, v in self.settings().items() if k not in ("damping", "newton", "products")}
+        settings = {k: v for k, v in self.settings().items() if k not in ("damping", "max_dim", "newton", "products")}
         worth = self.curvature.worth(0)
         return KroneckerRule(params, factors, preconditioner, newton=newton, worth=worth, **settings)
 
     def factors_of(self, model: nn.Module | None, *, outputs: bool) -> KroneckerFactors:
-        """Return the factors of ``model``; the log names the layers that are too wide for some and therefore stay.
+        """Return the factors of ``model``; the log names what has none and therefore stays.
 
         Raises:
             ValueError: No model was given, or its factors do not fit into memory.
         """
         if model is None:
             raise ValueError(f"{self.name} watches the model's layers: build(params, model) needs the model")
-        factors = KroneckerFactors(model, outputs=outputs)
+        factors = KroneckerFactors(model, outputs=outputs, largest=self.max_dim)
         device = next(iter(factors.layers.values())).weight.device
         needed, there = 2 * factors.bytes(), memory_of(device)  # the inverses, or bases, take as much again
         if needed > there:
@@ -90,28 +95,42 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
                 f"and {device} has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
             )
         if self.others == "frozen":
-            self._say_too_wide(model, factors)
+            self._say_left_out(model, factors)
         return factors
 
-    def _say_too_wide(self, model: nn.Module, factors: KroneckerFactors) -> None:
-        wide = too_wide(model, outputs=factors.watches_outputs)
-        if not wide:
+    def _say_left_out(self, model: nn.Module, factors: KroneckerFactors) -> None:
+        """Warn of layers too wide for factors, and of other matrices that have none, such as experts kept as one."""
+        wide = too_wide(model, self.max_dim, outputs=factors.watches_outputs)
+        held = {p: None for layer in wide.values() for p in layer.parameters() if p.requires_grad}
+        known = {id(p) for layer in factors.layers.values() for p in layer.parameters()} | embedding_ids(model)
+        rest = {
+            p: name
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.ndim > 1 and id(p) not in known and p not in held
+        }
+        if not held and not rest:
             return
+        said, ways = [], ["set optimizer.others to diagonal"] if factors.watches_outputs else []
+        if wide:
+            halves = seen_through({**factors.layers, **wide})
+            torn = sum((first in wide) != (second in wide) for first, second in halves.items())
+            said.append(
+                f"{len(wide)} of {len(wide) + len(factors.layers)} linear layers (the first is {next(iter(wide))}) are "
+                f"wider than {self.max_dim}"
+                + (f" (halves of LoRA pairs among them, whose other half moves alone: {torn})" if torn else "")
+            )
+            ways.insert(0, "raise optimizer.max_dim")
+        if rest:
+            said.append(
+                f"{len(rest)} tensors (the first is {next(iter(rest.values()))}) are no linear layer's alone, as those "
+                "of experts that are kept together"
+            )
         free = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        held = sum(p.numel() for layer in wide.values() for p in layer.parameters() if p.requires_grad)
-        halves = seen_through({**factors.layers, **wide})
-        torn = sum((first in wide) != (second in wide) for first, second in halves.items())
         log.warning(
-            "%s: %d of %d linear layers (the first is %s) are wider than %d, have no factors and stay as they are: "
-            "%.1f %% of the trainable weights%s. To move them, %s",
+            "%s: %.1f %% of %d trainable weights have no factors and stay as they are: %s. To move them, %s",
             self.name,
-            len(wide),
-            len(wide) + len(factors.layers),
-            next(iter(wide)),
-            LARGEST,
-            100 * held / free,
-            f" (halves of LoRA pairs among them, whose other half moves alone: {torn})" if torn else "",
-            "set optimizer.others to diagonal, or use sophia"
-            if factors.watches_outputs
-            else "use kfac with optimizer.others: diagonal, or sophia",
+            100 * sum(p.numel() for p in (*held, *rest)) / free,
+            free,
+            "; ".join(said),
+            ", or ".join([*ways, "use sophia or adamw"]),
         )

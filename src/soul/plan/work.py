@@ -15,7 +15,7 @@ from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import PairSampler, UnlearnDataset
 from soul.data.general import general_text
 from soul.data.guard import set_system_turn
-from soul.data.sources import is_hub_id, load_examples
+from soul.data.sources import is_hub_id, listed, load_examples
 from soul.inputs import read_refusals
 from soul.pretrained import load_tokenizer
 from soul.recipe import Recipe
@@ -113,7 +113,7 @@ def find_work(recipe: Recipe, length: int = 0, answer: int = 0) -> Work:
     """
     if length < 0 or not 0 <= answer <= (length or recipe.training.max_length):
         raise ValueError(f"--length {length} and --answer {answer} must be 0 or more, and answers no longer than rows")
-    sources = [recipe.data.forget, *recipe.data.retain_sources, *recipe.data.curvature_sources]
+    sources = [*recipe.data.forget_sources, *recipe.data.retain_sources, *recipe.data.curvature_sources]
     for source in sources if not (length or answer) else ():
         if source and not _is_here(source) and not is_hub_id(source.partition(",")[0]):
             load_examples(source)  # says that there is no such file
@@ -151,7 +151,7 @@ def _asked(recipe: Recipe) -> tuple[str, ...]:
 
 def _counted(recipe: Recipe) -> Work:
     data, training, objective = recipe.data, recipe.training, recipe.objective
-    forget = load_examples(data.forget) if data.forget else []
+    forget = [example for source in data.forget_sources for example in load_examples(source)]
     retain = [example for source in data.retain_sources for example in load_examples(source)]
     if not retain and recipe.needs_anchors:
         retain = load_examples("general:chat")  # the model's own samples cannot be had without it
@@ -209,7 +209,9 @@ def _measured(recipe: Recipe) -> Measured | None:
     benchmark = recipe.benchmark or default_benchmark(recipe)
     if not isinstance(benchmark, DeletionRequest):
         return None
-    sources = (benchmark.forget, benchmark.kept, benchmark.general, benchmark.text)
+    sources = [
+        s for part in (benchmark.forget, benchmark.kept, benchmark.general, benchmark.text) for s in listed(part)
+    ]
     if not all(_is_here(source) for source in sources if source):
         return None
     items = [example for split in benchmark.splits().values() for example in split]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soul.report.html import render_html
-from soul.report.record import RunRecord, read_run
+from soul.report.record import RunRecord, read_run, read_runs
 from soul.report.terminal import render_terminal
 from soul.stored import write_text
 
-__all__ = ["RunRecord", "read_run", "render_html", "render_terminal", "write_report"]
+__all__ = ["RunRecord", "read_run", "read_runs", "render_html", "render_terminal", "write_report"]
 
 
 def write_report(run_dirs: Sequence[Path | str], out: Path | str, title: str = "Unlearning report") -> Path:
@@ -29,6 +29,6 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str, title: str = "
     out = Path(out)
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give the report a file name, e.g. {out / 'report.html'}")
-    page = render_html([read_run(folder) for folder in run_dirs], title=title)
+    page = render_html(read_runs(run_dirs), title=title)
     write_text(out, page)
     return out

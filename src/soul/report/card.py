@@ -21,6 +21,8 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()|~^$:@]|(?<=www)\.)", re.IGNORECASE)
 _PRIVATE = ("data", "benchmark", "label", "reference_run")
 """Sections of a recipe that may name people, files or machines."""
 _VERSIONS = ("soul", "python", "torch", "transformers", "accelerate", "peft", "numpy", "device")
+_NAMES = ("path", "system", "base", "prompt")
+"""Settings of a model or a method that may, likewise."""
 HIDDEN = "(not shown)"
 _LONGEST = 2000
 """Characters of one text in a card; what is cut is counted."""
@@ -173,7 +175,10 @@ def _again(facts: CardFacts) -> str:
 
 
 def _warnings(record: RunRecord, facts: CardFacts) -> str:
-    lines = [f"- {escaped(warning)}" for warning in record.warnings]
+    told = list(record.warnings)
+    if not facts.show_data:  # why a part was not measured may quote the source that lacks it
+        told = [warning.partition(" (")[0] if warning.startswith("not measured") else warning for warning in told]
+    lines = [f"- {escaped(warning)}" for warning in told]
     lines += [
         f"- Not met: {escaped(check.name)} ({_number(check.value)})" for check in record.checks if not check.passed
     ]
@@ -195,13 +200,26 @@ def _recipe(record: RunRecord, facts: CardFacts) -> str:
     if not isinstance(tree, dict):
         return ""
     if not facts.show_data:
-        tree = {key: hidden(value) if key in _PRIVATE else value for key, value in tree.items()}
-        model = tree.get("model")
-        if isinstance(model, dict):  # a path may tell of a machine
-            tree["model"] = model | {"path": facts.base or HIDDEN}
+        tree = unnamed(tree, facts.base)
     text = _yaml(tree)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"## Recipe\n\n{fence}yaml\n{text}{fence}\n"
+
+
+def unnamed(recipe: Mapping[str, Any], model: str = "") -> dict[str, Any]:
+    """Return a recipe with those texts hidden that may name people, files or machines.
+
+    Args:
+        recipe: The recipe of a run or of an evaluation.
+        model: What may be told in place of its model's path.
+    """
+    tree = {key: hidden(value) if key in _PRIVATE else value for key, value in recipe.items()}
+    for section in ("model", "method"):
+        if isinstance(tree.get(section), dict):
+            tree[section] = {k: hidden(v) if k in _NAMES else v for k, v in tree[section].items()}
+    if model and isinstance(tree.get("model"), dict):
+        tree["model"]["path"] = model
+    return tree
 
 
 def hidden(value: Any) -> Any:

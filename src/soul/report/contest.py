@@ -22,6 +22,8 @@ from soul.report.standings import ContestRecord, Standing, rival
 from soul.stored import write_text
 from soul.visible import clean, one_line
 
+_VERDICT = ["optimizer", "order", "trials", "settings", "requests", "lost area", "ratio to rival", "won / tied / lost"]
+_VERDICT += ["forgetting at .95", "s a run, less its curvature", "s with the pilot's curvature", "peak GB"]
 TIE = 0.01
 """Lost areas of a request closer than this are a tie."""
 SATURATED = 0.03
@@ -44,7 +46,7 @@ def verdict(standings: Sequence[Standing]) -> list[list[str]]:
         name = s.cell.optimizer + (" (rival)" if s is best else "")
         spread = f"{mean(s):.3f} ({min(s.lost.values()):.3f} to {max(s.lost.values()):.3f})"
         cost = [f"{s.warm:.0f}", f"{s.cold:.0f}", f"{s.memory / 1e9:.1f}"]
-        counts = [str(sum(s.tuned.values())), str(len(s.lost))]
+        counts = [str(sum(s.tuned.values())), str(len(s.chosen)), str(len(s.lost))]
         rows.append([name, s.order, *counts, spread, ratio, wins, f"{statistics.mean(s.at95.values()):.2f}", *cost])
     return rows
 
@@ -57,7 +59,8 @@ def against(s: Standing, other: Standing) -> tuple[str, str]:
     value, low, high = ratio_interval([s.lost[r] for r in shared], [other.lost[r] for r in shared])
     apart = [s.lost[r] - other.lost[r] for r in shared]
     won, lost = sum(d < -TIE for d in apart), sum(d > TIE for d in apart)
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]", f"{won} / {len(shared) - won - lost} / {lost}"
+    spread = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}{spread}", f"{won} / {len(shared) - won - lost} / {lost}"
 
 
 def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:
@@ -117,14 +120,19 @@ def win_rates(record: ContestRecord, standings: Sequence[Standing]) -> list[list
 def tables(record: ContestRecord) -> list[Table]:
     """Return all tables as (title, head, rows)."""
     found: list[Table] = []
+    most = max(record.sizes(cell)[1] for t in record.tasks for o in record.objectives for cell in record.cells(t, o))
     for relative in (False, True):
         for task, objective, standings in record.squares(relative=relative):
             how = f"{task}, {objective}" + (", each part of utility by its own before" if relative else "")
-            head = ["optimizer", "order", "trials", "requests", "lost area", "ratio to rival", "won / tied / lost"]
-            head += ["forgetting at .95", "s a run, less its curvature", "s with the pilot's curvature", "peak GB"]
             rows = verdict(standings)
             if rows:
-                found.append((f"{how}: on the report requests{'' if relative else _saturated(standings)}", head, rows))
+                title = f"{how}: on the report requests{'' if relative else _saturated(standings)}"
+                found.append((title, _VERDICT, rows))
+            alone = [record.standing(s.cell, relative=relative, settings=1) for s in standings] if most > 1 else []
+            if any(s.lost for s in alone):
+                found.append(
+                    (f"{how}: on the report requests, with one setting of each alone", _VERDICT, verdict(alone))
+                )
             head = ["optimizer", "whole", "stopped", "lost", "lost area, all trials", "the chosen", "chosen"]
             head += ["s a run, less its curvature"]
             rows = tuning(record, standings)
@@ -208,11 +216,13 @@ def attacked(record: ContestRecord, task: str, objective: str) -> tuple[list[str
             if "which" in x:
                 whole = references_of(record.lines, task, x["request"], full=True).get(x["which"])
             if name and whole and "knowledge" in whole:  # records of earlier versions lack it
-                known.setdefault(name, {})[x["request"]] = {k: _others(whole, v) for k, v in x["attacked"].items()}
+                judged = {k: _others(whole, v) for k, v in x["attacked"].items()}
+                known.setdefault(name, {})[x["request"]] = {k: pair for k, pair in judged.items() if pair}
     shared = set.intersection(*(set(many) for many in known.values())) if known else set()
-    names = sorted({name for many in known.values() for one in many.values() for name in one})
+    found = [one.keys() for many in known.values() for r, one in many.items() if r in shared]
+    names = sorted(set.intersection(*map(set, found))) if found else []  # of an attacker who had all, nothing is left
     rows = []
-    for who in sorted(known if shared else (), key=lambda name: (not name.startswith("("), name)):
+    for who in sorted(known if names else (), key=lambda name: (not name.startswith("("), name)):
         pairs = [[known[who][r][name] for r in sorted(shared)] for name in names]
         means = [tuple(statistics.mean(side) for side in zip(*many, strict=True)) for many in pairs]
         rows.append([who, str(len(shared)), *(f"{before:.3f} -> {after:.3f}" for before, after in means)])
@@ -230,9 +240,11 @@ def _sides(record: ContestRecord, task: str, objective: str) -> dict[tuple[str, 
     return {(cell.optimizer, number): cell.optimizer for cell, number in best.values()}
 
 
-def _others(untouched: Mapping[str, Any], attacked: Mapping[str, Any]) -> tuple[float, float]:
-    """Return knowledge of the examples that the attacker did not have, before and after."""
+def _others(untouched: Mapping[str, Any], attacked: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return knowledge of the examples that the attacker did not have, before and after; None where it had all."""
     had = set(attacked["had"])
+    if len(had) == len(untouched["knowledge"]):
+        return None
     before, after = (
         statistics.mean(value for i, value in enumerate(side["knowledge"]) if i not in had)
         for side in (untouched, attacked)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from soul.report import examples, plots, view
 from soul.report.page import frame
 from soul.report.record import RunRecord
+from soul.report.seeds import by_seed
 from soul.visible import clean, one_line
 
 
@@ -80,6 +81,7 @@ def render_html(runs: Sequence[RunRecord], title: str = "Unlearning report") -> 
         asked=list(dict.fromkeys(run.asked for run in runs if run.asked)),
         unlearned=any(run.after for run in runs),
         tables=view.tables_of(runs),
+        seeds=by_seed(runs),
         intervals=view.interval_note(runs),
         shares=view.shares_note(runs),
         tradeoff=_trusted(plots.tradeoff_plot(runs)),
@@ -88,7 +90,7 @@ def render_html(runs: Sequence[RunRecord], title: str = "Unlearning report") -> 
         losses=losses,
         win_rate=_trusted(plots.win_rate_plot(runs)),
         phases=view.phases_of(runs),
-        limits=view.limits(runs),
+        limits=view.limits(runs, seeds=bool(by_seed(runs))),
     )
     return frame(title, _style(), Markup(body))  # noqa: S704 - the template escapes what it prints
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,8 @@ class RunRecord:
         after: Scores of the unlearned model, empty if not measured.
         rows_before: Measured examples of each split, before.
         rows_after: The same examples, after.
+        measured: What the scores are of: the benchmark, the version of its definition, its settings; empty where an
+            older record does not say.
     """
 
     label: str
@@ -72,6 +75,7 @@ class RunRecord:
     after: tuple[Score, ...] = ()
     rows_before: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
     rows_after: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
+    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_run(path: Path | str) -> RunRecord:
@@ -92,7 +96,7 @@ def read_run(path: Path | str) -> RunRecord:
         raise ValueError(f"{root} is not a run directory: there is no such folder")
     if not (root / "record.json").is_file():
         raise ValueError(f"{root} is not a run directory: it has no record.json")
-    before, after, unknown = _read_scores(root / "scores.json")
+    before, after, unknown, measured = _read_scores(root / "scores.json")
     rows_before, rows_after = (_read_rows(root / "rows" / stage) for stage in ("before", "after"))
     for split in rows_before.keys() & rows_after.keys():
         if [row["id"] for row in rows_before[split]] != [row["id"] for row in rows_after[split]]:
@@ -109,7 +113,41 @@ def read_run(path: Path | str) -> RunRecord:
         after=after,
         rows_before=rows_before,
         rows_after=rows_after,
+        measured=measured,
     )
+
+
+def read_runs(paths: Sequence[Path | str]) -> list[RunRecord]:
+    """Return records that are read side by side.
+
+    Runs of one name are told apart by their folders. Where scores are of another benchmark, version or settings than
+    the first run's, a warning says so: a name in the head of a column may mean two things.
+
+    Raises:
+        ValueError: As :func:`read_run`.
+    """
+    runs = [read_run(path) for path in paths]
+    names = collections.Counter(run.label for run in runs)
+    found = []
+    for path, run in zip(paths, runs, strict=True):
+        label = f"{run.label} ({Path(path).resolve().name})" if names[run.label] > 1 else run.label
+        apart = _apart(runs[0].measured, run.measured)
+        said = f"not measured as the first run was ({'; '.join(apart)}): numbers in one column do not compare"
+        found.append(dataclasses.replace(run, label=label, warnings=run.warnings + ((said,) if apart else ())))
+    return found
+
+
+def _apart(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return how two sets of scores were measured otherwise, in words; nothing where a record does not say."""
+    if not (first and other):
+        return []
+    flat = [{**{k: v for k, v in m.items() if k != "settings"}, **m.get("settings", {})} for m in (first, other)]
+    names = ["benchmark"] if flat[0].get("benchmark") != flat[1].get("benchmark") else list(flat[0] | flat[1])
+    return [
+        f"{name} {flat[1].get(name)!s:.60}, there {flat[0].get(name)!s:.60}"
+        for name in names
+        if flat[0].get(name) != flat[1].get(name)
+    ]
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -199,10 +237,10 @@ def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
     return tuple(steps[step] for step in sorted(steps))
 
 
-def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...], tuple[str, ...]]:
-    """Return the scores before and after, and what to say of those whose value is null, which are left out."""
+def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...], tuple[str, ...], dict[str, Any]]:
+    """Return the scores before and after, what to say of those whose value is null, and what they are scores of."""
     if not path.is_file():
-        return (), (), ()
+        return (), (), (), {}
     data = _parse(read_text(path), str(path))
     check_format("scores", data, path)
     kept: dict[str, tuple[Score, ...]] = {}
@@ -219,7 +257,9 @@ def _read_scores(path: Path) -> tuple[tuple[Score, ...], tuple[Score, ...], tupl
                 what = f"{score.metric} on {score.split}" if score.split else score.metric
                 unknown.append(f"{stage}, {what} has no value: not measured, or no finite number in an older record")
         kept[stage] = tuple(s for s, item in zip(scores, items, strict=True) if item["value"] is not None)
-    return kept["before"], kept["after"], tuple(unknown)
+    kinds = {"benchmark": str, "version": int, "settings": dict}
+    measured = {k: _get(data, k, kind, None, str(path)) for k, kind in kinds.items() if data.get(k) is not None}
+    return kept["before"], kept["after"], tuple(unknown), measured
 
 
 def _score(item: object, where: str) -> Score:

@@ -72,13 +72,13 @@ class ContestRecord:
             raise ValueError(f"{file} is not a contest's matrix ({error})") from error
         self.lines = read_lines(folder / "trials.jsonl")
 
-    def standing(self, cell: Cell, *, relative: bool = False) -> Standing:
-        """Return what a cell showed so far, by either utility."""
-        task, budget = self.tasks[cell.task], self.budget
-        points = self.trials(cell)
+    def standing(self, cell: Cell, *, relative: bool = False, settings: int = 0) -> Standing:
+        """Return what a cell showed so far, by either utility, with so many settings (0: as many as go on)."""
+        task = self.tasks[cell.task]
+        points, most = self.sizes(cell)
+        most = settings or most
         tuned = [x for r in task["tune"] for x in runs_of(self.lines, cell, "tune", r) if x["point"] < points]
-        sizes = points, budget["settings"]
-        chosen = choose(self.lines, cell, task["tune"], *sizes, relative=relative) or []
+        chosen = choose(self.lines, cell, task["tune"], points, most, relative=relative) or []
         known, judged = (
             [r for r in task[phase] if len(references_of(self.lines, cell.task, r, full=False)) == 2]
             for phase in ("tune", "report")
@@ -113,9 +113,10 @@ class ContestRecord:
             memory=max((x["peak_memory_bytes"] for x in runs), default=0),
         )
 
-    def trials(self, cell: Cell) -> int:
-        """Return how many trials a cell is to have."""
-        return int(self.entries[cell.optimizer].get("points") or self.budget["points"])
+    def sizes(self, cell: Cell) -> tuple[int, int]:
+        """Return how many trials a cell is to have, and how many of them go on."""
+        entry, budget = self.entries[cell.optimizer], self.budget
+        return int(entry.get("points") or budget["points"]), int(entry.get("settings") or budget["settings"])
 
     def trial_losses(self, standing: Standing, *, relative: bool = False) -> list[float]:
         """Return the lost area of each trial alone, the mean over the tuning requests; empty before all are done."""
@@ -123,7 +124,7 @@ class ContestRecord:
         tune = self.tasks[cell.task]["tune"]
         return [
             float(np.mean([lost_area(points_of(self.lines, cell, "tune", r, [i], relative=relative)) for r in tune]))
-            for i in range(self.trials(cell) if standing.chosen else 0)
+            for i in range(self.sizes(cell)[0] if standing.chosen else 0)
         ]
 
     def cells(self, task: str, objective: str) -> list[Cell]:
@@ -134,13 +135,13 @@ class ContestRecord:
             if objective in (entry.get("objectives") or self.objectives)
         ]
 
-    def squares(self, *, relative: bool = False) -> list[tuple[str, str, list[Standing]]]:
-        """Return the standings of each (task, objective)."""
-        return [
-            (task, objective, [self.standing(cell, relative=relative) for cell in self.cells(task, objective)])
-            for task in self.tasks
-            for objective in self.objectives
-        ]
+    def squares(self, *, relative: bool = False, settings: int = 0) -> list[tuple[str, str, list[Standing]]]:
+        """Return the standings of each (task, objective), with so many settings a cell (0: as many as go on)."""
+
+        def standings(task: str, objective: str) -> list[Standing]:
+            return [self.standing(c, relative=relative, settings=settings) for c in self.cells(task, objective)]
+
+        return [(t, o, standings(t, o)) for t in self.tasks for o in self.objectives]
 
     def distances(self, standing: Standing, request: str) -> list[tuple[float, float, float]]:
         """Return, for the final models of a cell's chosen trials, how far each is from the retrained one.

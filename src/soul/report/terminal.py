@@ -11,6 +11,7 @@ from rich.text import Text
 
 from soul.report import examples, view
 from soul.report.record import RunRecord
+from soul.report.seeds import Spread, by_seed
 from soul.types import Score
 from soul.visible import clean, one_line
 
@@ -38,6 +39,8 @@ def render_terminal(runs: Sequence[RunRecord], console: Console | None = None) -
         console.print()
         wide = (len(table.metrics) + 1) * _CELL > console.width
         console.print(_turned(table) if wide else _scores(table))
+    for name, spreads in by_seed(runs):
+        console.print(_over_seeds(name, spreads))
     intervals = view.interval_note(runs)
     if intervals:
         console.print(Text(clean(intervals), style="dim"))
@@ -46,7 +49,7 @@ def render_terminal(runs: Sequence[RunRecord], console: Console | None = None) -
     for split, example in examples.prominent(examples.splits_of(runs, limit=20)):
         _example(split.title, example, console)
     console.print(Text("\nWhat this does not prove", style="bold"))
-    for limit in view.limits(runs):
+    for limit in view.limits(runs, seeds=bool(by_seed(runs))):
         console.print(Text(f"- {limit}", style="dim"))
 
 
@@ -95,6 +98,18 @@ def _turned(source: view.Table) -> Table:
         table.add_row(
             Text(one_line(name)), Text(one_line(better)), *(_cell(cells[i], "  ") for _, cells in source.rows)
         )
+    return table
+
+
+def _over_seeds(name: str, spreads: Sequence[Spread]) -> Table:
+    table = _grid(f"{one_line(name)}: mean over seeds, 95 % interval of the mean (Student's t), standard deviation")
+    table.add_column("metric", overflow="fold")
+    for head in ("better", "before", "mean", "interval", "sd"):
+        table.add_column(head, justify="right")
+    for s in spreads:
+        low, high = view.number(s.mean - s.half), view.number(s.mean + s.half)
+        cells = (s.better, view.number(s.before), view.number(s.mean), f"{low} to {high}", view.number(s.sd))
+        table.add_row(Text(one_line(s.title)), *(Text(one_line(cell)) for cell in cells))
     return table
 
 

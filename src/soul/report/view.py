@@ -6,6 +6,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from scipy import stats
 
 from soul.metrics.tofu import NORMALISED_SPLITS
 from soul.report.record import RunRecord
@@ -150,6 +153,7 @@ class Change:
     metric: str
     before: Score | None
     after: Score | None
+    paired: bool = False  # whether the items' own changes, which are of one sign, are beyond chance
 
     @property
     def note(self) -> str:
@@ -161,7 +165,9 @@ class Change:
         if not (interval(self.before) and interval(self.after)):
             return "no interval: read with care"
         apart = self.before.low > self.after.high or self.before.high < self.after.low
-        return "intervals do not overlap" if apart else "intervals overlap"
+        if apart:
+            return "intervals do not overlap"
+        return "intervals overlap; item by item it changed" if self.paired else "intervals overlap"
 
 
 def models_of(runs: Sequence[RunRecord]) -> tuple[Model, ...]:
@@ -227,8 +233,31 @@ def changes_of(run: RunRecord) -> tuple[Change, ...]:
         if kind_of(split) == "text" and "perplexity" in names:
             names.insert(0, "perplexity")
         key = names[0], split
-        changes.append(Change(split_label(split), kind_of(split), key[0], before.get(key), after.get(key)))
+        paired = _beyond_chance(run, split, key[0])
+        changes.append(Change(split_label(split), kind_of(split), key[0], before.get(key), after.get(key), paired))
     return tuple(changes)
+
+
+def _beyond_chance(run: RunRecord, split: str, metric: str) -> bool:
+    """Say whether the same items differ before and after: a t-test of their differences, of means by subject, at 5 %.
+
+    Intervals of before and after alone hold how items differ from one another, which is the same both times.
+    """
+    pairs = list(zip(run.rows_before.get(split, ()), run.rows_after.get(split, ()), strict=False))
+    if metric not in ("probability", "perplexity") or split in NORMALISED_SPLITS:
+        return False  # not of an item's own likelihood
+    apart: dict[str, list[float]] = {}
+    for i, (old, new) in enumerate(pairs):
+        if not (old.get("tokens") and new.get("tokens")):
+            return False
+        x, y = (row["nll"] / row["tokens"] for row in (old, new))
+        change = y - x if metric == "perplexity" else math.exp(-y) - math.exp(-x)
+        apart.setdefault(old["subject"] or f"#{i}", []).append(change)
+    means = [sum(many) / len(many) for many in apart.values()]
+    if len(means) < 3 or not all(map(math.isfinite, means)) or max(means) == min(means):
+        return False
+    found: Any = stats.ttest_1samp(means, 0.0)
+    return float(found.pvalue) < 0.05
 
 
 def sentences(run: RunRecord) -> tuple[str, ...]:
@@ -333,9 +362,9 @@ _REFERRED: dict[str, Callable[[Score], object]] = {
 """What of a report looks for traces, and what of it is measured against another model, by its scores."""
 
 
-def limits(runs: Sequence[RunRecord]) -> tuple[str, ...]:
-    """Return what the report does not prove, by what its scores are of."""
-    many = len(runs) > 1
+def limits(runs: Sequence[RunRecord], *, seeds: bool = False) -> tuple[str, ...]:
+    """Return what the report does not prove, by what its scores are of, and whether runs differ in seeds alone."""
+    once = "" if seeds else ", each trained once with one seed"
     tried, referred = _measured(runs, _TRIED), _measured(runs, _REFERRED)
     untried = ["relearning from a few examples", "quantizing the weights"]
     untried += [] if any(way.startswith("asking") for way in tried) else ["rewording a question"]
@@ -345,9 +374,9 @@ def limits(runs: Sequence[RunRecord]) -> tuple[str, ...]:
         "A low answer probability means that the model no longer gives this wording of the answer. "
         "It is not proof that every trace of the data is gone from the weights.",
         (
-            f"{len(runs)} runs are shown, each trained once with one seed; intervals cover the choice of test items, "
-            "not another seed. A small difference between runs may not repeat."
-            if many
+            f"{len(runs)} runs are shown{once}; intervals of a run cover the choice of test items, not another seed. "
+            "A small difference between runs may not repeat."
+            if len(runs) > 1
             else "This is one run with one seed; its intervals cover the choice of test items, not another seed."
         ),
         (

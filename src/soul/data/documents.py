@@ -1,0 +1,74 @@
+"""Text files: documents of someone's own, as they lie in a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from soul.data.books import book_text
+from soul.types import Example
+
+Document = tuple[str, str]
+"""A document's name and its text, paragraphs parted by blank lines."""
+
+SUFFIXES = (".txt", ".md")
+
+_MARKUP = re.compile(r"(?ms)^```.*?^```$|^#+ .*?$|[*`]|(?<!\w)_|_(?!\w)|!?\[([^\]]*)\]\([^)]*\)")
+
+
+def read_documents(source: str) -> list[Document]:
+    """Read a text file, or all of a folder in order of their names.
+
+    Args:
+        source: A ``.txt`` or ``.md`` file or a folder of them, whose README and licence are left out. Project
+            Gutenberg's frame and Markdown's marks are removed, and the lines of a paragraph joined.
+
+    Raises:
+        ValueError: There is no such file, or none in the folder.
+
+    Example:
+        >>> read_documents("letters")  # doctest: +SKIP
+        [('1987', 'Dear Mira, ...'), ...]
+    """
+    path = Path(source).expanduser()
+    files = _texts(path) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{source!r} holds no documents: text files end in {' or '.join(SUFFIXES)}")
+    return [(file.stem, _markdown(file) if file.suffix.lower() == ".md" else book_text(file)) for file in files]
+
+
+def is_documents(source: str) -> bool:
+    """Say whether a source is a text file or a folder with text files and no data file."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        data = (".jsonl", ".json", ".csv", ".parquet")
+        return bool(_texts(path)) and not any(f.suffix.lower() in data for f in path.iterdir())
+    return path.suffix.lower() in SUFFIXES
+
+
+def _texts(folder: Path) -> list[Path]:
+    """Return the text files of a folder in order of their names, but for what only says what the others are."""
+    about = ("readme", "license", "licence")
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.stem.lower() not in about)
+
+
+def document_examples(source: str) -> list[Example]:
+    """Return each document as plain text that follows no question; its name is its subject, which keeps parts together.
+
+    Raises:
+        ValueError: As :func:`read_documents`.
+    """
+    return [Example("", text, id=name, subject=name, chat=False) for name, text in read_documents(source)]
+
+
+def _markdown(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as UTF-8 text: {error}") from error
+    plain = _MARKUP.sub(lambda mark: mark[1] or "", text)
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", plain))
+    found = "\n\n".join(part for part in paragraphs if part)
+    if not found:
+        raise ValueError(f"{str(file)!r} holds no text")
+    return found
