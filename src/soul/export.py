@@ -16,6 +16,7 @@ from soul.benchmarks.base import Benchmark
 from soul.data import hub
 from soul.evaluate import EvaluationSpec, evaluate, spec_for
 from soul.folderlock import alone_at
+from soul.inputs import ancestors
 from soul.machine import environment
 from soul.models import OFFLINE, ModelSpec, load_model, save_model
 from soul.recipe import Recipe, read_recipe
@@ -335,13 +336,8 @@ def lineage(path: str, revision: str = "") -> Lineage:
         >>> lineage("smollm2-135m").base
         'HuggingFaceTB/SmolLM2-135M-Instruct'
     """
-    for _ in range(16):  # a run of a run of a run
-        local = Path(path).expanduser()
-        run = local.parent if local.name == "model" else local
-        if not (run / "recipe.yaml").is_file():
-            break
-        first = read_recipe(run / "recipe.yaml").model
-        path, revision = first.path, first.revision
+    for _, recipe in ancestors(path):
+        path, revision = recipe.model.path, recipe.model.revision
     gguf = path.endswith(".gguf") or (path in OFFLINE and importlib.util.find_spec(OFFLINE[path][0]) is not None)
     path = OFFLINE[path][1] if path in OFFLINE else path
     local = Path(path).expanduser()

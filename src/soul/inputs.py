@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from soul.recipe import DataSpec, Recipe, read_recipe
 from soul.rundir import holds_results
 from soul.strict import read_text
 from soul.types import Example
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 ANCHORS = "anchors.json"
@@ -121,19 +124,15 @@ def ancestors(path: str) -> Iterator[tuple[Path, Recipe]]:
 def keep_forgotten(request: Request, recipe: Recipe) -> Request:
     """Make sure that the retain set holds nothing which earlier runs on this model forgot: it would be taught back.
 
-    Looked for are the same items, as far as the earlier runs' data are still there. ``data.overlap`` says what is done:
-    ``drop`` leaves them out, and ``ignore`` does not look.
+    Looked for are the same items, as far as the earlier runs' data are still there; a warning says where they are not.
+    ``data.overlap`` says what is done: ``drop`` leaves them out, and ``ignore`` does not look.
 
     Raises:
         ValueError: Some were found.
     """
     if not request.forget or recipe.data.overlap == "ignore":
         return request
-    for run, earlier in ancestors(recipe.model.path):
-        gone: set[tuple[Any, ...]] = set()
-        for source in earlier.data.forget_sources:
-            with contextlib.suppress(ValueError):
-                gone |= {(e.history, e.prompt, e.answer) for e in load_examples(source)}
+    for run, gone in _forgotten_before(recipe.model.path):
         kept = [e for e in request.retain if (e.history, e.prompt, e.answer) not in gone]
         lost = len(request.retain) - len(kept)
         if lost and (recipe.data.overlap != "drop" or not kept):
@@ -141,10 +140,21 @@ def keep_forgotten(request: Request, recipe: Recipe) -> Request:
                 f"{lost} of {len(request.retain)} retain items are what {run} forgot, and would be taught back: remove "
                 "them from the retain set, or set data.overlap=drop (leave them out) or data.overlap=ignore"
             )
-        kept_keys = {(e.prompt, e.answer) for e in kept}
-        dropped = {(e.prompt, e.answer) for e in request.retain} - kept_keys
+        dropped = {(e.prompt, e.answer) for e in request.retain} - {(e.prompt, e.answer) for e in kept}
         request = dataclasses.replace(request, retain=kept, dropped=request.dropped | dropped)
     return request
+
+
+def _forgotten_before(path: str) -> list[tuple[Path, set[tuple[Any, ...]]]]:
+    """Return what each run that a model came out of forgot; a warning says where that cannot be known any more."""
+    found = []
+    try:
+        for run, recipe in ancestors(path):
+            examples = [e for source in recipe.data.forget_sources for e in load_examples(source)]
+            found.append((run, {(e.history, e.prompt, e.answer) for e in examples}))
+    except ValueError as error:
+        log.warning("whether the retain set teaches back what earlier runs forgot was not looked at: %s", error)
+    return found
 
 
 def search(request: Request, data: DataSpec, tick: Progress = _silent) -> Request:

@@ -165,7 +165,7 @@ def test_seeds_are_runs_of_their_own_with_one_report(place, capsys):
     assert "--seeds takes different whole numbers" in capsys.readouterr().err
 
 
-def test_what_an_earlier_run_forgot_is_not_taught_back(place, capsys):
+def test_what_an_earlier_run_forgot_is_not_taught_back(place, capsys, caplog):
     lines = (place / "forget.jsonl").read_text().splitlines()
     (place / "monday.jsonl").write_text(lines[0])
     (place / "friday.jsonl").write_text(lines[1])
@@ -181,6 +181,9 @@ def test_what_an_earlier_run_forgot_is_not_taught_back(place, capsys):
     run(second + "data.overlap=drop")
     assert json.loads((place / "b/record.json").read_text())["n_retain"] == len(kept.splitlines())
     run(second.replace("--out b", "--out c") + "data.overlap=ignore")
+    (place / "monday.jsonl").unlink()
+    run(second.replace("--out b", "--out d"))
+    assert "was not looked at: there is no file 'monday.jsonl'" in caplog.text
     run(f"finetune --model a --retain all.jsonl --out taught training.max_steps=1 --no-evaluate {QUICK}")
 
 

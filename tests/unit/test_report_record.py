@@ -11,6 +11,7 @@ import pytest
 from report_runs import make_run
 
 from soul.report import read_run, read_runs
+from soul.report.seeds import by_seed
 from soul.report.view import sentences
 from soul.rundir import score_dict
 from soul.strict import json_value
@@ -131,3 +132,30 @@ def test_a_change_of_the_same_items_may_be_sure_where_intervals_overlap(tmp_path
             (run / "rows" / stage / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (said,) = [sentence for sentence in sentences(read_run(run)) if "fell" in sentence]
         assert ("overlap" in said) is not sure
+
+
+def test_seeds_are_put_together_where_nothing_else_differs(tmp_path: Path):
+    runs = [make_run(tmp_path / name, shift=0.01 * i) for i, name in enumerate(("a", "b", "c", "copy"))]
+    for run, seed in zip(runs, (0, 1, 2, 2), strict=True):
+        (run / "recipe.yaml").write_text(f"objective: {{name: npo}}\ntraining: {{seed: {seed}, epochs: 1}}\n")
+    ((name, spreads),) = by_seed(read_runs(runs[:3]))
+    assert name.endswith("3 seeds")
+    known = next(s for s in spreads if "probability" in s.title.lower())
+    assert known.mean == pytest.approx(sum(known.values) / 3)
+    assert known.half == pytest.approx(4.302653 * known.sd / math.sqrt(3), rel=1e-6)  # Student's t with 2 degrees
+    assert by_seed(read_runs(runs)) == []  # a run and its copy are no two seeds
+    (runs[1] / "recipe.yaml").write_text("objective: {name: npo}\ntraining: {seed: 1, epochs: 2}\n")
+    assert by_seed(read_runs(runs[:2])) == []
+
+
+def test_a_seed_that_was_lost_is_seen_in_the_mean(tmp_path: Path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for seed, run in enumerate(runs):
+        (run / "recipe.yaml").write_text(f"training: {{seed: {seed}}}\n")
+    scores = json.loads((runs[1] / "scores.json").read_text())
+    for score in scores["after"]:
+        score["value"] = "nan"
+    (runs[1] / "scores.json").write_text(json.dumps(scores))
+    ((_, spreads),) = by_seed(read_runs(runs))
+    assert spreads
+    assert all(math.isnan(s.mean) and math.isnan(s.sd) and math.isnan(s.half) for s in spreads)

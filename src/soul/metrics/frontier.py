@@ -131,10 +131,9 @@ def ratio_interval(
     """Return the ratio of two means over the same requests, with a paired bootstrap interval over requests.
 
     All ``n^n`` resamples are taken where they are no more than ``resamples`` (up to five requests), else that many with
-    a fixed seed; of a single request there is no interval, and its ends are nan.
-    One in which both sides lose nothing says nothing about their ratio: it counts as 0 for the lower end
-    and as unbounded for the upper one. With few requests such intervals are short of their level: five cover about 82 %
-    (a test measures it), so read them as that.
+    a fixed seed; of a single request there is no interval, and its ends are nan. A resample in which both sides lose
+    nothing says nothing about their ratio: it counts as 0 for the lower end and as unbounded for the upper one. With
+    few requests such intervals are short of their level: five cover about 82 % (a test measures it), so read them so.
 
     Raises:
         ValueError: The sides differ in length or are empty.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import statistics
 from collections.abc import Sequence
 
+import numpy as np
 from scipy import stats
 
 from soul.report.record import RunRecord
@@ -36,12 +36,12 @@ class Spread:
     @property
     def mean(self) -> float:
         """The mean over seeds."""
-        return statistics.mean(self.values)
+        return float(np.mean(self.values))
 
     @property
     def sd(self) -> float:
-        """The standard deviation over seeds, with ``n - 1``."""
-        return statistics.stdev(self.values)
+        """The standard deviation over seeds, with ``n - 1``; nan where a seed has no finite value."""
+        return float(np.std(self.values, ddof=1)) if all(map(math.isfinite, self.values)) else math.nan
 
     @property
     def half(self) -> float:
@@ -60,20 +60,21 @@ def by_seed(runs: Sequence[RunRecord]) -> list[tuple[str, list[Spread]]]:
 
     A recipe is the same where nothing but ``training.seed`` differs. Scores that some run lacks are left out.
     """
-    groups: dict[str, list[RunRecord]] = {}
+    groups: dict[str, list[tuple[int, RunRecord]]] = {}
     for run in runs:
         tree: object = None
         with contextlib.suppress(ValueError):  # a recipe that cannot be read is no other's twin
             tree = yaml_tree(run.recipe, "recipe.yaml") if run.recipe and run.after else None
-        training = tree.get("training", {}) if isinstance(tree, dict) else None
-        if isinstance(tree, dict) and isinstance(training, dict):
-            training = {k: v for k, v in training.items() if k != "seed"}
-            groups.setdefault(repr({**tree, "training": training}), []).append(run)
+        training = tree.get("training") if isinstance(tree, dict) else None  # an evaluation has none
+        if isinstance(tree, dict) and isinstance(training, dict) and isinstance(training.get("seed"), int):
+            rest = {k: v for k, v in training.items() if k != "seed"}
+            groups.setdefault(repr({**tree, "training": rest}), []).append((training["seed"], run))
     found = []
     for same in groups.values():
-        if len(same) > 1:
-            name = f"{same[0].label.rpartition(' (')[0] or same[0].label}, {len(same)} seeds"
-            found.append((name, _spreads(same)))
+        if 1 < len({seed for seed, _ in same}) == len(same):  # a run and its copy are no two seeds
+            run = same[0][1]
+            name = run.method or f"{run.objective} + {run.optimizer}"
+            found.append((f"{name}, {len(same)} seeds", _spreads([run for _, run in same])))
     return found
 
 
@@ -84,8 +85,7 @@ def _spreads(runs: Sequence[RunRecord]) -> list[Spread]:
     for split, metric in sorted(set.intersection(*map(set, after)), key=lambda key: (split_order(key[0]), key[1])):
         values = tuple(scores[split, metric].value for scores in after)
         first = {scores.get((split, metric)) for scores in before}
-        if all(map(math.isfinite, values)):
-            title = f"{split_label(split)}: {metric_label(metric)}" if split else metric_label(metric)
-            known = first.pop() if len(first) == 1 else None
-            spreads.append(Spread(title, after[0][split, metric].better, known, values))
+        title = f"{split_label(split)}: {metric_label(metric)}" if split else metric_label(metric)
+        known = first.pop() if len(first) == 1 else None
+        spreads.append(Spread(title, after[0][split, metric].better, known, values))
     return spreads
