@@ -487,6 +487,24 @@ def test_another_order_of_the_data_says_how_large_noise_is(matrix_file, tmp_path
     assert found["signum"] == found["again"] != found["reseeded"]
 
 
+def test_an_entry_of_fewer_steps_ends_its_schedule_with_them(matrix_file, tmp_path):
+    tree = yaml.safe_load(matrix_file.read_text())
+    tree |= {"optimizers": ["signum", {"name": "signum", "label": "short", "steps": 3}], "attacks": []}
+    tree["budget"] |= {"points": 1, "settings": 1}
+    contest = Contest(matrix_from_tree(tree), tmp_path)
+    for kind in ("reference", "pilot", "tune"):
+        contest.work(lambda *_: None, phases=(kind,))
+    found = {x["optimizer"]: x for x in contest.book.lines() if x["kind"] == "tune"}
+    assert [found[name]["steps"] for name in ("signum", "short")] == [6, 3]
+    assert [[m["step"] for m in found[name]["measures"]] for name in ("signum", "short")] == [[2, 4, 6], [1, 2, 3]]
+    lines = {x["optimizer"]: x for x in contest.book.lines() if x["kind"] == "pilot"}
+    assert lines["short"]["centre"] == lines["signum"]["centre"]
+    tree["optimizers"][1]["steps"] = 4
+    (tmp_path / "matrix.yaml").unlink()
+    with pytest.raises(ValueError, match="short/0 was run with steps 3, and would be run with 4 now"):
+        Contest(matrix_from_tree(tree), tmp_path).work(lambda *_: None)
+
+
 def test_a_lost_model_is_a_result(matrix_file):
     matrix = read_matrix(matrix_file)
     task, entry = matrix.tasks["tiny"], matrix.entry("signum")

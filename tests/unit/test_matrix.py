@@ -108,6 +108,12 @@ def test_a_knob_may_be_part_of_a_setting():
         (("optimizers",), [{"name": "signum", "objectives": ["dpo"]}], "names 'dpo', which the matrix has not"),
         (("optimizers",), [{"name": "signum", "settings": 3}], r"settings must be from 1 to budget.settings \(2\)"),
         (("optimizers",), [{"name": "signum", "points": 1}], r"points must be from the settings that go on \(2\)"),
+        (
+            ("optimizers",),
+            [{"name": "signum", "steps": 13}],
+            r"steps must be from budget.checkpoints \(3\) to .* \(12\)",
+        ),
+        (("optimizers",), [{"method": {"name": "influence"}, "steps": 3}], "a method has settings of its own"),
         (("optimizers",), [{"method": {"name": "influence"}}], "needs a knob"),
         (("optimizers",), [{"name": "signum", "method": {"name": "influence"}}], "one of the two"),
         (("objectives",), [3], "a name, or a mapping"),

@@ -214,8 +214,8 @@ class Contest:
         for job in self.jobs():
             if job.key in lines:
                 was, now = (config.flat(x) for x in (lines[job.key]["of"], self._identity(job)))
-                for name in was.keys() & now.keys():  # of a setting that only one version has nothing is known
-                    if config.plain(was[name]) != config.plain(now[name]):
+                for name in was:  # of a setting that only one version has nothing is known
+                    if name in now and config.plain(was[name]) != config.plain(now[name]):
                         raise ValueError(
                             f"{self.book.file}: {job.key} was run with {name} {was[name]!r}, and would be run with "
                             f"{now[name]!r} now: choose another --out, or give the entry another label"
@@ -301,7 +301,8 @@ class Contest:
                 optimizer = dataclasses.replace(optimizer, curvature=apart)
         else:
             if not entry.method:
-                training = dataclasses.replace(training, max_steps=m.steps(self._pilot(job), optimizer))
+                steps = m.steps(self._pilot(job), optimizer)
+                training = dataclasses.replace(training, max_steps=min(steps, entry.steps or steps))
             checkpoints = m.checkpoints(training.max_steps)
             if job.kind == "attack":
                 checkpoints = checkpoints[-1:]

@@ -136,7 +136,7 @@ class Matrix:
 
     def __post_init__(self) -> None:
         if not self.training.max_steps:
-            raise ValueError("training.max_steps must be given: every run of a contest has the same number of steps")
+            raise ValueError("training.max_steps must be given: a contest's runs are of so many steps")
         if self.training.max_steps < self.budget.checkpoints:
             raise ValueError("training.max_steps must be at least budget.checkpoints")
         for what, names in (("objectives", self.objective_names), ("optimizers", [e.name for e in self.optimizers])):
@@ -153,6 +153,11 @@ class Matrix:
                 raise ValueError(
                     f"{entry.name}: points must be from the settings that go on ({least}) to budget.points "
                     f"({self.budget.points}), or 0 for all of these, not {entry.points}"
+                )
+            if entry.steps and not self.budget.checkpoints <= entry.steps <= self.training.max_steps:
+                raise ValueError(
+                    f"{entry.name}: steps must be from budget.checkpoints ({self.budget.checkpoints}) to "
+                    f"training.max_steps ({self.training.max_steps}), or 0 for all of these, not {entry.steps}"
                 )
             for name in entry.objectives:
                 if name not in self.objective_names:
