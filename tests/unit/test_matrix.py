@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import yaml
 
 from soul import config
-from soul.contest.entry import Knob
+from soul.contest.entry import Entry, Knob
 from soul.contest.matrix import matrix_from_tree, read_matrix
 from soul.contest.trial import _seconds
 from soul.curvature.spec import CurvatureSpec
@@ -41,6 +43,17 @@ def test_contests_of_the_repository_load(path):
     matrix = read_matrix(path)
     assert matrix_from_tree(yaml.safe_load(config.dump(matrix.tree()))) == matrix
     assert {e.order for e in matrix.optimizers} == {"first", "second"}
+
+
+def test_the_matrix_of_the_documentation_loads():
+    page = (FOLDER.parents[1] / "docs/contests.md").read_text(encoding="utf-8")
+    block = page.partition("    tasks:\n")[1:]
+    lines = "".join(block).partition("\n\n")[0]
+    matrix = matrix_from_tree(yaml.safe_load(textwrap.dedent(lines)))
+    assert [e.steps for e in matrix.optimizers] == [0, 0, 12]
+    assert set(matrix.attackers) == {"relearn", "quantize"}
+    fields = {f.name for f in dataclasses.fields(Entry)} - {"optimizer"}
+    assert not [name for name in fields if f"`{name}" not in page]  # each is told of
 
 
 def test_cells_checkpoints_and_sources():
