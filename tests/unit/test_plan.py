@@ -367,6 +367,20 @@ def test_rules_with_factors_run_in_one_process(folder: Path) -> None:
     assert not any(o.plan.fits for o in options(plan))
 
 
+def test_factors_of_the_widest_layers_can_be_left_out() -> None:
+    plan = planned(CONFIGS / "7b", optimizer="kfac")
+    assert not plan.fits  # of 141 GB
+    (narrow,) = [o for o in options(plan) if "max_dim" in o.settings]
+    assert narrow.plan.fits
+    assert narrow.settings == "optimizer.max_dim=4096"
+    assert "67% of the weights of layers, stay as they are" in narrow.note  # 3 x 11008 of 3 x 11008 + 4 x 4096
+    inputs = planned(CONFIGS / "7b", dataclasses.replace(GPU, memory=80e9), optimizer="whiten")
+    (narrow,) = [o for o in options(inputs) if "max_dim" in o.settings]  # gate and up have narrow inputs
+    assert "22% of the weights" in narrow.note
+    alike = planned(CONFIGS / "7b", optimizer={"name": "kfac", "max_dim": 4096})
+    assert not [o for o in options(alike) if "max_dim" in o.settings]
+
+
 def test_what_sharded_runs_refuse_is_not_planned_for_them(folder: Path) -> None:
     two = dataclasses.replace(GPU, gpus=2)
     plan = planned(folder, two, stop={"when": "forgotten"})

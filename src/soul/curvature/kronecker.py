@@ -47,7 +47,7 @@ def linear_layers(model: nn.Module, largest: int = LARGEST, *, outputs: bool = T
     Left out are the language-model head, layers whose weight another module shares (a tied embedding), and layers with
     a factor wider than ``largest``: of their inputs, or of their ``outputs`` where there are such factors.
     """
-    return {name: layer for name, layer in _candidates(model).items() if _widest(layer, outputs) <= largest}
+    return {name: layer for name, layer in _candidates(model).items() if widest(layer, outputs) <= largest}
 
 
 def too_wide(model: nn.Module, largest: int = LARGEST, *, outputs: bool = True) -> dict[str, Layer]:
@@ -58,10 +58,11 @@ def too_wide(model: nn.Module, largest: int = LARGEST, *, outputs: bool = True) 
         >>> list(too_wide(model, 4)), list(too_wide(model, 4, outputs=False))
         (['1'], [])
     """
-    return {name: layer for name, layer in _candidates(model).items() if _widest(layer, outputs) > largest}
+    return {name: layer for name, layer in _candidates(model).items() if widest(layer, outputs) > largest}
 
 
-def _widest(layer: Layer, outputs: bool) -> int:
+def widest(layer: Layer, outputs: bool) -> int:
+    """Return the wider side of a layer's factors: of its inputs, or of its ``outputs`` where there are such factors."""
     fan_out, fan_in = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
     return max(fan_in, fan_out if outputs else 0)
 

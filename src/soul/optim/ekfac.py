@@ -44,7 +44,7 @@ class EKFACSpec(KFACSpec):
         self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None
     ) -> KroneckerRule:
         """Return the rule over ``params`` of ``model``."""
-        factors = self.factors_of(model, outputs=True)
+        factors = self.factors_of(model)
         return self.rule(params, factors, EigenInverse(factors, self.damping), self.newton)
 
     def cost(self, params: Sequence[torch.Tensor], model: nn.Module | None = None, device: str = "cpu") -> RuleCost:

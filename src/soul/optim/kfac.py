@@ -44,7 +44,7 @@ class KFACSpec(KroneckerSpec):
         self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None
     ) -> KroneckerRule:
         """Return the rule over ``params`` of ``model``."""
-        factors = self.factors_of(model, outputs=True)
+        factors = self.factors_of(model)
         weight = next(iter(factors.layers.values())).weight
         rounded = self.products == "auto" and weight.dtype == torch.float32 and has_bf16(weight.device.type)
         inverse = KroneckerInverse(factors, self.damping, products=torch.bfloat16 if rounded else None)

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -50,6 +50,8 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         default_factory=lambda: CurvatureSpec(warm_start=8, interval=0, general_text=2)
     )
 
+    watches_outputs: ClassVar[bool] = True
+    """Whether there is a factor of what comes back to a layer's outputs, too."""
     needs_modules = True
     needs_whole = True
 
@@ -77,7 +79,7 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         worth = self.curvature.worth(0)
         return KroneckerRule(params, factors, preconditioner, newton=newton, worth=worth, **settings)
 
-    def factors_of(self, model: nn.Module | None, *, outputs: bool) -> KroneckerFactors:
+    def factors_of(self, model: nn.Module | None) -> KroneckerFactors:
         """Return the factors of ``model``; the log names what has none and therefore stays.
 
         Raises:
@@ -85,11 +87,11 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         """
         if model is None:
             raise ValueError(f"{self.name} watches the model's layers: build(params, model) needs the model")
-        factors = KroneckerFactors(model, outputs=outputs, largest=self.max_dim)
+        factors = KroneckerFactors(model, outputs=self.watches_outputs, largest=self.max_dim)
         device = next(iter(factors.layers.values())).weight.device
         needed, there = 2 * factors.bytes(), memory_of(device)  # the inverses, or bases, take as much again
         if needed > there:
-            smaller = "whiten (the input sides alone), sophia" if outputs else "sophia"
+            smaller = "whiten (the input sides alone), sophia" if self.watches_outputs else "sophia"
             raise ValueError(
                 f"{self.name} would keep at least {needed / 1e9:.0f} GB of factors and inverses for this model, "
                 f"and {device} has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"

@@ -34,11 +34,13 @@ class WhitenSpec(KroneckerSpec):
     damping: float = 0.003
     others: Literal["frozen"] = "frozen"
 
+    watches_outputs = False
+
     def build(
         self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None
     ) -> KroneckerRule:
         """Return the rule over ``params`` of ``model``."""
-        factors = self.factors_of(model, outputs=False)
+        factors = self.factors_of(model)
         return self.rule(params, factors, KroneckerInverse(factors, self.damping, outputs=False), newton=0.0)
 
     def cost(self, params: Sequence[torch.Tensor], model: nn.Module | None = None, device: str = "cpu") -> RuleCost:

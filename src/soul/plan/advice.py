@@ -9,8 +9,10 @@ from typing import Any
 
 from soul.adapters import AdapterSpec
 from soul.curvature.estimators import ESTIMATORS, gradient_cotangent
+from soul.curvature.kronecker import linear_layers, widest
 from soul.curvature.spec import CurvatureSpec
 from soul.optim.base import CurvatureOptimizerSpec
+from soul.optim.kronecker_spec import KroneckerSpec
 from soul.plan import Plan, make_plan
 from soul.plan.work import curvature_of, resized
 from soul.recipe import Recipe
@@ -71,6 +73,9 @@ def _single(plan: Plan) -> Iterator[Option]:
         training = dataclasses.replace(recipe.training, gradient_checkpointing=True)
         again = _again(plan, dataclasses.replace(recipe, training=training))
         yield Option("training.gradient_checkpointing=true", "the same gradients, a third more time", again)
+    narrow = _narrower(plan)
+    if narrow is not None:
+        yield narrow
     lightest = _lightest(plan)
     if lightest is not None:
         yield Option(f"optimizer={lightest.recipe.optimizer.name}", "another rule: tune its lr", lightest)
@@ -195,6 +200,24 @@ def _lightest(plan: Plan) -> Plan | None:
     if kept[name] >= plan.cost.kept and not plan.refused:
         return None
     return make_plan(dataclasses.replace(plan.recipe, optimizer=OPTIMIZERS.get(name)()), plan.machine, plan.work, plan)
+
+
+def _narrower(plan: Plan) -> Option | None:
+    """Return the plan in which the widest layers have no Kronecker factors, if they are not all of one width."""
+    rule, model = plan.recipe.optimizer, plan.skeleton.model
+    if not isinstance(rule, KroneckerSpec):
+        return None
+    layers = linear_layers(model, rule.max_dim, outputs=rule.watches_outputs)
+    widths = {name: widest(layer, rule.watches_outputs) for name, layer in layers.items()}
+    rest = [width for width in widths.values() if width < max(widths.values())]
+    if not rest:
+        return None
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    left = sum(layers[name].weight.numel() for name, width in widths.items() if width > max(rest))
+    again = _again(plan, dataclasses.replace(plan.recipe, optimizer=dataclasses.replace(rule, max_dim=max(rest))))
+    become = "stay as they are" if rule.others == "frozen" else "take diagonal steps"
+    note = f"wider layers, {left / weights:.0%} of the weights of layers, {become}: tune lr"
+    return Option(f"optimizer.max_dim={max(rest)}", note, again)
 
 
 def _sharded(plan: Plan) -> Plan | None:
