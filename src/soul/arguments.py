@@ -68,6 +68,11 @@ Nothing is loaded but a configuration, and a sample of local data for its length
 long as training.max_length allows, or as --length says. Given --memory, --flops or --gpus, a GPU that is not here is
 planned for; else this machine is, whose speed is measured for half a second. Where a run does not fit, settings are
 named under which it does."""
+EXPLAIN = """examples:
+  soul explain kfac              # what it is, and each of its settings; `soul list` has the names
+  soul explain training stop     # parts of a recipe
+  soul explain kfac.damping      # a setting; or optimizer.kfac.damping
+  soul explain contest budget entry   # parts of a contest"""
 PHASES = ("reference", "pilot", "tune", "report", "attack")
 
 
@@ -150,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     usage = "[RECIPE.yaml] [key.sub=value ...]"
     command = _add(commands, "show", usage, "Print a recipe, or the defaults, with every setting resolved.")
     command.add_argument("words", nargs="*", metavar="RECIPE.yaml, key.sub=value", help=f"a recipe, and {SETTINGS}")
+    command = _add(commands, "explain", "WHAT [WHAT ...]", "Say what a component or a setting is.", EXPLAIN)
+    command.add_argument("words", nargs="+", metavar="WHAT", help="e.g. kfac, training, stop.kl_budget")
     return parser
 
 

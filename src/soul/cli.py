@@ -348,6 +348,14 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(args: argparse.Namespace) -> int:
+    from soul.explain import explain
+
+    for line in explain(args.words, max(40, min(100, Console().width))):
+        print(clean(line))
+    return 0
+
+
 COMMANDS = {
     "unlearn": _unlearn,
     "finetune": _finetune,
@@ -358,6 +366,7 @@ COMMANDS = {
     "plan": _plan,
     "list": _list,
     "show": _show,
+    "explain": _explain,
 }
 
 if __name__ == "__main__":

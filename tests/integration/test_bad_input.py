@@ -289,7 +289,7 @@ def test_nothing_to_do_prints_the_help(capsys):
         main([])
     assert stopped.value.code == 2
     err = capsys.readouterr().err
-    assert all(word in err for word in ("unlearn", "finetune", "evaluate", "report", "list", "show"))
+    assert all(word in err for word in ("unlearn", "finetune", "evaluate", "report", "list", "show", "explain"))
 
 
 def test_a_folder_of_another_recipe_is_refused(folder, capsys):
