@@ -93,6 +93,7 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         if self.training_spec.frozen == "embeddings":
             freeze_embeddings(model)
         objective.prepare(model)
+        optimizer.prepare(model)
         self.last_terms: dict[str, float] = {}
         self.term_weights: dict[str, float] = {}
         self._window: dict[str, float] = {}

@@ -275,6 +275,24 @@ def test_curvature_may_be_of_examples_of_its_own(tmp_path, make_model, tokenizer
     assert kept["apart"][1] == kept["other"][1] != kept["same"][1]
 
 
+def test_what_has_no_factors_costs_no_gradient_and_changes_nothing(tmp_path, make_trainer, monkeypatch):
+    """Steps of layers within max_dim are those of a run that makes the others' gradients, which are not clipped by."""
+    spec = {"name": "kfac", "max_dim": 32, "curvature": {"interval": 0, "cache": False}}
+    short = {"batch_size": 4, "epochs": 2, "max_grad_norm": 0.0}
+    frozen = make_trainer(tmp_path / "frozen", "grad_diff", spec, **short)
+    start = {n: p.detach().clone() for n, p in frozen.model.named_parameters()}
+    frozen.train()
+    left = {n for n, p in frozen.model.named_parameters() if not p.requires_grad}
+    assert {n.split(".")[-2] for n in left} == {"gate_proj", "up_proj", "down_proj"}
+    monkeypatch.setattr(OPTIMIZERS.get("kfac"), "prepare", lambda *_: None)
+    whole = make_trainer(tmp_path / "whole", "grad_diff", spec, **short)
+    whole.train()
+    assert all(p.requires_grad for p in whole.model.parameters())
+    for (name, p), q in zip(frozen.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert torch.equal(p, start[name]) == (name in left or "norm" in name or "embed" in name or "lm_head" in name)
+
+
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4)])
 def test_projection_takes_the_retain_direction_out_of_the_forget_gradient(tmp_path, make_trainer, size, accumulation):
     """One step of gradient descent against gradients of the two terms found apart, in float64."""

@@ -287,6 +287,13 @@ def test_layers_too_wide_for_factors_are_told_once(name: str, kind: str, said: s
     narrow = nn.Sequential(nn.Linear(4, 3))
     OPTIMIZERS.get(name)().build(narrow.parameters(), narrow)
     assert not caplog.messages
+    OPTIMIZERS.get(name)().prepare(model)
+    assert len(caplog.messages) == 1
+    left = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert left
+    OPTIMIZERS.get(name)().build(trainable(model), model)  # which finds nothing more to tell of
+    assert len(caplog.messages) == 1
+    assert left == {n for n, p in model.named_parameters() if not p.requires_grad}
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "whiten"])

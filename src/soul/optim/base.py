@@ -129,6 +129,9 @@ class OptimizerSpec(abc.ABC):
         general = {field.name for field in dataclasses.fields(OptimizerSpec)}
         return {name: value for name, value in self.settings().items() if name not in general}
 
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most rules move whatever is trained
+        """Freeze what the rule would leave as it is, so that no gradient is made of it; called before :meth:`build`."""
+
     @abc.abstractmethod
     def build(
         self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], model: nn.Module | None = None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from soul.curvature.kronecker import LARGEST, KroneckerFactors, seen_through, too_wide
+from soul.curvature.kronecker import LARGEST, KroneckerFactors, linear_layers, seen_through, too_wide
 from soul.curvature.spec import CurvatureSpec
 from soul.machine import memory_of
 from soul.optim._checks import check_above, check_common
@@ -97,27 +97,37 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
                 f"and {device} has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
             )
         if self.others == "frozen":
-            self._say_left_out(model, factors)
+            self._left_out(model)
         return factors
 
-    def _say_left_out(self, model: nn.Module, factors: KroneckerFactors) -> None:
-        """Warn of layers too wide for factors, and of other matrices that have none, such as experts kept as one."""
-        wide = too_wide(model, self.max_dim, outputs=factors.watches_outputs)
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze matrices without factors, if they stay: three quarters of the gradients where attention alone moves.
+
+        Norms and embeddings stay too, and keep theirs, which gradient clipping counts.
+        """
+        if self.others == "frozen":
+            for p in self._left_out(model):
+                p.requires_grad_(False)
+
+    def _left_out(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return layers too wide for factors, and other matrices that have none, such as experts kept as one; warn."""
+        layers = linear_layers(model, self.max_dim, outputs=self.watches_outputs)
+        wide = too_wide(model, self.max_dim, outputs=self.watches_outputs)
         held = {p: None for layer in wide.values() for p in layer.parameters() if p.requires_grad}
-        known = {id(p) for layer in factors.layers.values() for p in layer.parameters()} | embedding_ids(model)
+        known = {id(p) for layer in layers.values() for p in layer.parameters()} | embedding_ids(model)
         rest = {
             p: name
             for name, p in model.named_parameters()
             if p.requires_grad and p.ndim > 1 and id(p) not in known and p not in held
         }
         if not held and not rest:
-            return
-        said, ways = [], ["set optimizer.others to diagonal"] if factors.watches_outputs else []
+            return []
+        said, ways = [], ["set optimizer.others to diagonal"] if self.watches_outputs else []
         if wide:
-            halves = seen_through({**factors.layers, **wide})
+            halves = seen_through({**layers, **wide})
             torn = sum((first in wide) != (second in wide) for first, second in halves.items())
             said.append(
-                f"{len(wide)} of {len(wide) + len(factors.layers)} linear layers (the first is {next(iter(wide))}) are "
+                f"{len(wide)} of {len(wide) + len(layers)} linear layers (the first is {next(iter(wide))}) are "
                 f"wider than {self.max_dim}"
                 + (f" (halves of LoRA pairs among them, whose other half moves alone: {torn})" if torn else "")
             )
@@ -136,3 +146,4 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
             "; ".join(said),
             ", or ".join([*ways, "use sophia or adamw"]),
         )
+        return [*held, *rest]
