@@ -374,6 +374,9 @@ def test_factors_of_the_widest_layers_can_be_left_out() -> None:
     assert narrow.plan.fits
     assert narrow.settings == "optimizer.max_dim=4096"
     assert "67% of the weights of layers, stay as they are" in narrow.note  # 3 x 11008 of 3 x 11008 + 4 x 4096
+    of_attention = 32 * 4 * 4096**2
+    assert narrow.plan.skeleton.gradients < plan.skeleton.gradients - 4 * 32 * 3 * 4096 * 11008 + 4 * of_attention
+    assert narrow.plan.skeleton.trained_body == of_attention
     inputs = planned(CONFIGS / "7b", dataclasses.replace(GPU, memory=80e9), optimizer="whiten")
     (narrow,) = [o for o in options(inputs) if "max_dim" in o.settings]  # gate and up have narrow inputs
     assert "22% of the weights" in narrow.note

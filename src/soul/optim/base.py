@@ -129,8 +129,15 @@ class OptimizerSpec(abc.ABC):
         general = {field.name for field in dataclasses.fields(OptimizerSpec)}
         return {name: value for name, value in self.settings().items() if name not in general}
 
-    def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most rules move whatever is trained
-        """Freeze what the rule would leave as it is, so that no gradient is made of it; called before :meth:`build`."""
+    def left_alone(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return trained matrices that the rule would leave as they are, and of which it needs no gradient."""
+        del model
+        return []
+
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze what the rule leaves alone, so that no gradient is made of it; called before :meth:`build`."""
+        for p in self.left_alone(model):
+            p.requires_grad_(False)
 
     @abc.abstractmethod
     def build(

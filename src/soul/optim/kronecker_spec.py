@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from soul.curvature.kronecker import LARGEST, KroneckerFactors, linear_layers, seen_through, too_wide
+from soul.curvature.kronecker import LARGEST, KroneckerFactors, Layer, linear_layers, seen_through, too_wide
 from soul.curvature.spec import CurvatureSpec
 from soul.machine import memory_of
 from soul.optim._checks import check_above, check_common
@@ -96,34 +96,38 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
                 f"{self.name} would keep at least {needed / 1e9:.0f} GB of factors and inverses for this model, "
                 f"and {device} has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
             )
-        if self.others == "frozen":
-            self._left_out(model)
+        self._say_left_alone(model)
         return factors
 
-    def prepare(self, model: nn.Module) -> None:
-        """Freeze matrices without factors, if they stay: three quarters of the gradients where attention alone moves.
+    def left_alone(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return matrices without factors, if they stay: three quarters of all where attention alone has some.
 
-        Norms and embeddings stay too, and keep theirs, which gradient clipping counts.
+        Norms and embeddings stay too, and have gradients, which clipping counts.
         """
-        if self.others == "frozen":
-            for p in self._left_out(model):
-                p.requires_grad_(False)
+        wide, rest = self._without_factors(model) if self.others == "frozen" else ({}, {})
+        return [*(p for layer in wide.values() for p in layer.parameters() if p.requires_grad), *rest]
 
-    def _left_out(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return layers too wide for factors, and other matrices that have none, such as experts kept as one; warn."""
-        layers = linear_layers(model, self.max_dim, outputs=self.watches_outputs)
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze them, and warn of it."""
+        self._say_left_alone(model)
+        super().prepare(model)
+
+    def _without_factors(self, model: nn.Module) -> tuple[dict[str, Layer], dict[nn.Parameter, str]]:
+        """Return layers too wide for factors, and other matrices without, such as experts kept as one tensor."""
         wide = too_wide(model, self.max_dim, outputs=self.watches_outputs)
-        held = {p: None for layer in wide.values() for p in layer.parameters() if p.requires_grad}
+        layers = wide | linear_layers(model, self.max_dim, outputs=self.watches_outputs)
         known = {id(p) for layer in layers.values() for p in layer.parameters()} | embedding_ids(model)
-        rest = {
-            p: name
-            for name, p in model.named_parameters()
-            if p.requires_grad and p.ndim > 1 and id(p) not in known and p not in held
-        }
-        if not held and not rest:
-            return []
+        trained = [(p, name) for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
+        return wide, {p: name for p, name in trained if id(p) not in known}
+
+    def _say_left_alone(self, model: nn.Module) -> None:
+        left = self.left_alone(model)
+        if not left:
+            return
+        wide, rest = self._without_factors(model)
         said, ways = [], ["set optimizer.others to diagonal"] if self.watches_outputs else []
         if wide:
+            layers = linear_layers(model, self.max_dim, outputs=self.watches_outputs)
             halves = seen_through({**layers, **wide})
             torn = sum((first in wide) != (second in wide) for first, second in halves.items())
             said.append(
@@ -141,9 +145,8 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         log.warning(
             "%s: %.1f %% of %d trainable weights have no factors and stay as they are: %s. To move them, %s",
             self.name,
-            100 * sum(p.numel() for p in (*held, *rest)) / free,
+            100 * sum(p.numel() for p in left) / free,
             free,
             "; ".join(said),
             ", or ".join([*ways, "use sophia or adamw"]),
         )
-        return [*held, *rest]

@@ -12,6 +12,7 @@ from soul.combine import make_combination
 from soul.curvature import sharded
 from soul.machine import memory_of
 from soul.optim.cost import RuleCost, multiplies_bf16
+from soul.optim.kronecker_spec import KroneckerSpec
 from soul.plan.activations import Saved, saved
 from soul.plan.memory import HEAP, Memory, memory_of_run
 from soul.plan.skeleton import Skeleton, measure
@@ -217,7 +218,9 @@ def _shape(recipe: Recipe) -> tuple[object, ...]:
     """Return what the skeleton and the activations of a row depend on."""
     training = recipe.training
     how = (training.frozen, training.precision, training.gradient_checkpointing)
-    return recipe.model, recipe.adapter, recipe.objective, *how
+    rule = recipe.optimizer
+    alone = (rule.max_dim, rule.others) if isinstance(rule, KroneckerSpec) else ()  # what it leaves has no gradient
+    return recipe.model, recipe.adapter, recipe.objective, *how, *alone
 
 
 def _saved(recipe: Recipe, skeleton: Skeleton, batch: Batch, bf16: bool) -> Saved:

@@ -93,6 +93,8 @@ def build(recipe: Recipe, depth: int | None = None) -> Any:
         freeze_embeddings(model)
     if depth is None:
         recipe.objective.prepare(model)
+    for p in recipe.optimizer.left_alone(model):
+        p.requires_grad_(False)
     return model.train()
 
 
