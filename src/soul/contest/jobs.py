@@ -293,8 +293,8 @@ class Contest:
         training = dataclasses.replace(m.training, save_steps=0, seed=m.seed + entry.reseed, combine=combine)
         checkpoints: list[int] = []
         if job.kind == "pilot":  # at the full rate from the first step
-            every = int(optimizer.settings().get("every", 1)) if optimizer else 1  # whole moves
-            steps = m.budget.pilot_steps * every
+            found = optimizer.settings() if optimizer else {}
+            steps = m.budget.pilot_steps * max(int(found.get(name, 1)) for name in ("every", "turns"))  # whole moves
             training = dataclasses.replace(training, max_steps=steps, warmup=0.0, schedule="constant")
             if isinstance(optimizer, CurvatureOptimizerSpec):  # what curvature costs where there is none yet
                 apart = dataclasses.replace(optimizer.curvature, cache=False)

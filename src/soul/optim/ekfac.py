@@ -52,4 +52,6 @@ class EKFACSpec(KFACSpec):
         del device
         assert model is not None, "a rule that watches layers is planned with its model"
         diagonal = self.others == "diagonal"
-        return kronecker_cost(params, model, "eigen", largest=self.max_dim, diagonal=diagonal, every=self.every)
+        return kronecker_cost(
+            params, model, "eigen", largest=self.max_dim, diagonal=diagonal, every=self.every, turns=self.turns
+        )

@@ -69,6 +69,8 @@ class KroneckerRule(UpdateRule):
         others: What to do with parameters without factors.
         every: Calls of ``step`` from one move to the next; gradients in between go into the average only. The last call
             moves too, where :meth:`expect` told which it is.
+        turns: Layers take turns with ``P``: each applies it at every so manieth call, and all move at each along what
+            they have. It keeps ``u``, as large as the weights, and costs as little as ``every``.
         worth: Refreshes that the first one, a warm start, counts as.
         weight_decay: Decoupled weight decay.
 
@@ -88,6 +90,7 @@ class KroneckerRule(UpdateRule):
         newton: float = 1.0,
         others: Others = "frozen",
         every: int = 1,
+        turns: int = 1,
         worth: int = 1,
         weight_decay: float = 0.0,
     ) -> None:
@@ -95,8 +98,8 @@ class KroneckerRule(UpdateRule):
         check_between("newton", newton, 0.0, math.inf)
         if others not in ("frozen", "diagonal"):
             raise ValueError(f"others must be frozen or diagonal, not {others!r}")
-        if every < 1:
-            raise ValueError(f"every must be 1 or more, not {every}")
+        if min(every, turns) != 1:
+            raise ValueError(f"every and turns must be 1 or more, and one of them 1, not {every} and {turns}")
         self.factors, self.preconditioner = factors, preconditioner
         self._last_call = 0
         self._watching_is_over = False  # for moves that rounding drops
@@ -104,7 +107,7 @@ class KroneckerRule(UpdateRule):
         self._worth = worth
         self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
         defaults = {"lr": lr, "momentum": momentum, "decay": decay, "newton": newton, "weight_decay": weight_decay}
-        counts = {"every": every, "calls": 0, "refreshes": 0}
+        counts = {"every": every, "turns": turns, "calls": 0, "refreshes": 0}
         super().__init__(params, {**defaults, **counts, "others": others, "maximize": False})
         if not any(id(p) in self._layer_of for group in self.param_groups for p in group["params"]):
             raise ValueError("none of the parameters belongs to a linear layer with Kronecker factors")
@@ -211,7 +214,7 @@ class KroneckerRule(UpdateRule):
     def _layer_moves(self) -> Iterator[_Move]:
         """Yield the moves of the layers with factors."""
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        for name, layer in self.factors.layers.items():
+        for number, (name, layer) in enumerate(self.factors.layers.items()):
             group = group_of.get(id(layer.weight))
             if group is None or layer.weight.grad is None or not self.factors.knows(name):
                 continue  # without curvature a weight stays, as those without factors do
@@ -221,9 +224,16 @@ class KroneckerRule(UpdateRule):
             if bias is not None and bias_group is not None:
                 m_bias, bias_share = self._momentum(bias_group, bias)
                 m_bias = m_bias * (share / bias_share)  # in one average with the weight
-            m = pack(layer, m_weight, m_bias)
-            u = self.preconditioner(name, m)
-            dot = torch.dot(u.reshape(-1), m.reshape(-1)) / share**2
+            if group["calls"] % group["turns"] == number % group["turns"]:
+                m = pack(layer, m_weight, m_bias)
+                u = self.preconditioner(name, m)
+                dot = torch.dot(u.reshape(-1), m.reshape(-1)) / share**2
+                if group["turns"] > 1:
+                    self.state[layer.weight].update(direction=u, dot=dot, direction_share=share)
+            elif "direction" in (kept := self.state[layer.weight]):
+                u, dot, share = (kept[key] for key in ("direction", "dot", "direction_share"))
+            else:  # its first turn is to come
+                continue
             u_weight, u_bias = unpack(layer, u)
             yield _Move(group, layer.weight, u_weight, share, dot)
             if bias is not None and bias_group is not None and u_bias is not None:
