@@ -50,7 +50,8 @@ BENCH = """examples:
 
 Every cell (task x objective x optimizer) gets the same trials, by the same rules; the best settings then serve the
 report requests. Several workers may run the same command on the same folder. The same command continues a contest, and
-`soul report DIR` shows what there is so far. docs/contests.md tells of every setting."""
+`soul report DIR` shows what there is so far. docs/contests.md says how to hold one, and
+`soul explain contest task budget entry knob` what its settings are."""
 EXPORT = """examples:
   soul export runs/request --out exported
   soul export runs/request --out exported --dtype bfloat16 --push owner/name

@@ -40,13 +40,14 @@ def parts() -> dict[str, type]:
     """Return the parts of recipes and contests that are no component, by what settings call them."""
     from soul.contest.entry import Entry, Knob
     from soul.contest.matrix import Budget, Matrix, Task
+    from soul.curvature.ihvp.base import InverseSpec
     from soul.curvature.spec import CurvatureSpec
     from soul.objectives.schedule import RetainSchedule
     from soul.recipe import AdapterSpec, DataSpec, EvaluationSpec, ModelSpec, Recipe, StopSpec, TrainingSpec
 
     recipe = {"recipe": Recipe, "model": ModelSpec, "adapter": AdapterSpec, "data": DataSpec, "training": TrainingSpec}
     recipe |= {"stop": StopSpec, "evaluation": EvaluationSpec}
-    deeper = {"curvature": CurvatureSpec, "retain_schedule": RetainSchedule}
+    deeper = {"curvature": CurvatureSpec, "retain_schedule": RetainSchedule, "solver": InverseSpec}
     return recipe | deeper | {"contest": Matrix, "task": Task, "entry": Entry, "knob": Knob, "budget": Budget}
 
 
@@ -108,9 +109,15 @@ def _find(word: str) -> list[tuple[str, type, str]]:
         for name in registry.names():
             components.setdefault(name, []).append(registry)
     first, _, rest = word.partition(".")
-    if first in REGISTRIES and rest:  # optimizer.kfac
-        name, _, rest = rest.partition(".")
-        found = [(f"{first} {name}", REGISTRIES[first].get(name))]
+    if first in REGISTRIES:  # optimizer.kfac, or optimizer.lr of whichever has it
+        registry, (name, _, deeper) = REGISTRIES[first], rest.partition(".")
+        if name in registry.names():
+            found, rest = [(f"{first} {name}", registry.get(name))], deeper
+        else:
+            every = [(f"{first} {n}", registry.get(n)) for n in registry.names()]
+            found = [(kind, cls) for kind, cls in every if name and name in _names(cls)]
+            if not found:
+                registry.get(name or first)  # which says what there is
     elif first in known:
         found = [(first, known[first])]
     else:
@@ -122,11 +129,25 @@ def _find(word: str) -> list[tuple[str, type, str]]:
             f"nothing is called {first!r:.60}.{hint} `soul list` has the names of components; parts are: "
             f"{', '.join(known)}."
         )
-    for kind, cls in found:
-        names = [s.name for s in settings(cls)]
-        if rest and rest not in names:
-            raise ValueError(f"{kind} has no setting {rest!r:.60}. It has: {', '.join(names) or 'none'}.")
-    return [(kind, cls, rest) for kind, cls in found]
+    return [_inside(kind, cls, rest) for kind, cls in found]
+
+
+def _inside(kind: str, cls: type, path: str) -> tuple[str, type, str]:
+    """Follow a path of settings through parts: ``curvature.batch`` of an optimizer."""
+    name, _, rest = path.partition(".")
+    if name and name not in _names(cls):
+        raise ValueError(f"{kind} has no setting {name!r:.60}. It has: {', '.join(_names(cls)) or 'none'}.")
+    if not rest:
+        return kind, cls, name
+    hint = typing.get_type_hints(cls)[name]
+    part = next((x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)), None)
+    if part is None:
+        raise ValueError(f"{kind} {name} has no settings of its own, so nothing is called {path!r:.80}")
+    return _inside(f"{kind} {name}", typing.cast(type, part), rest)
+
+
+def _names(cls: type) -> list[str]:
+    return [s.name for s in settings(cls)]
 
 
 def _part(kind: str, cls: type, chosen: str, width: int) -> Iterator[str]:
@@ -171,7 +192,9 @@ def _takes(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         called = next((name for name, cls in parts().items() if cls is hint), "")
         kind = next((k for k in REGISTRIES if k == getattr(hint, "__name__", "").lower().removesuffix("spec")), "")
-        return f"mapping (`soul explain {called}`)" if called else f"{kind or 'mapping'}: a name, or a mapping with one"
+        if called:
+            return f"mapping (`soul explain {called}`)"
+        return f"{kind}: a name, or a mapping with one" if kind else "mapping"
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}.get(
         getattr(hint, "__name__", ""), str(hint)
     )

@@ -54,7 +54,7 @@ def test_turns_are_those_of_a_run_by_hand(name: str) -> None:
         for i, layer in enumerate(model):
             g = layer.weight.grad if i != 1 else torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1)
             averages[i] = MOMENTUM * averages.get(i, torch.zeros_like(g)) + (1 - MOMENTUM) * g
-            if step % turns == i % turns:
+            if step % turns == i % turns or step == 1:
                 m = averages[i] / (1 - MOMENTUM**step)
                 u = rule.preconditioner(str(i), m)
                 found[i] = u, (u * m).sum()
@@ -99,3 +99,81 @@ def test_turns_take_less_arithmetic_and_one_more_number_a_weight(name: str) -> N
         SPECS[name](turns=3, every=2)
     with pytest.raises(ValueError, match="turns must be 1 or more, not 0"):
         SPECS[name](turns=0)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_layer_without_a_gradient_in_its_turn_divides_at_the_next(name: str) -> None:
+    """As an expert does that no token was sent to: nothing moves along what is older than the turns."""
+    model = model_of()
+    rule = rule_of(name, model, turns=3)
+    divided: list[tuple[int, str]] = []
+    apply = rule.preconditioner.__class__.__call__
+
+    def noted(self, layer: str, matrix: torch.Tensor) -> torch.Tensor:
+        divided.append((step, layer))
+        return apply(self, layer, matrix)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rule.preconditioner.__class__, "__call__", noted)
+        for step in range(1, 9):
+            gradients(model, step)
+            if step in (1, 2, 5, 8):  # the turns of the third layer, and the first step
+                model[2].weight.grad = None
+            rule.step()
+    assert [s for s, layer in divided if layer == "2"] == [3, 6]
+    assert [s for s, layer in divided if layer == "0"] == [1, 3, 6]
+
+
+@pytest.mark.parametrize("name", ["kfac", "whiten"])
+def test_new_curvature_ends_what_was_found_with_the_old(name: str) -> None:
+    model = model_of()
+    rule = rule_of(name, model, turns=3)
+    for step in (1, 2):
+        gradients(model, step)
+        rule.step()
+    old = [rule.state[layer.weight]["direction"] for layer in model]
+    with rule.observing():
+        model(torch.randn(30, 5, dtype=torch.float64)).sum().backward()
+    rule.update_curvature()
+    gradients(model, 3)
+    rule.step()
+    new = [rule.state[layer.weight]["direction"] for layer in model]
+    assert not any(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+
+
+def test_a_state_of_before_there_were_turns_is_taken_over() -> None:
+    model = model_of()
+    rule = rule_of("kfac", model)
+    gradients(model, 1)
+    rule.step()
+    saved = rule.state_dict()
+    for group in saved["param_groups"]:
+        del group["turns"]
+    resumed = rule_of("kfac", model)
+    resumed.load_state_dict(saved)
+    resumed.step()
+    saved["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match="optimizer has 4 parameters and this run's 5"):
+        resumed.load_state_dict(saved)
+
+
+def test_weights_of_16_bits_go_on_as_exactly() -> None:
+    model = model_of().bfloat16()
+    model.double()  # rounded, so that the two begin alike
+    small = copy.deepcopy(model).bfloat16()
+    rule = KFACSpec(lr=LR, turns=3).build(small.parameters(), small)
+    with rule.observing():
+        small(torch.randn(30, 5).bfloat16()).sum().backward()
+    rule.update_curvature()
+    for step in (1, 2):
+        for p in small.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+        rule.step()
+    kept = rule.state[small[0].weight]
+    other = copy.deepcopy(small)
+    resumed = KFACSpec(lr=LR, turns=3).build(other.parameters(), other)
+    resumed.load_state_dict(copy.deepcopy(rule.state_dict()))
+    again = resumed.state[other[0].weight]
+    assert kept["direction"].dtype == again["direction"].dtype == torch.float32
+    assert torch.equal(kept["direction"], again["direction"])
+    assert torch.equal(kept["dot"], again["dot"])

@@ -64,10 +64,30 @@ def test_a_single_setting_is_explained_alone(capsys):
 
 
 @pytest.mark.parametrize(
+    ("word", "kinds"),
+    [
+        (
+            "optimizer.max_dim",
+            ["optimizer ekfac", "optimizer kfac", "optimizer whiten"],
+        ),  # as plans and warnings say it
+        ("kfac.curvature.interval", ["optimizer kfac curvature"]),
+        ("influence.solver.damping", ["method influence solver"]),
+        ("recipe.training.seed", ["recipe training"]),
+    ],
+)
+def test_settings_are_found_by_what_messages_call_them(word, kinds):
+    found = list(explain([word]))
+    assert [line for line in found if line and not line.startswith(" ")] == kinds
+    assert sum(line.startswith(f"  {word.rpartition('.')[2]}: ") for line in found) == len(kinds)
+
+
+@pytest.mark.parametrize(
     ("word", "message"),
     [
         ("kfca", "nothing is called 'kfca'. Did you mean 'kfac'?"),
         ("optimizer.kfca", "unknown optimizer 'kfca'. Did you mean 'kfac'?"),
+        ("optimizer", "unknown optimizer 'optimizer'. Known: adamw, "),
+        ("kfac.damping.x", "optimizer kfac damping has no settings of its own"),
         ("kfac.dampng", "optimizer kfac has no setting 'dampng'. It has: lr, "),
         ("\x1b[31m", "nothing is called"),
     ],

@@ -56,7 +56,17 @@ def test_the_matrix_of_the_documentation_loads():
     assert not [name for name in fields if f"`{name}" not in page]  # each is told of
 
 
+def test_steps_of_an_entry_and_seconds_of_all_are_not_both_said():
+    optimizers = [*TREE["optimizers"], {"name": "lion", "steps": 3}]
+    with pytest.raises(ValueError, match=r"lion: steps or budget\.seconds"):
+        matrix_from_tree({**TREE, "optimizers": optimizers, "budget": {"seconds": 60}})
+
+
 def test_cells_checkpoints_and_sources():
+    tree = copy.deepcopy(TREE)
+    tree["tasks"]["t"]["facts"] = {"world": "{request}/world.jsonl", "all": "all.jsonl"}
+    found = matrix_from_tree(tree).tasks["t"].fact_sources("a")
+    assert found == {"world": "a/world.jsonl", "all": "all.jsonl"}
     matrix = matrix_from_tree(TREE)
     assert len(matrix.cells) == 4
     assert matrix.checkpoints(12) == [4, 8, 12]

@@ -380,6 +380,9 @@ def test_factors_of_the_widest_layers_can_be_left_out() -> None:
     inputs = planned(CONFIGS / "7b", dataclasses.replace(GPU, memory=80e9), optimizer="whiten")
     (narrow,) = [o for o in options(inputs) if "max_dim" in o.settings]  # gate and up have narrow inputs
     assert "22% of the weights" in narrow.note
+    adapted = planned(CONFIGS / "7b", dataclasses.replace(GPU, memory=24e9), optimizer="kfac", adapter={"r": 8})
+    assert not adapted.fits
+    assert not [o for o in options(adapted) if "max_dim" in o.settings]  # which would leave halves without the other
     alike = planned(CONFIGS / "7b", optimizer={"name": "kfac", "max_dim": 4096})
     assert not [o for o in options(alike) if "max_dim" in o.settings]
 

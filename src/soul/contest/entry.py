@@ -53,7 +53,7 @@ class Entry:
     """Who takes part: an update rule, or a method in place of objective and optimizer.
 
     Attributes:
-        optimizer: Name and fixed settings, as in a recipe; empty for a method.
+        optimizer: Name and fixed settings as in a recipe, which stand in the entry itself; empty for a method.
         method: Likewise; its knob is all that is tuned, and its objective is only the square it stands in.
         label: What tables call it; the optimizer's or method's name by default.
         order: ``first`` or ``second``: whose side it is on.

@@ -302,7 +302,7 @@ class Contest:
         else:
             if not entry.method:
                 steps = m.steps(self._pilot(job), optimizer)
-                training = dataclasses.replace(training, max_steps=min(steps, entry.steps or steps))
+                training = dataclasses.replace(training, max_steps=entry.steps or steps)
             checkpoints = m.checkpoints(training.max_steps)
             if job.kind == "attack":
                 checkpoints = checkpoints[-1:]

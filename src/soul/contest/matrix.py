@@ -62,7 +62,15 @@ class Task:
 
     def source(self, name: str, request: str) -> str:
         """Return a source with the request's name filled in."""
-        return string.Formatter().vformat(getattr(self, name), (), {"request": request})
+        return _filled(getattr(self, name), request)
+
+    def fact_sources(self, request: str) -> dict[str, str]:
+        """Return those of the facts, by name."""
+        return {name: _filled(source, request) for name, source in self.facts.items()}
+
+
+def _filled(source: str, request: str) -> str:
+    return string.Formatter().vformat(source, (), {"request": request})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +162,8 @@ class Matrix:
                     f"{entry.name}: points must be from the settings that go on ({least}) to budget.points "
                     f"({self.budget.points}), or 0 for all of these, not {entry.points}"
                 )
+            if entry.steps and self.budget.seconds:
+                raise ValueError(f"{entry.name}: steps or budget.seconds: each says how many; leave one of them at 0")
             if entry.steps and not self.budget.checkpoints <= entry.steps <= self.training.max_steps:
                 raise ValueError(
                     f"{entry.name}: steps must be from budget.checkpoints ({self.budget.checkpoints}) to "

@@ -58,7 +58,7 @@ def load_sets(task: Task, request: str) -> Sets:
         source = task.source(name, request)
         if source:
             check_disjoint(unseen, load_examples(source), ("unseen", name))
-    facts = {name: load_examples(source) for name, source in task.facts.items()}
+    facts = {name: load_examples(source) for name, source in task.fact_sources(request).items()}
     text = load_examples(task.source("text", request))
     return Sets(forget, load_examples(task.source("seen", request)), unseen, facts, text)
 

@@ -82,7 +82,7 @@ class Run:
         rule = {"method": config.plain(self.method)} if self.method else {"optimizer": config.plain(self.optimizer)}
         names = ("forget", "retain", "curvature", "seen", "unseen", "text")
         sources = [self.task.source(name, self.request) for name in names if getattr(self.task, name)]
-        read = [load_examples(source) for source in (*sources, *self.task.facts.values())]
+        read = [load_examples(source) for source in (*sources, *self.task.fact_sources(self.request).values())]
         data = hashlib.blake2b(repr(read).encode(), digest_size=8).hexdigest()
         flags = {name: getattr(self.entry, name) for name in ("projected", "extra_retain", "extra_batches", "reseed")}
         steps = {"steps": self.training.max_steps}

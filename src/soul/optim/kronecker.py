@@ -69,8 +69,8 @@ class KroneckerRule(UpdateRule):
         others: What to do with parameters without factors.
         every: Calls of ``step`` from one move to the next; gradients in between go into the average only. The last call
             moves too, where :meth:`expect` told which it is.
-        turns: Layers take turns with ``P``: each applies it at every so manieth call, and all move at each along what
-            they have. It keeps ``u``, as large as the weights, and costs as little as ``every``.
+        turns: Layers take turns with ``P``: after their first all of them applied it, each does so at every so manieth
+            call, and all move at each along what they found last. It keeps ``u``, as large as the weights.
         worth: Refreshes that the first one, a warm start, counts as.
         weight_decay: Decoupled weight decay.
 
@@ -149,7 +149,12 @@ class KroneckerRule(UpdateRule):
 
     @torch.no_grad()
     def update_curvature(self, estimate: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
-        """Take in what was watched, and the diagonal estimate for parameters without factors."""
+        """Take in what was watched, and the diagonal estimate for parameters without factors.
+
+        Directions that layers found with what was known before are not taken any more.
+        """
+        for state in self.state.values():
+            state.pop("direction", None)
         for group in self.param_groups:
             group["refreshes"] += 1
         first = self.param_groups[0]
@@ -224,20 +229,24 @@ class KroneckerRule(UpdateRule):
             if bias is not None and bias_group is not None:
                 m_bias, bias_share = self._momentum(bias_group, bias)
                 m_bias = m_bias * (share / bias_share)  # in one average with the weight
-            if group["calls"] % group["turns"] == number % group["turns"]:
+            if self._has_its_turn(group, layer, number):
                 m = pack(layer, m_weight, m_bias)
                 u = self.preconditioner(name, m)
                 dot = torch.dot(u.reshape(-1), m.reshape(-1)) / share**2
                 if group["turns"] > 1:
-                    self.state[layer.weight].update(direction=u, dot=dot, direction_share=share)
-            elif "direction" in (kept := self.state[layer.weight]):
-                u, dot, share = (kept[key] for key in ("direction", "dot", "direction_share"))
-            else:  # its first turn is to come
-                continue
+                    found = {"direction": u, "dot": dot, "direction_share": share, "found_at": group["calls"]}
+                    self.state[layer.weight].update(found)
+            else:
+                u, dot, share = (self.state[layer.weight][key] for key in ("direction", "dot", "direction_share"))
             u_weight, u_bias = unpack(layer, u)
             yield _Move(group, layer.weight, u_weight, share, dot)
             if bias is not None and bias_group is not None and u_bias is not None:
                 yield _Move(bias_group, bias, u_bias, share, torch.zeros_like(dot))
+
+    def _has_its_turn(self, group: dict[str, Any], layer: Layer, number: int) -> bool:
+        """Say whether a layer is to divide: in its turn, or where what it has is too old, as an idle expert's."""
+        turns, calls, kept = group["turns"], group["calls"], self.state[layer.weight]
+        return calls % turns == number % turns or "direction" not in kept or calls - kept["found_at"] >= turns
 
     def _other_moves(self) -> Iterator[_Move]:
         for group, p in self._others():
@@ -330,8 +339,20 @@ class KroneckerRule(UpdateRule):
         return super().state_dict() | {"kronecker": self.curvature_state() | kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over ``state_dict``, as copies and in the precision of the state."""
+        """Take over ``state_dict``, as copies and in the precision of the state.
+
+        Raises:
+            ValueError: It is of a rule over other parameters.
+        """
+        sizes = [[len(g["params"]) for g in groups] for groups in (self.param_groups, state_dict["param_groups"])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"this checkpoint's optimizer has {sum(sizes[1])} parameters and this run's {sum(sizes[0])}: it is of "
+                "other settings, or of a version that had gradients of what stays; begin anew in another folder"
+            )
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.setdefault("turns", self.defaults["turns"])  # which older states do not have
         exact = [p for group in state_dict["param_groups"] for p in group["params"]]
         for key, p in zip(exact, (p for group in self.param_groups for p in group["params"]), strict=True):
             for name, value in state_dict["state"].get(key, {}).items():

@@ -36,8 +36,8 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
             inverse twice as many.
         every: Steps from one move to the next, which is longer then at the same rate of forgetting: dividing by the
             factors costs as much as a backward pass of a small batch, and few long steps lose little.
-        turns: Steps in which each layer divides once: layers take turns, and at each step all move along what they
-            found at their last. Costs as little as ``every``, and keeps one more number a weight.
+        turns: Steps in which each layer divides once: layers take turns, but for the first step, and at each step all
+            move along what they found last. Costs about as little as ``every``, and keeps one more number a weight.
         curvature: When and from what the curvature is estimated; by default once, before the first step, and kept.
     """
 
@@ -113,7 +113,13 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         return [*(p for layer in wide.values() for p in layer.parameters() if p.requires_grad), *rest]
 
     def prepare(self, model: nn.Module) -> None:
-        """Freeze them, and warn of it."""
+        """Freeze them, and warn of it.
+
+        Raises:
+            ValueError: Nothing would be left.
+        """
+        if not linear_layers(model, self.max_dim, outputs=self.watches_outputs):
+            KroneckerFactors(model, outputs=self.watches_outputs, largest=self.max_dim)  # which says so
         self._say_left_alone(model)
         super().prepare(model)
 

@@ -219,7 +219,9 @@ def _shape(recipe: Recipe) -> tuple[object, ...]:
     training = recipe.training
     how = (training.frozen, training.precision, training.gradient_checkpointing)
     rule = recipe.optimizer
-    alone = (rule.max_dim, rule.others) if isinstance(rule, KroneckerSpec) else ()  # what it leaves has no gradient
+    alone = (
+        (rule.name, rule.max_dim, rule.others) if isinstance(rule, KroneckerSpec) else ()
+    )  # what it leaves has no gradient
     return recipe.model, recipe.adapter, recipe.objective, *how, *alone
 
 

@@ -203,9 +203,12 @@ def _lightest(plan: Plan) -> Plan | None:
 
 
 def _narrower(plan: Plan) -> Option | None:
-    """Return the plan in which the widest layers have no Kronecker factors, if they are not all of one width."""
+    """Return the plan in which the widest layers have no Kronecker factors, if they are not all of one width.
+
+    Not of adapters: a half of one has another width than the other half, and does nothing without it.
+    """
     rule, model = plan.recipe.optimizer, plan.skeleton.model
-    if not isinstance(rule, KroneckerSpec):
+    if not isinstance(rule, KroneckerSpec) or plan.recipe.adapter is not None:
         return None
     layers = linear_layers(model, rule.max_dim, outputs=rule.watches_outputs)
     widths = {name: widest(layer, rule.watches_outputs) for name, layer in layers.items()}
