@@ -351,8 +351,9 @@ def _show(args: argparse.Namespace) -> int:
 def _explain(args: argparse.Namespace) -> int:
     from soul.explain import explain
 
-    for line in explain(args.words, max(40, min(100, Console().width))):
-        print(clean(line))
+    console = Console(highlight=False)  # which ends in silence where its reader does, as head
+    for line in explain(args.words, max(40, min(100, console.width))):
+        console.print(Text(clean(line)), soft_wrap=True)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import textwrap
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from soul import config
-from soul.registry import ATTACKS, BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
+from soul.registry import ATTACKS, BENCHMARKS, METHODS, OBJECTIVES, OPTIMIZERS
 
 REGISTRIES = {r.kind: r for r in (OBJECTIVES, OPTIMIZERS, METHODS, BENCHMARKS, ATTACKS)}
 _ROLE = re.compile(r":(?:class|func|meth|attr|data):`~?(?:[\w.]*\.)?(\w+)`|:mod:`~?([\w.]+)`")
@@ -36,6 +37,7 @@ class Setting(NamedTuple):
     text: str
 
 
+@functools.cache
 def parts() -> dict[str, type]:
     """Return the parts of recipes and contests that are no component, by what settings call them."""
     from soul.contest.entry import Entry, Knob
@@ -43,12 +45,19 @@ def parts() -> dict[str, type]:
     from soul.curvature.ihvp.base import InverseSpec
     from soul.curvature.spec import CurvatureSpec
     from soul.objectives.schedule import RetainSchedule
-    from soul.recipe import AdapterSpec, DataSpec, EvaluationSpec, ModelSpec, Recipe, StopSpec, TrainingSpec
+    from soul.recipe import Recipe
 
-    recipe = {"recipe": Recipe, "model": ModelSpec, "adapter": AdapterSpec, "data": DataSpec, "training": TrainingSpec}
-    recipe |= {"stop": StopSpec, "evaluation": EvaluationSpec}
-    deeper = {"curvature": CurvatureSpec, "retain_schedule": RetainSchedule, "solver": InverseSpec}
-    return recipe | deeper | {"contest": Matrix, "task": Task, "entry": Entry, "knob": Knob, "budget": Budget}
+    sections = {name: _dataclass_in(hint) for name, hint in typing.get_type_hints(Recipe).items()}
+    found = {"recipe": Recipe} | {name: cls for name, cls in sections.items() if cls and name not in REGISTRIES}
+    found |= {"curvature": CurvatureSpec, "retain_schedule": RetainSchedule, "solver": InverseSpec}
+    return found | {"contest": Matrix, "task": Task, "entry": Entry, "knob": Knob, "budget": Budget}
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """Return the dataclass that a type is, or is with others, as ``AdapterSpec | None`` is."""
+    return next(
+        (x for x in (hint, *typing.get_args(hint)) if isinstance(x, type) and dataclasses.is_dataclass(x)), None
+    )
 
 
 def documented(cls: type) -> dict[str, str]:
@@ -103,31 +112,22 @@ def explain(words: list[str], width: int = 100) -> Iterator[str]:
 
 def _find(word: str) -> list[tuple[str, type, str]]:
     """Return what a word stands for: its kind, its class, and the setting of it that is asked for."""
-    known = parts()
-    components: dict[str, list[Registry]] = {}
-    for registry in REGISTRIES.values():
-        for name in registry.names():
-            components.setdefault(name, []).append(registry)
     first, _, rest = word.partition(".")
     if first in REGISTRIES:  # optimizer.kfac, or optimizer.lr of whichever has it
         registry, (name, _, deeper) = REGISTRIES[first], rest.partition(".")
-        if name in registry.names():
-            found, rest = [(f"{first} {name}", registry.get(name))], deeper
-        else:
-            every = [(f"{first} {n}", registry.get(n)) for n in registry.names()]
-            found = [(kind, cls) for kind, cls in every if name and name in _names(cls)]
-            if not found:
-                registry.get(name or first)  # which says what there is
-    elif first in known:
-        found = [(first, known[first])]
-    else:
-        found = [(f"{r.kind} {first}", r.get(first)) for r in components.get(first, [])]
+        known = registry.names()
+        if name not in known and any(name in _names(registry.get(n)) for n in known):
+            return [_inside(f"{first} {n}", registry.get(n), rest) for n in known if name in _names(registry.get(n))]
+        return [_inside(f"{first} {name}", registry.get(name or first), deeper)]  # or says what there is
+    if first in parts():
+        return [_inside(first, parts()[first], rest)]
+    found = [(f"{r.kind} {first}", r.get(first)) for r in REGISTRIES.values() if first in r.names()]
     if not found:
-        near = difflib.get_close_matches(first, [*known, *components], n=1)
+        near = difflib.get_close_matches(first, [*parts(), *(n for r in REGISTRIES.values() for n in r.names())], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"nothing is called {first!r:.60}.{hint} `soul list` has the names of components; parts are: "
-            f"{', '.join(known)}."
+            f"{', '.join(parts())}."
         )
     return [_inside(kind, cls, rest) for kind, cls in found]
 
@@ -139,11 +139,10 @@ def _inside(kind: str, cls: type, path: str) -> tuple[str, type, str]:
         raise ValueError(f"{kind} has no setting {name!r:.60}. It has: {', '.join(_names(cls)) or 'none'}.")
     if not rest:
         return kind, cls, name
-    hint = typing.get_type_hints(cls)[name]
-    part = next((x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)), None)
+    part = _dataclass_in(typing.get_type_hints(cls)[name])
     if part is None:
         raise ValueError(f"{kind} {name} has no settings of its own, so nothing is called {path!r:.80}")
-    return _inside(f"{kind} {name}", typing.cast(type, part), rest)
+    return _inside(f"{kind} {name}", part, rest)
 
 
 def _names(cls: type) -> list[str]:
@@ -189,12 +188,12 @@ def _takes(hint: Any) -> str:
         return "mapping"
     if inner:  # a union
         return " | ".join(_takes(x) for x in inner)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         called = next((name for name, cls in parts().items() if cls is hint), "")
-        kind = next((k for k in REGISTRIES if k == getattr(hint, "__name__", "").lower().removesuffix("spec")), "")
         if called:
             return f"mapping (`soul explain {called}`)"
-        return f"{kind}: a name, or a mapping with one" if kind else "mapping"
+        kinds = [r.kind for r in REGISTRIES.values() if all(hint in r.get(n).__mro__ for n in r.names())]
+        return f"{kinds[0]}: a name, or a mapping with one" if kinds else "mapping"
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}.get(
         getattr(hint, "__name__", ""), str(hint)
     )

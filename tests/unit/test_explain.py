@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -61,6 +63,16 @@ def test_a_single_setting_is_explained_alone(capsys):
     assert "momentum" not in said
     assert main(["explain", "optimizer.kfac.damping"]) == 0
     assert capsys.readouterr().out == said
+
+
+def test_a_reader_that_leaves_ends_it_in_silence():
+    command = [sys.executable, "-m", "soul", "explain", *parts()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "recipe\n"
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize(

@@ -301,8 +301,8 @@ class Contest:
                 optimizer = dataclasses.replace(optimizer, curvature=apart)
         else:
             if not entry.method:
-                steps = m.steps(self._pilot(job), optimizer)
-                training = dataclasses.replace(training, max_steps=entry.steps or steps)
+                steps = entry.steps or m.steps(self._pilot(job), optimizer)
+                training = dataclasses.replace(training, max_steps=steps)
             checkpoints = m.checkpoints(training.max_steps)
             if job.kind == "attack":
                 checkpoints = checkpoints[-1:]

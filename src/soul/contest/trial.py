@@ -85,8 +85,8 @@ class Run:
         read = [load_examples(source) for source in (*sources, *self.task.fact_sources(self.request).values())]
         data = hashlib.blake2b(repr(read).encode(), digest_size=8).hexdigest()
         flags = {name: getattr(self.entry, name) for name in ("projected", "extra_retain", "extra_batches", "reseed")}
-        steps = {"steps": self.training.max_steps}
-        return {**rule, "objective": config.plain(self.objective), **flags, **steps, "data": data}
+        flags |= {"steps": self.training.max_steps}
+        return {**rule, "objective": config.plain(self.objective), **flags, "data": data}
 
 
 class _Measuring(TrainerCallback):

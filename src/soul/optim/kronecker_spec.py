@@ -109,7 +109,9 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
 
         Norms and embeddings stay too, and have gradients, which clipping counts.
         """
-        wide, rest = self._without_factors(model) if self.others == "frozen" else ({}, {})
+        if self.others != "frozen":
+            return []
+        wide, rest = self._without_factors(model)
         return [*(p for layer in wide.values() for p in layer.parameters() if p.requires_grad), *rest]
 
     def prepare(self, model: nn.Module) -> None:

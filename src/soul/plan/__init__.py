@@ -218,10 +218,8 @@ def _shape(recipe: Recipe) -> tuple[object, ...]:
     """Return what the skeleton and the activations of a row depend on."""
     training = recipe.training
     how = (training.frozen, training.precision, training.gradient_checkpointing)
-    rule = recipe.optimizer
-    alone = (
-        (rule.name, rule.max_dim, rule.others) if isinstance(rule, KroneckerSpec) else ()
-    )  # what it leaves has no gradient
+    rule = recipe.optimizer  # what Kronecker rules leave alone has no gradient
+    alone = (rule.name, rule.max_dim, rule.others) if isinstance(rule, KroneckerSpec) else ()
     return recipe.model, recipe.adapter, recipe.objective, *how, *alone
 
 
