@@ -489,12 +489,17 @@ def test_another_order_of_the_data_says_how_large_noise_is(matrix_file, tmp_path
 
 def test_an_entry_of_fewer_steps_ends_its_schedule_with_them(matrix_file, tmp_path):
     tree = yaml.safe_load(matrix_file.read_text())
-    tree |= {"optimizers": ["signum", {"name": "signum", "label": "short", "steps": 3}], "attacks": []}
+    short = {"name": "signum", "label": "short", "steps": 3}
+    tree |= {"optimizers": ["signum", short, {**short, "label": "as far", "match": "run"}], "attacks": []}
     tree["budget"] |= {"points": 1, "settings": 1}
     contest = Contest(matrix_from_tree(tree), tmp_path)
     for kind in ("reference", "pilot", "tune"):
         contest.work(lambda *_: None, phases=(kind,))
     found = {x["optimizer"]: x for x in contest.book.lines() if x["kind"] == "tune"}
+    rates = {name: x["settings"]["lr"] for name, x in found.items()}
+    assert rates["short"] == rates["signum"]
+    assert rates["as far"] == pytest.approx(2 * rates["short"], rel=1e-12)  # half of the steps, twice as long
+    assert found["as far"]["steps"] == 3
     assert [found[name]["steps"] for name in ("signum", "short")] == [6, 3]
     assert [[m["step"] for m in found[name]["measures"]] for name in ("signum", "short")] == [[2, 4, 6], [1, 2, 3]]
     lines = {x["optimizer"]: x for x in contest.book.lines() if x["kind"] == "pilot"}

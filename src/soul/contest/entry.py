@@ -62,6 +62,8 @@ class Entry:
         settings: Of its trials, how many go on, where they are fewer than ``budget.settings``; 0 for as many.
         steps: Its steps, where they are fewer than the others' (the same seconds for a rule whose steps take longer); 0
             for as many.
+        match: What its pilot matches to the others': the root mean square change of a weight in a ``step``, or in a
+            whole ``run``, so that a side of fewer steps has a range of rates as much higher.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
         projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: they share the places of
@@ -79,6 +81,7 @@ class Entry:
     points: int = 0
     settings: int = 0
     steps: int = 0
+    match: Literal["step", "run"] = "step"
     knob: Knob | None = None
     projected: bool = False
     extra_retain: bool = False
@@ -88,8 +91,8 @@ class Entry:
     def __post_init__(self) -> None:
         if bool(self.optimizer) == bool(self.method):
             raise ValueError(f"{self.label or 'an entry'}: name an optimizer, or a method: one of the two")
-        if self.method and self.steps:
-            raise ValueError(f"{self.name}: steps are an optimizer's; a method has settings of its own")
+        if self.method and (self.steps or self.match != "step"):
+            raise ValueError(f"{self.name}: steps and match are an optimizer's; a method has settings of its own")
         if self.method and self.knob is None:
             raise ValueError(f"{self.name}: a method needs a knob, which is all that is tuned of it")
         if self.extra_batches and (self.method or self.extra_retain):

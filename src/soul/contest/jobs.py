@@ -274,9 +274,20 @@ class Contest:
         assert job.cell is not None
         if job.kind == "pilot":
             return {"retain_weight": 1.0}
-        if self.matrix.entry(job.cell.optimizer).method:
-            return self.matrix.settings(job.cell.optimizer, job.point, math.nan)
-        return self.matrix.settings(job.cell.optimizer, job.point, self._pilot(job)["centre"])
+        m, entry = self.matrix, self.matrix.entry(job.cell.optimizer)
+        if entry.method:
+            return m.settings(entry.name, job.point, math.nan)
+        centre = self._pilot(job)["centre"]
+        if entry.match == "run":
+            centre *= m.training.max_steps / self._steps(job)
+        return m.settings(entry.name, job.point, centre)
+
+    def _steps(self, job: Job) -> int:
+        """Return how many steps a trial or report of an optimizer has."""
+        assert job.cell is not None
+        entry = self.matrix.entry(job.cell.optimizer)
+        knob = {} if entry.knob is None else {"knob": entry.knob.at(0.5)}  # what is tuned changes no price
+        return entry.steps or self.matrix.steps(self._pilot(job), entry.spec(knob))
 
     def _pilot(self, job: Job) -> Line:
         assert job.cell is not None
@@ -301,8 +312,7 @@ class Contest:
                 optimizer = dataclasses.replace(optimizer, curvature=apart)
         else:
             if not entry.method:
-                steps = entry.steps or m.steps(self._pilot(job), optimizer)
-                training = dataclasses.replace(training, max_steps=steps)
+                training = dataclasses.replace(training, max_steps=self._steps(job))
             checkpoints = m.checkpoints(training.max_steps)
             if job.kind == "attack":
                 checkpoints = checkpoints[-1:]
