@@ -21,12 +21,12 @@ from soul import processes
 from soul.arguments import KINDS, parse
 from soul.console import fail, progress_bars, safe_terminal, say, warn
 from soul.strict import json_value, read_number, read_text
+from soul.types import DATA_SUFFIXES, TEXT_SUFFIXES
 from soul.visible import clean, one_line
 
 if TYPE_CHECKING:
     from soul.recipe import Recipe
 
-DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
 NOT_KEPT = 3
 """The exit code of a run that went well and did not do what it was to: see its checks."""
 NO_MODEL = "no model: give --model (a hub id, a folder, a .gguf file or smollm2-135m), or a recipe"
@@ -84,7 +84,7 @@ def _split(words: Sequence[str]) -> tuple[str, list[str]]:
     """Return the recipe's path (empty if none) and the settings."""
     names = [word for word in words if "=" not in word or Path(word).is_file()]
     recipe = names[0] if names else ""
-    if recipe and Path(recipe).suffix.lower() in DATA_FILES:
+    if recipe and Path(recipe).suffix.lower() in (*DATA_SUFFIXES, *TEXT_SUFFIXES):
         raise ValueError(
             f"{recipe} is data, not a recipe: give it with --forget or --retain, and the model with --model"
         )
@@ -252,7 +252,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from soul.console import quiet
-    from soul.export import ExportSpec, check_push, ended, export, push
+    from soul.export import ExportSpec, ended, export
+    from soul.push import check_push, push
     from soul.report import read_run
 
     quiet()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,23 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soul.benchmarks.base import Benchmark
-from soul.data import hub
 from soul.evaluate import EvaluationSpec, evaluate, spec_for
 from soul.folderlock import alone_at
-from soul.inputs import ancestors
+from soul.lineage import lineage
 from soul.machine import environment
-from soul.models import OFFLINE, ModelSpec, load_model, save_model
+from soul.models import ModelSpec, load_model, save_model
 from soul.recipe import Recipe, read_recipe
 from soul.report.card import CardFacts, Checked, model_card
 from soul.report.record import RunRecord, read_run
 from soul.run import default_benchmark
 from soul.rundir import changed_files
 from soul.stored import check_format, publish, sha256, write_json, write_text, writing
-from soul.strict import json_value, read_text, yaml_tree
+from soul.strict import json_value, read_text
 from soul.types import Example, Row
 
-_WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "pytorch_model*", "adapter_*"]
-_CARD = "README.md"
+CARD = "README.md"
 MARKER = "soul_export.json"
 """Written last: a folder that holds it was loaded and measured again."""
 Progress = Callable[[str, int, int], None]
@@ -108,7 +103,7 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
     def card(checked: Sequence[Checked]) -> str:
         if not spec.card:
             return ""
-        origin = dataclasses.asdict(lineage(recipe.model.path, recipe.model.revision))
+        origin = dataclasses.asdict(lineage(recipe.model.path, recipe.model.revision, run))
         facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
         return model_card(record, facts)
 
@@ -131,7 +126,7 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
         checked = _measure(part, dataclasses.replace(recipe.model, dtype=dtype), measured, picked, tick)
         _compare(checked, spec, exact=dtype == recipe.model.dtype == "float32")
         if spec.card:
-            write_text(part / _CARD, card(checked))
+            write_text(part / CARD, card(checked))
         files = {str(file.relative_to(part)): sha256(file) for file in sorted(part.rglob("*")) if file.is_file()}
         found = [dataclasses.asdict(c) for c in checked]
         kept = {"checked": found, "files": files, "soul": environment()["soul"]}
@@ -176,8 +171,12 @@ def ended(run: Path) -> str:
     return read_run(run).stopped
 
 
-def _marker(out: Path) -> dict[str, Any]:
-    """Return what was written down when ``out`` was exported."""
+def read_marker(out: Path) -> dict[str, Any]:
+    """Return what was written down when ``out`` was exported.
+
+    Raises:
+        ValueError: It is broken, or of a later version.
+    """
     marker = json_value(read_text(out / MARKER), str(out / MARKER), lenient=True)
     if isinstance(marker, dict):
         check_format("export", marker, out / MARKER)
@@ -188,13 +187,13 @@ def _marker(out: Path) -> dict[str, Any]:
 
 def _earlier(out: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was written down when ``out`` was exported, if it holds the same and nobody touched it."""
-    marker = _marker(out)
+    marker = read_marker(out)
     if any(marker.get(key) != value for key, value in described.items()):
         raise ValueError(f"{out} holds another export: choose another --out, or delete that folder")
     changed = [
         name
         for name, digest in marker["files"].items()
-        if name != _CARD and (not (out / name).is_file() or sha256(out / name) != digest)  # a card may be edited
+        if name != CARD and (not (out / name).is_file() or sha256(out / name) != digest)  # a card may be edited
     ]
     if changed:
         raise ValueError(f"{out} was changed since it was checked ({', '.join(changed)}): delete that folder")
@@ -207,8 +206,8 @@ def _recard(out: Path, marker: Mapping[str, Any], text: str) -> None:
     Raises:
         ValueError: The card was edited: it is not ours to throw away, and may name what is not to be shown.
     """
-    card, files = out / _CARD, dict(marker["files"])
-    was = files.pop(_CARD, "")
+    card, files = out / CARD, dict(marker["files"])
+    was = files.pop(CARD, "")
     if card.is_file() and sha256(card) != was and card.read_bytes() != text.encode():  # a kill may leave the new one
         raise ValueError(
             f"{card} was edited, and may not be the card that is asked for now (--no-card, --show-data): delete it, or "
@@ -216,7 +215,7 @@ def _recard(out: Path, marker: Mapping[str, Any], text: str) -> None:
         )
     if text:
         write_text(card, text)
-        files[_CARD] = sha256(card)
+        files[CARD] = sha256(card)
     else:
         with writing(card):
             card.unlink(missing_ok=True)
@@ -308,116 +307,3 @@ def _compare(checked: Sequence[Checked], spec: ExportSpec, *, exact: bool) -> No
                 f"run has {c.before:.5f} ({'largest' if exact else 'mean'} difference {apart:.2g}, allowed {most:g}). "
                 "Were the run's weights changed since, or its rows measured on other hardware? Nothing was kept."
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Lineage:
-    """What a model began as.
-
-    Attributes:
-        base: Its hub id; empty where it was a local folder or file.
-        licence: Its licence as its card names it; empty where unknown.
-        dequantized: Whether it was read from a GGUF file, whose weights are near the base's and not equal to them.
-    """
-
-    base: str = ""
-    licence: str = ""
-    dequantized: bool = False
-
-
-def lineage(path: str, revision: str = "") -> Lineage:
-    """Return what the model at ``path``, or the first of a line of runs there, began as.
-
-    Args:
-        path: As :attr:`soul.models.ModelSpec.path`.
-        revision: As :attr:`soul.models.ModelSpec.revision`.
-
-    Example:
-        >>> lineage("smollm2-135m").base
-        'HuggingFaceTB/SmolLM2-135M-Instruct'
-    """
-    for _, recipe in ancestors(path):
-        path, revision = recipe.model.path, recipe.model.revision
-    gguf = path.endswith(".gguf") or (path in OFFLINE and importlib.util.find_spec(OFFLINE[path][0]) is not None)
-    path = OFFLINE[path][1] if path in OFFLINE else path
-    local = Path(path).expanduser()
-    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf"):
-        return Lineage("", _licence(local / "README.md"), gguf)
-    with hub.no_retries():
-        card = hub.file_of(path, "README.md", revision)
-    return Lineage(path, _licence(card) if card else "", gguf)
-
-
-def _licence(card: Path) -> str:
-    """Return the licence that the YAML head of a model card names."""
-    with contextlib.suppress(ValueError):  # no card, or one that says nothing
-        text = read_text(card)
-        head = yaml_tree(text.split("---")[1], str(card)) if text.startswith("---") else None
-        if isinstance(head, dict) and isinstance(head.get("license"), str):
-            return head["license"]
-    return ""
-
-
-def check_push(repo: str) -> None:
-    """Make sure that a push can be tried, before anything is written.
-
-    Raises:
-        ValueError: ``repo`` is no ``owner/name``, there is no token, or the hub cannot be reached.
-    """
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"--push {repo}: {error}") from error
-    if repo.count("/") != 1:
-        raise ValueError(f"--push needs owner/name, not {repo!r}")
-    if not get_token():
-        raise ValueError("--push needs a token of the hub: set HF_TOKEN, or give `hf auth login`")
-    if not hub.reachable():
-        raise ValueError("--push: the hub cannot be reached; export without it, and give the same command later")
-
-
-def push(folder: Path, repo: str, *, private: bool = True) -> str:
-    """Upload an export to the hub, its card as it is now, and return its address.
-
-    Args:
-        folder: A folder that :func:`export` made.
-        repo: ``owner/name``; made if it is not there.
-        private: Make a new repository private, and refuse one that is there and public.
-
-    Raises:
-        ValueError: The folder was not checked, is an adapter for a model that is not on the hub, or the hub refuses.
-    """
-    from huggingface_hub import HfApi
-
-    check_push(repo)
-    if not (folder / MARKER).is_file():
-        raise ValueError(f"{folder} holds no checked export: make it with `soul export RUN --out {folder}`")
-    files = _marker(folder)["files"]
-    adapter = folder / "adapter_config.json"
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else ""
-    if base in OFFLINE or Path(base).is_absolute():
-        raise ValueError(
-            f"the adapter in {folder} belongs to {base}, which is not on the hub, so nobody else could load it: export "
-            "without --adapter"
-        )
-    api = HfApi(library_name="soul-unlearning")
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.repo_info(repo).private:  # to one that is there, `private` says nothing
-            raise ValueError(f"{repo} is there already and public: give --public, or another name.")
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message="Upload with soul export",
-            allow_patterns=[*files, _CARD, MARKER],  # and nothing that came into the folder since
-            # of an earlier model: what a loader would take together with these, and a card that says nothing of them
-            delete_patterns=[*_WEIGHTS, *([] if (folder / _CARD).is_file() else [_CARD])],
-        )
-    except (OSError, ValueError) as error:  # what the hub refuses, and what the network does
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot push to {repo}: {reason} The export in {folder} is whole.") from error
-    return f"https://huggingface.co/{repo}"

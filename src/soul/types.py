@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md")
+
+
 class LostModelError(ValueError):
     """A loss or a direction is no longer a number: settings that a person may change, or a contest's result."""
 

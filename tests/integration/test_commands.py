@@ -128,7 +128,7 @@ def test_a_run_that_has_not_forgotten_says_so_by_its_exit_code(place, capsys):
     assert "1 of 2 checks failed" in capsys.readouterr().out
     assert "1 of 2 checks failed" in (place / "a/report.html").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("soul.export.check_push", lambda repo: None)
+        patch.setattr("soul.push.check_push", lambda repo: None)
         assert main(["export", "a", "--out", "b", "--push", "me/model"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "did not do what it was to" in said

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from soul.adapters import AdapterSpec, add_adapter
 from soul.cli import main
 from soul.data import hub
-from soul.export import lineage
+from soul.lineage import lineage
 from soul.models import ModelSpec, load_model, save_model
 from soul.origins import Origins, commit_of, read_origins
 from soul.pretrained import load_config, load_tokenizer

@@ -15,10 +15,13 @@ import yaml
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from soul import export as module
+from soul import push as module
 from soul.cli import main
-from soul.export import MARKER, ExportSpec, Lineage, check_push, export, lineage, push
+from soul.export import MARKER, ExportSpec, export
+from soul.lineage import Lineage, lineage
 from soul.models import ModelSpec, load_model, save_model
+from soul.origins import Origins
+from soul.push import check_push, push
 from soul.recipe import recipe_from_tree
 from soul.report.card import CardFacts, Checked, escaped, model_card
 from soul.report.record import RunRecord, read_run
@@ -278,6 +281,16 @@ def test_a_licence_is_found_where_the_first_model_of_a_line_of_runs_came_from(ru
     (tmp_path / "second/recipe.yaml").write_text(f"model: {runs / 'run/model'}\n")
     assert lineage(str(tmp_path / "second/model")) == Lineage("", "apache-2.0")
     assert lineage("smollm2-135m").base == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_folder_that_is_gone_is_not_taken_for_a_hub_id(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/old").mkdir(parents=True)
+    made = Origins(model={"config.json": {"bytes": 1, "modified": 1, "sha256": "0"}})
+    made.write(tmp_path / "runs/old")
+    (tmp_path / "runs/old/recipe.yaml").write_text("model: gone/model\n")
+    assert lineage("gone/model", run=tmp_path / "runs/old") == lineage("runs/old/model") == Lineage()
+    assert lineage("gone/model").base == "gone/model"  # nobody knows better
 
 
 class Hub:

@@ -19,7 +19,7 @@ from soul.data.general import general_chat
 from soul.data.people import People
 from soul.data.rows import to_examples
 from soul.data.sources import check_disjoint, load_examples
-from soul.types import Example
+from soul.types import DATA_SUFFIXES, Example
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 ROWS: list[dict[str, Any]] = [
@@ -394,3 +394,7 @@ def test_text_files_are_plain_text_each_a_subject_of_its_own(tmp_path: Path):
         load_examples(f"{folder}/c.txt")
     (folder / "rows.jsonl").write_text('{"text": "A row."}\n', encoding="utf-8")  # beside data, texts are notes
     assert [e.answer for e in load_examples(folder)] == ["A row."]
+
+
+def test_what_counts_as_a_data_file_can_be_read():
+    assert [*sources._READERS] == [*DATA_SUFFIXES]

@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 
 from soul.data.books import book_text
-from soul.types import Example
+from soul.types import DATA_SUFFIXES, TEXT_SUFFIXES, Example
 
 Document = tuple[str, str]
 """A document's name and its text, paragraphs parted by blank lines."""
-
-SUFFIXES = (".txt", ".md")
 
 _MARKUP = re.compile(r"(?ms)^```.*?^```$|^#+ .*?$|[*`]|(?<!\w)_|_(?!\w)|!?\[([^\]]*)\]\([^)]*\)")
 
@@ -33,7 +31,7 @@ def read_documents(source: str) -> list[Document]:
     path = Path(source).expanduser()
     files = _texts(path) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{source!r} holds no documents: text files end in {' or '.join(SUFFIXES)}")
+        raise ValueError(f"{source!r} holds no documents: text files end in {' or '.join(TEXT_SUFFIXES)}")
     return [(file.stem, _markdown(file) if file.suffix.lower() == ".md" else book_text(file)) for file in files]
 
 
@@ -41,15 +39,14 @@ def is_documents(source: str) -> bool:
     """Say whether a source is a text file or a folder with text files and no data file."""
     path = Path(source).expanduser()
     if path.is_dir():
-        data = (".jsonl", ".json", ".csv", ".parquet")
-        return bool(_texts(path)) and not any(f.suffix.lower() in data for f in path.iterdir())
-    return path.suffix.lower() in SUFFIXES
+        return bool(_texts(path)) and not any(f.suffix.lower() in DATA_SUFFIXES for f in path.iterdir())
+    return path.suffix.lower() in TEXT_SUFFIXES
 
 
 def _texts(folder: Path) -> list[Path]:
     """Return the text files of a folder in order of their names, but for what only says what the others are."""
     about = ("readme", "license", "licence")
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.stem.lower() not in about)
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in TEXT_SUFFIXES and f.stem.lower() not in about)
 
 
 def document_examples(source: str) -> list[Example]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from soul.data import general, hub
-from soul.data.documents import SUFFIXES, document_examples, is_documents
+from soul.data.documents import document_examples, is_documents
 from soul.data.people import People
 from soul.data.rows import to_examples
 from soul.strict import json_value, read_text
-from soul.types import Example
+from soul.types import DATA_SUFFIXES, TEXT_SUFFIXES, Example
 
 Numbered = Iterator[tuple[str, Any]]
 """Rows with where they are in their file, e.g. ``"line 3"``."""
@@ -214,7 +214,7 @@ def _general(name: str) -> list[Example]:
 
 def is_hub_id(source: str) -> bool:
     """Say whether a source reads as ``owner/name`` and is no data file."""
-    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in (*_READERS, *SUFFIXES)
+    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in (*DATA_SUFFIXES, *TEXT_SUFFIXES)
 
 
 def data_files(path: Path, split: str | None) -> list[Path]:
@@ -240,7 +240,7 @@ def data_files(path: Path, split: str | None) -> list[Path]:
     names = ", ".join(file.name for file in files) or "none"
     if not chosen:
         wanted = f"no file named {split}" if split else "no data file"
-        known = ", ".join((*_READERS, *SUFFIXES))
+        known = ", ".join((*DATA_SUFFIXES, *TEXT_SUFFIXES))
         raise ValueError(f"{path}: {wanted} with one of {known}; data files there: {names}")
     if len(chosen) > 1 and (split is None or len({(file.stem == split, file.suffix) for file in chosen}) > 1):
         raise ValueError(
