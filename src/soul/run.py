@@ -198,6 +198,8 @@ def rehearse(model: Any, recipe: Recipe, dataset: UnlearnDataset) -> None:
     """
     if recipe.method is not None:
         recipe.method.check(model)
+        if recipe.benchmark and not recipe.method.changes_weights:
+            recipe.benchmark.check_prompt()
         return
     adapted = add_adapter(model, recipe.adapter, recipe.training.seed) if recipe.adapter is not None else model
     try:

@@ -192,6 +192,14 @@ def test_a_prompt_is_measured_and_stays_with_the_model(place, recipe):
     assert (out / "model/model.safetensors").stat().st_size == (place / "model/model.safetensors").stat().st_size
 
 
+def test_a_benchmark_that_cannot_say_the_prompt_is_refused_before_anything_is_measured(place, recipe):
+    pytest.importorskip("lm_eval")
+    settings = ("method={name: input_prompt}", "benchmark={name: lm_eval}")
+    with pytest.raises(ValueError, match=r"cannot say before the passages of .*wikitext"):
+        execute(recipe(*settings), place / "unsaid")
+    assert not (place / "unsaid/rows").exists()
+
+
 def test_what_was_dropped_is_not_judged_as_kept(place, recipe):
     settings = (f"data.retain={place / 'retain.jsonl'}", "data.overlap=drop", "evaluation={generate: false}")
     out = execute(recipe(*settings), place / "judged")

@@ -53,6 +53,13 @@ class Benchmark(abc.ABC):
         """Return what cannot be measured with the data at hand, by part, and why."""
         return {}
 
+    def check_prompt(self) -> None:  # noqa: B027 - most benchmarks say it
+        """Make sure that a prompt which the tokenizer carries can be said before all that is asked.
+
+        Raises:
+            ValueError: It cannot.
+        """
+
     @abc.abstractmethod
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
         """Aggregate measured rows; ``reference`` holds the rows of a retained model, where a metric needs one."""

@@ -161,12 +161,8 @@ class LmEval(Benchmark):
         harness = Harness(self.asked(), self.include_path, self.data)
         leaves = {name: harness.leaves(name) for name in names}  # a misspelt name is found before hours of work
         system = self._system(tokenizer)
-        whole = [leaf for of in leaves.values() for leaf in of if harness.rolls(leaf)]
-        if whole and carried_prompt(tokenizer):
-            raise ValueError(
-                "the tokenizer carries a prompt (method input_prompt), which lm-eval cannot say before the passages of "
-                f"{', '.join(whole)}: name other tasks alone (tasks=...)"
-            )
+        if carried_prompt(tokenizer):
+            _refuse_passages(harness, leaves)
         lm = None
         result: dict[str, list[Row]] = {}
         for name in names:
@@ -185,6 +181,16 @@ class LmEval(Benchmark):
                 progress(name, len(leaves[name]), len(leaves[name]))
             result[name] = rows
         return result
+
+    def check_prompt(self) -> None:
+        """Refuse tasks that read whole passages: lm-eval says nothing before them.
+
+        Raises:
+            ValueError: There are some.
+        """
+        if importlib.util.find_spec("lm_eval") is not None:
+            harness = Harness(self.asked(), self.include_path, self.data)
+            _refuse_passages(harness, {name: harness.leaves(name) for name in self.asked()})
 
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
         """Aggregate rows as lm-eval does; ``reference`` is not used.
@@ -219,6 +225,15 @@ class LmEval(Benchmark):
             "apply_chat_template": self.chat_template,
             "batch_size": self.batch_size,
         }
+
+
+def _refuse_passages(harness: Harness, leaves: Mapping[str, Sequence[str]]) -> None:
+    whole = [leaf for of in leaves.values() for leaf in of if harness.rolls(leaf)]
+    if whole:
+        raise ValueError(
+            "the tokenizer carries a prompt (method input_prompt), which lm-eval cannot say before the passages of "
+            f"{', '.join(whole)}: name other tasks alone (tasks=...)"
+        )
 
 
 def _scores(rows: Sequence[Row], split: str, seed: int) -> list[Score]:
