@@ -147,6 +147,20 @@ def test_only_linear_layers_move_unless_all_may(make, data):
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_layers_wider_than_asked_for_stay_where_factors_are_needed(make, data, caplog):
+    start = make().state_dict()
+    attention = {n for n in start if "self_attn" in n and "proj" in n}
+    for inverse, moves in (("kfac", attention), ("diagonal", {n for n in start if "proj" in n})):
+        caplog.clear()
+        model = make()
+        solver = InverseSpec(max_dim=32, draws=1)
+        Influence(inverse=inverse, solver=solver, steps=1, max_kl=BUDGET)(model, data)
+        assert {n for n, p in model.named_parameters() if not torch.equal(p, start[n])} == moves
+        assert ("are wider than solver.max_dim (32)" in caplog.text) == (inverse == "kfac")
+    with pytest.raises(ValueError, match=r"no trainable linear layer to move: raise solver.max_dim"):
+        Influence(inverse="whiten", solver=InverseSpec(max_dim=8))(make(), data)
+
+
 def test_an_adapter_moves_and_nothing_else_does(make, data):
     from peft import LoraConfig, get_peft_model
 

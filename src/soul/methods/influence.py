@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from soul.curvature.ihvp import Inverse, InverseSpec, inverse_class, make_inverse
-from soul.curvature.kronecker import linear_layers, too_wide
 from soul.curvature.products import (
     GaussNewton,
     evaluating,
@@ -126,20 +125,26 @@ class Influence(Method):
     def _restricted(self, model: nn.Module) -> Iterator[None]:
         """Let only what is to move require gradients."""
         params = trainable(model)
-        kept = set(params)
+        kept, wide = set(params), {}
         if self.parameters == "linear":
-            layers, wide = linear_layers(model), too_wide(model)
+            layers, wide = inverse_class(self.inverse).covers(model, self.solver)
             if wide:
                 _logger.warning(
-                    "%d linear layers, %s first, are too wide for factors and do not move; parameters=all moves them",
+                    "%d linear layers, %s first, are wider than solver.max_dim (%d) and do not move; a larger one, or "
+                    "the inverse diagonal or cg, moves them",
                     len(wide),
                     next(iter(wide)),
+                    self.solver.max_dim,
                 )
             kept &= {f"{name}.{part}" for name, layer in layers.items() for part, _ in layer.named_parameters()}
         if not kept:
             raise ValueError(
                 f"{type(model).__name__} has no trainable {'linear layer' if params else 'parameter'} to move: "
-                + ("set parameters to all" if params else "unfreeze some, or add an adapter")
+                + (
+                    ("raise solver.max_dim" if wide else "set parameters to all")
+                    if params
+                    else "unfreeze some, or add an adapter"
+                )
             )
         try:
             for name, p in params.items():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 import torch
 from torch import nn
 
+from soul.curvature.kronecker import LARGEST, Layer, linear_layers
 from soul.curvature.products import Jvp, add_to, count_answers, curvature_pass
 from soul.curvature.vectors import Vector
 from soul.data.batches import Batch
@@ -32,6 +34,8 @@ class InverseSpec:
         iterations: ``cg``: most iterations.
         tolerance: ``cg``: residual relative to the right-hand side at which it stops.
         precondition: ``cg``: precondition by the damped diagonal.
+        max_dim: ``kfac``, ``ekfac``, ``whiten``: widest side of a factor; wider layers are left alone. A factor takes
+            ``4 max_dim^2`` bytes.
         jvp: ``cg``: how Jacobian-vector products are had (:class:`soul.curvature.products.GaussNewton`).
     """
 
@@ -43,12 +47,13 @@ class InverseSpec:
     iterations: int = 100
     tolerance: float = 1e-5
     precondition: bool = True
+    max_dim: int = LARGEST
     jvp: Jvp = "auto"
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
             raise ValueError(f"damping must be above 0, not {self.damping}: without it the inverse need not exist")
-        for name in ("draws", "rank", "iterations"):
+        for name in ("draws", "rank", "iterations", "max_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         if not (self.buffers > 0 and self.tolerance > 0):
@@ -75,6 +80,12 @@ class Inverse(abc.ABC):
     ) -> None:
         self.model, self.batches, self.spec, self.seed = model, list(batches), spec or InverseSpec(), seed
         self.prepare()
+
+    @classmethod
+    def covers(cls, model: nn.Module, spec: InverseSpec) -> tuple[dict[str, Layer], dict[str, Layer]]:
+        """Return the linear layers inside the model that it can move, and those that are too wide for it."""
+        del spec
+        return linear_layers(model, sys.maxsize), {}
 
     def prepare(self) -> None:  # noqa: B027 - some inverses keep nothing
         """Estimate what is kept between calls."""

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from soul.curvature.ihvp.base import Inverse, curvature_gradients
+from soul.curvature.ihvp.base import Inverse, InverseSpec, curvature_gradients
 from soul.curvature.inverses import EigenInverse, KroneckerInverse
-from soul.curvature.kronecker import KroneckerFactors, pack, unpack
+from soul.curvature.kronecker import KroneckerFactors, Layer, linear_layers, pack, too_wide, unpack
 from soul.curvature.products import count_answers, curvature_pass, evaluating, on_device
 from soul.curvature.vectors import Vector
 from soul.data.batches import Batch
@@ -28,13 +28,19 @@ class _Factored(Inverse, abc.ABC):
 
     def prepare(self) -> None:
         """Watch the layers, and make what inverts them."""
-        self.factors = KroneckerFactors(self.model, outputs=self.needs_outputs)
+        self.factors = KroneckerFactors(self.model, outputs=self.needs_outputs, largest=self.spec.max_dim)
         self.watch()
         self.factors.absorb()
         self.known = {name for name in self.factors.layers if self.factors.knows(name)}
         self.solve: Layerwise = self.build()
 
     needs_outputs = True
+
+    @classmethod
+    def covers(cls, model: nn.Module, spec: InverseSpec) -> tuple[dict[str, Layer], dict[str, Layer]]:
+        """Return the layers with factors, and those that are wider than ``max_dim``."""
+        outputs = cls.needs_outputs
+        return linear_layers(model, spec.max_dim, outputs=outputs), too_wide(model, spec.max_dim, outputs=outputs)
 
     def watch(self) -> None:
         """Run the passes from which the factors come."""
