@@ -5,14 +5,15 @@
 Each round trains every side once at the setting that the contest chose, on its first report request, without measuring:
 a side with curvature first with an empty cache, then again with what that left there. Rounds alternate their order. A
 line of ``cost.jsonl`` in the contest's folder is a run; an interrupted experiment goes on with the next round. Prints,
-for each side, the median seconds and the median over rounds of its ratio to the reference side of the same round, with
-the least and the largest.
+for each objective and side, the median seconds and the median over rounds of its ratio to the reference side of the
+same round, with the least and the largest.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import statistics
 import tempfile
@@ -34,9 +35,9 @@ SIDES = ("lion", "adamw", "sophia", "kfac, every 4th step", "kfac")
 Line = dict[str, Any]
 
 
-def jobs(contest: Contest, matrix: Matrix, sides: list[str]) -> dict[str, Job]:
+def jobs(contest: Contest, matrix: Matrix, objective: str, sides: list[str]) -> dict[str, Job]:
     """Return the report run of each side at its chosen setting, on the first report request."""
-    task, objective = next(iter(matrix.tasks)), matrix.objective_names[0]
+    task = next(iter(matrix.tasks))
     found = {}
     for name in sides:
         cell = Cell(task, objective, name)
@@ -62,9 +63,17 @@ def one_round(contest: Contest, sides: dict[str, Job], number: int, tick: Any) -
     return found
 
 
-def table(lines: list[Line], rival: str) -> list[str]:
-    """Return the Markdown table."""
-    rows = ["| side | curvature | runs | s a run | of these curvature | ratio to " + rival + " (least to most) |"]
+def table(lines: list[Line], rival: str, objective: str) -> list[str]:
+    """Return the Markdown table of an objective."""
+    named = (
+        f"`{objective}`",
+        "curvature",
+        "runs",
+        "s a run",
+        "of these curvature",
+        f"ratio to {rival} (least to most)",
+    )
+    rows = ["| " + " | ".join(named) + " |"]
     rows.append("|---" * 6 + "|")
     took = {(x["side"], x["cache"], x["round"]): x["seconds"] for x in lines}
     for side, cache in dict.fromkeys((x["side"], x["cache"]) for x in sorted(lines, key=lambda x: x["round"])):
@@ -84,6 +93,7 @@ def main() -> None:
     parser.add_argument("matrix", type=Path)
     parser.add_argument("folder", type=Path, help="folder of the contest")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--objectives", nargs="*", metavar="NAME", help="by default the contest's first")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), metavar="NAME")
     args = parser.parse_args()
     quiet()
@@ -95,15 +105,21 @@ def main() -> None:
         )
     matrix = read_matrix(args.matrix)
     contest = Contest(matrix, args.folder)
-    sides = jobs(contest, matrix, args.sides)
+    first = matrix.objective_names[0]
+    wanted: list[str] = args.objectives or [first]
+    sides = {objective: jobs(contest, matrix, objective, args.sides) for objective in wanted}
+    where = {"threads": torch.get_num_threads(), "processor": environment()["processor"]}
     with progress_bars() as tick:
-        for number in range(len({x["round"] for x in lines}), args.rounds):
-            where = {"threads": torch.get_num_threads(), "processor": environment()["processor"]}
-            new = [{"format": 1, **line, **where} for line in one_round(contest, sides, number, tick)]
+        for number, objective in itertools.product(range(args.rounds), wanted):
+            if any(x["round"] == number and x.get("objective", first) == objective for x in lines):
+                continue
+            new = one_round(contest, sides[objective], number, tick)
+            new = [{"format": 1, "objective": objective, **line, **where} for line in new]
             for line in new:  # a round that was cut short is taken again
                 append_line(record, line)
             lines += new
-    print("\n".join(table(lines, args.sides[0])))
+    for objective in wanted:
+        print("\n".join(table([x for x in lines if x.get("objective", first) == objective], args.sides[0], objective)))
 
 
 if __name__ == "__main__":

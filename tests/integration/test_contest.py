@@ -310,6 +310,8 @@ def test_what_curvature_costs_is_measured_in_turns(done, matrix_file, tmp_path):
     (cold, warm) = (x["seconds"]["curvature"] for x in lines if x["side"] == "kfac")
     assert cold > warm >= 0  # rounded to hundredths
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == printed  # nothing was left to do
+    assert subprocess.run([*words, "--objectives", "npo"], check=True, capture_output=True, text=True).stdout == printed
+    assert {x["objective"] for x in lines} == {"npo"}
 
 
 def test_an_entry_that_comes_back_as_another_is_refused(done, matrix_file, tmp_path):
