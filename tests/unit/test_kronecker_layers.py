@@ -110,6 +110,16 @@ def test_layers_with_frozen_and_free_biases_have_factors_of_their_own() -> None:
     assert moved == set(start) - {"a.bias"}
 
 
+def test_a_state_over_other_parameters_is_refused() -> None:
+    model = nn.ModuleDict({name: nn.Linear(3, 2) for name in "ab"})
+    rule = watched(model, model.parameters())
+    rule.step()
+    saved = rule.state_dict()
+    saved["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match="optimizer has 3 parameters and this run's 4"):
+        rule.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("left_out", ["of the groups", "of the gradients"])
 def test_a_bias_that_does_not_move_leaves_its_weight_to(left_out: str) -> None:
     torch.manual_seed(0)

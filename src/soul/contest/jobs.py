@@ -305,7 +305,7 @@ class Contest:
         checkpoints: list[int] = []
         if job.kind == "pilot":  # at the full rate from the first step
             found = optimizer.settings() if optimizer else {}
-            steps = m.budget.pilot_steps * max(int(found.get(name, 1)) for name in ("every", "turns"))  # whole moves
+            steps = m.budget.pilot_steps * int(found.get("every", 1))  # whole moves
             training = dataclasses.replace(training, max_steps=steps, warmup=0.0, schedule="constant")
             if isinstance(optimizer, CurvatureOptimizerSpec):  # what curvature costs where there is none yet
                 apart = dataclasses.replace(optimizer.curvature, cache=False)

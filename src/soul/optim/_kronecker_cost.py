@@ -25,7 +25,6 @@ def kronecker_cost(
     largest: int,
     diagonal: bool,
     every: int,
-    turns: int = 1,
     damping: float = 1.0,
     rounds_on: str = "",
 ) -> RuleCost:
@@ -45,7 +44,6 @@ def kronecker_cost(
         largest: Widest side of a factor.
         diagonal: Other parameters are stepped by their diagonal curvature.
         every: Steps from one move to the next.
-        turns: Steps in which each layer divides once; what it found is kept, ``O I``.
         damping: Of ``both``; with little of it inverses are never rounded.
         rounds_on: Of ``both``, the device that multiplies in bf16 if it can; empty where products are exact.
     """
@@ -67,12 +65,12 @@ def kronecker_cost(
     one_side = sum(2 * o * i * i for o, i in shapes)
     both_sides = sum(2 * o * i * (o + i) for o, i in shapes + seen_through)
     return RuleCost(
-        state=4 * weights * (1 + (turns > 1)) + (8 * rest if diagonal else 0),
+        state=4 * weights + (8 * rest if diagonal else 0),
         whole=4 * squares + derived,
-        step=(4 * weights if turns == 1 else 0) + 16 * max(o * i for o, i in shapes),
+        step=4 * weights + 16 * max(o * i for o, i in shapes),
         refresh=4 * (squares + (weights if kind == "eigen" else 0)),
         traffic=sum(3 * p.numel() * p.itemsize for p in params) + 24 * weights,
-        products={"inputs": one_side, "both": both_sides, "eigen": 2 * both_sides}[kind] // max(every, turns),
+        products={"inputs": one_side, "both": both_sides, "eigen": 2 * both_sides}[kind] // every,
         per_position=2 * squares,
         derivation=(9 if kind == "eigen" else 1) * sum(width**3 for width in inputs + outputs),
         backward=kind != "inputs" or diagonal,

@@ -52,6 +52,4 @@ class EKFACSpec(KFACSpec):
         del device
         assert model is not None, "a rule that watches layers is planned with its model"
         diagonal = self.others == "diagonal"
-        return kronecker_cost(
-            params, model, "eigen", largest=self.max_dim, diagonal=diagonal, every=self.every, turns=self.turns
-        )
+        return kronecker_cost(params, model, "eigen", largest=self.max_dim, diagonal=diagonal, every=self.every)

@@ -60,7 +60,6 @@ class KFACSpec(KroneckerSpec):
             largest=self.max_dim,
             diagonal=self.others == "diagonal",
             every=self.every,
-            turns=self.turns,
             damping=self.damping,
             rounds_on=device if self.products == "auto" and all(p.dtype == torch.float32 for p in params) else "",
         )

@@ -69,8 +69,6 @@ class KroneckerRule(UpdateRule):
         others: What to do with parameters without factors.
         every: Calls of ``step`` from one move to the next; gradients in between go into the average only. The last call
             moves too, where :meth:`expect` told which it is.
-        turns: Layers take turns with ``P``: after their first all of them applied it, each does so at every so manieth
-            call, and all move at each along what they found last. It keeps ``u``, as large as the weights.
         worth: Refreshes that the first one, a warm start, counts as.
         weight_decay: Decoupled weight decay.
 
@@ -90,7 +88,6 @@ class KroneckerRule(UpdateRule):
         newton: float = 1.0,
         others: Others = "frozen",
         every: int = 1,
-        turns: int = 1,
         worth: int = 1,
         weight_decay: float = 0.0,
     ) -> None:
@@ -98,8 +95,8 @@ class KroneckerRule(UpdateRule):
         check_between("newton", newton, 0.0, math.inf)
         if others not in ("frozen", "diagonal"):
             raise ValueError(f"others must be frozen or diagonal, not {others!r}")
-        if min(every, turns) != 1:
-            raise ValueError(f"every and turns must be 1 or more, and one of them 1, not {every} and {turns}")
+        if every < 1:
+            raise ValueError(f"every must be 1 or more, not {every}")
         self.factors, self.preconditioner = factors, preconditioner
         self._last_call = 0
         self._watching_is_over = False  # for moves that rounding drops
@@ -107,7 +104,7 @@ class KroneckerRule(UpdateRule):
         self._worth = worth
         self._layer_of = {id(p): name for name, layer in factors.layers.items() for p in _parameters(layer)}
         defaults = {"lr": lr, "momentum": momentum, "decay": decay, "newton": newton, "weight_decay": weight_decay}
-        counts = {"every": every, "turns": turns, "calls": 0, "refreshes": 0}
+        counts = {"every": every, "calls": 0, "refreshes": 0}
         super().__init__(params, {**defaults, **counts, "others": others, "maximize": False})
         if not any(id(p) in self._layer_of for group in self.param_groups for p in group["params"]):
             raise ValueError("none of the parameters belongs to a linear layer with Kronecker factors")
@@ -149,12 +146,7 @@ class KroneckerRule(UpdateRule):
 
     @torch.no_grad()
     def update_curvature(self, estimate: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
-        """Take in what was watched, and the diagonal estimate for parameters without factors.
-
-        Directions that layers found with what was known before are not taken any more.
-        """
-        for state in self.state.values():
-            state.pop("direction", None)
+        """Take in what was watched, and the diagonal estimate for parameters without factors."""
         for group in self.param_groups:
             group["refreshes"] += 1
         first = self.param_groups[0]
@@ -219,7 +211,7 @@ class KroneckerRule(UpdateRule):
     def _layer_moves(self) -> Iterator[_Move]:
         """Yield the moves of the layers with factors."""
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        for number, (name, layer) in enumerate(self.factors.layers.items()):
+        for name, layer in self.factors.layers.items():
             group = group_of.get(id(layer.weight))
             if group is None or layer.weight.grad is None or not self.factors.knows(name):
                 continue  # without curvature a weight stays, as those without factors do
@@ -229,24 +221,13 @@ class KroneckerRule(UpdateRule):
             if bias is not None and bias_group is not None:
                 m_bias, bias_share = self._momentum(bias_group, bias)
                 m_bias = m_bias * (share / bias_share)  # in one average with the weight
-            if self._has_its_turn(group, layer, number):
-                m = pack(layer, m_weight, m_bias)
-                u = self.preconditioner(name, m)
-                dot = torch.dot(u.reshape(-1), m.reshape(-1)) / share**2
-                if group["turns"] > 1:
-                    found = {"direction": u, "dot": dot, "direction_share": share, "found_at": group["calls"]}
-                    self.state[layer.weight].update(found)
-            else:
-                u, dot, share = (self.state[layer.weight][key] for key in ("direction", "dot", "direction_share"))
+            m = pack(layer, m_weight, m_bias)
+            u = self.preconditioner(name, m)
+            dot = torch.dot(u.reshape(-1), m.reshape(-1)) / share**2
             u_weight, u_bias = unpack(layer, u)
             yield _Move(group, layer.weight, u_weight, share, dot)
             if bias is not None and bias_group is not None and u_bias is not None:
                 yield _Move(bias_group, bias, u_bias, share, torch.zeros_like(dot))
-
-    def _has_its_turn(self, group: dict[str, Any], layer: Layer, number: int) -> bool:
-        """Say whether a layer is to divide: in its turn, or where what it has is too old, as an idle expert's."""
-        turns, calls, kept = group["turns"], group["calls"], self.state[layer.weight]
-        return calls % turns == number % turns or "direction" not in kept or calls - kept["found_at"] >= turns
 
     def _other_moves(self) -> Iterator[_Move]:
         for group, p in self._others():
@@ -351,8 +332,6 @@ class KroneckerRule(UpdateRule):
                 "other settings, or of a version that had gradients of what stays; begin anew in another folder"
             )
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group.setdefault("turns", self.defaults["turns"])  # which older states do not have
         exact = [p for group in state_dict["param_groups"] for p in group["params"]]
         for key, p in zip(exact, (p for group in self.param_groups for p in group["params"]), strict=True):
             for name, value in state_dict["state"].get(key, {}).items():

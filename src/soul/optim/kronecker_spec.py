@@ -36,8 +36,6 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
             inverse twice as many.
         every: Steps from one move to the next, which is longer then at the same rate of forgetting: dividing by the
             factors costs as much as a backward pass of a small batch, and few long steps lose little.
-        turns: Steps in which each layer divides once: layers take turns, but for the first step, and at each step all
-            move along what they found last. Costs about as little as ``every``, and keeps one more number a weight.
         curvature: When and from what the curvature is estimated; by default once, before the first step, and kept.
     """
 
@@ -48,7 +46,6 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
     others: Others = "frozen"
     max_dim: int = LARGEST
     every: int = 1
-    turns: int = 1
     curvature: CurvatureSpec = dataclasses.field(
         default_factory=lambda: CurvatureSpec(warm_start=8, interval=0, general_text=2)
     )
@@ -62,11 +59,9 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         super().__post_init__()
         check_common(self.lr, self.weight_decay, momentum=self.momentum, decay=self.decay)
         check_above("damping", self.damping, 0.0)
-        for name in ("every", "turns", "max_dim"):
+        for name in ("every", "max_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if self.every > 1 and self.turns > 1:
-            raise ValueError(f"every ({self.every}) or turns ({self.turns}): leave one of them at 1")
 
     def curvature_settings(self) -> dict[str, Any]:
         """Return what factors found before the first step depend on: not damping, momentum or decay."""

@@ -47,6 +47,4 @@ class WhitenSpec(KroneckerSpec):
         """Return the cost of momentum, input factors and their inverses."""
         del device
         assert model is not None, "a rule that watches layers is planned with its model"
-        return kronecker_cost(
-            params, model, "inputs", largest=self.max_dim, diagonal=False, every=self.every, turns=self.turns
-        )
+        return kronecker_cost(params, model, "inputs", largest=self.max_dim, diagonal=False, every=self.every)
