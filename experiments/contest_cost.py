@@ -107,6 +107,8 @@ def main() -> None:
     contest = Contest(matrix, args.folder)
     first = matrix.objective_names[0]
     wanted: list[str] = args.objectives or [first]
+    if unknown := set(wanted) - set(matrix.objective_names):
+        parser.error(f"the contest has no {', '.join(sorted(unknown))}; it has {', '.join(matrix.objective_names)}")
     sides = {objective: jobs(contest, matrix, objective, args.sides) for objective in wanted}
     where = {"threads": torch.get_num_threads(), "processor": environment()["processor"]}
     with progress_bars() as tick:
@@ -118,8 +120,8 @@ def main() -> None:
             for line in new:  # a round that was cut short is taken again
                 append_line(record, line)
             lines += new
-    for objective in wanted:
-        print("\n".join(table([x for x in lines if x.get("objective", first) == objective], args.sides[0], objective)))
+    found = ([x for x in lines if x.get("objective", first) == objective] for objective in wanted)
+    print("\n\n".join("\n".join(table(x, args.sides[0], name)) for name, x in zip(wanted, found, strict=True)))
 
 
 if __name__ == "__main__":

@@ -100,10 +100,11 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
     described = {"run": sha256(run / "record.json"), **how}
     asked = {"card": spec.card, "show_data": spec.card and spec.show_data}
 
+    origin = dataclasses.asdict(lineage(recipe.model.path, recipe.model.revision, run)) if spec.card else {}
+
     def card(checked: Sequence[Checked]) -> str:
         if not spec.card:
             return ""
-        origin = dataclasses.asdict(lineage(recipe.model.path, recipe.model.revision, run))
         facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
         return model_card(record, facts)
 

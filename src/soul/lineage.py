@@ -37,6 +37,9 @@ def lineage(path: str, revision: str = "", run: Path | None = None) -> Lineage:
         revision: As :attr:`soul.models.ModelSpec.revision`.
         run: The run that it was given to, which knows whether it was a folder that is gone by now.
 
+    Raises:
+        ValueError: A run's recipe or ``origins.json`` is damaged.
+
     Example:
         >>> lineage("smollm2-135m").base
         'HuggingFaceTB/SmolLM2-135M-Instruct'
@@ -46,12 +49,12 @@ def lineage(path: str, revision: str = "", run: Path | None = None) -> Lineage:
         run, first = line[-1]
         path, revision = first.model.path, first.model.revision
     made = read_origins(run) if run else None
-    gone = path not in OFFLINE and made is not None and bool(made.model)  # as a hub id it would have no files here
+    was_local = path not in OFFLINE and made is not None and bool(made.model)  # as a hub id it would have no files here
     gguf = path.endswith(".gguf") or (path in OFFLINE and importlib.util.find_spec(OFFLINE[path][0]) is not None)
     path = OFFLINE[path][1] if path in OFFLINE else path
     local = Path(path).expanduser()
     named = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".gguf")
-    if named or gone or local.exists():
+    if named or was_local or local.exists():
         return Lineage("", _licence(local / "README.md"), gguf)
     with hub.no_retries():
         card = hub.file_of(path, "README.md", revision)

@@ -124,6 +124,8 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     )  # what can be wrong with recipe and data has been found
     if dataset is not None:
         rehearse(model, recipe, dataset)
+        if benchmark and recipe.method and not recipe.method.changes_weights:  # a prompt does it
+            benchmark.check_prompt()
     evaluate_seconds = 0.0
     rows: dict[str, Rows] = {}
 
@@ -198,8 +200,6 @@ def rehearse(model: Any, recipe: Recipe, dataset: UnlearnDataset) -> None:
     """
     if recipe.method is not None:
         recipe.method.check(model)
-        if recipe.benchmark and not recipe.method.changes_weights:
-            recipe.benchmark.check_prompt()
         return
     adapted = add_adapter(model, recipe.adapter, recipe.training.seed) if recipe.adapter is not None else model
     try:

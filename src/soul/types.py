@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""Endings of files with rows."""
 TEXT_SUFFIXES = (".txt", ".md")
+"""Endings of documents."""
 
 
 class LostModelError(ValueError):

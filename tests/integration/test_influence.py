@@ -150,15 +150,18 @@ def test_only_linear_layers_move_unless_all_may(make, data):
 def test_layers_wider_than_asked_for_stay_where_factors_are_needed(make, data, caplog):
     start = make().state_dict()
     attention = {n for n in start if "self_attn" in n and "proj" in n}
-    for inverse, moves in (("kfac", attention), ("diagonal", {n for n in start if "proj" in n})):
+    wide_outputs = {n for n in start if "gate_proj" in n or "up_proj" in n}
+    sides = {"kfac": attention, "whiten": attention | wide_outputs, "diagonal": {n for n in start if "proj" in n}}
+    for inverse, moves in sides.items():
         caplog.clear()
         model = make()
         solver = InverseSpec(max_dim=32, draws=1)
         Influence(inverse=inverse, solver=solver, steps=1, max_kl=BUDGET)(model, data)
         assert {n for n, p in model.named_parameters() if not torch.equal(p, start[n])} == moves
-        assert ("are wider than solver.max_dim (32)" in caplog.text) == (inverse == "kfac")
-    with pytest.raises(ValueError, match=r"no trainable linear layer to move: raise solver.max_dim"):
-        Influence(inverse="whiten", solver=InverseSpec(max_dim=8))(make(), data)
+        assert ("are wider than solver.max_dim (32)" in caplog.text) == (inverse != "diagonal")
+    for parameters in ("linear", "all"):
+        with pytest.raises(ValueError, match=r"all 14 linear layers are wider than solver.max_dim \(8\).* raise it"):
+            Influence(inverse="whiten", solver=InverseSpec(max_dim=8), parameters=parameters)(make(), data)
 
 
 def test_an_adapter_moves_and_nothing_else_does(make, data):

@@ -137,6 +137,8 @@ def test_a_knob_may_be_part_of_a_setting():
             r"steps must be from budget.checkpoints \(3\) to .* \(12\)",
         ),
         (("optimizers",), [{"method": {"name": "influence"}, "steps": 3}], "a method has settings of its own"),
+        (("optimizers",), [{"method": {"name": "influence"}, "match": "run"}], "a method has settings of its own"),
+        (("optimizers",), [{"name": "signum", "match": "run"}], "match: run is for an entry with steps of its own"),
         (("optimizers",), [{"method": {"name": "influence"}}], "needs a knob"),
         (("optimizers",), [{"name": "signum", "method": {"name": "influence"}}], "one of the two"),
         (("objectives",), [3], "a name, or a mapping"),

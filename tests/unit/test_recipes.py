@@ -107,3 +107,10 @@ def test_settings_given_in_part_leave_the_rest_as_that_component_has_it():
         recipe_from_tree({"optimizer": {"name": "kfac", "curvature": {"bach": 3}}})
     with pytest.raises(ValueError, match=r"curvature\.batch must be 1 or more"):
         recipe_from_tree({"optimizer": {"name": "kfac", "curvature": {"batch": 0}}})
+
+
+def test_a_recipe_that_knew_turns_is_read_where_they_changed_nothing():
+    kfac = recipe_from_tree({"optimizer": {"name": "kfac", "damping": 0.2}}).optimizer
+    assert recipe_from_tree({"optimizer": {"name": "kfac", "damping": 0.2, "turns": 1}}).optimizer == kfac
+    with pytest.raises(ValueError, match=r"optimizer\.turns is gone: optimizer\.every"):
+        recipe_from_tree({"optimizer": {"name": "kfac", "turns": 6}})

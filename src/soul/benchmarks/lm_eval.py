@@ -188,9 +188,11 @@ class LmEval(Benchmark):
         Raises:
             ValueError: There are some.
         """
-        if importlib.util.find_spec("lm_eval") is not None:
+        missing = self.missing()
+        names = [name for name in self.asked() if name not in missing]
+        if names:
             harness = Harness(self.asked(), self.include_path, self.data)
-            _refuse_passages(harness, {name: harness.leaves(name) for name in self.asked()})
+            _refuse_passages(harness, {name: harness.leaves(name) for name in names})
 
     def score(self, rows: Rows, reference: Rows | None = None) -> list[Score]:
         """Aggregate rows as lm-eval does; ``reference`` is not used.

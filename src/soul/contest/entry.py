@@ -62,8 +62,8 @@ class Entry:
         settings: Of its trials, how many go on, where they are fewer than ``budget.settings``; 0 for as many.
         steps: Its steps, where they are fewer than the others' (the same seconds for a rule whose steps take longer); 0
             for as many.
-        match: What its pilot matches to the others': the root mean square change of a weight in a ``step``, or in a
-            whole ``run``, so that a side of fewer steps has a range of rates as much higher.
+        match: What its pilot matches to the others': the root mean square change of a weight in a ``step`` or, where it
+            has steps of its own, in a whole ``run``: its range of rates is as much higher as its steps are fewer.
         knob: What is tuned beside learning rate and retain weight; None tunes these alone.
         projected: Take the retain direction out of the forget gradient (``training.combine: projected``; a control).
         extra_retain: Give it the curvature's examples as retain examples too (a control: they share the places of

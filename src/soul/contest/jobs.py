@@ -279,15 +279,8 @@ class Contest:
             return m.settings(entry.name, job.point, math.nan)
         centre = self._pilot(job)["centre"]
         if entry.match == "run":
-            centre *= m.training.max_steps / self._steps(job)
+            centre *= m.training.max_steps / entry.steps
         return m.settings(entry.name, job.point, centre)
-
-    def _steps(self, job: Job) -> int:
-        """Return how many steps a trial or report of an optimizer has."""
-        assert job.cell is not None
-        entry = self.matrix.entry(job.cell.optimizer)
-        knob = {} if entry.knob is None else {"knob": entry.knob.at(0.5)}  # what is tuned changes no price
-        return entry.steps or self.matrix.steps(self._pilot(job), entry.spec(knob))
 
     def _pilot(self, job: Job) -> Line:
         assert job.cell is not None
@@ -312,7 +305,8 @@ class Contest:
                 optimizer = dataclasses.replace(optimizer, curvature=apart)
         else:
             if not entry.method:
-                training = dataclasses.replace(training, max_steps=self._steps(job))
+                steps = entry.steps or m.steps(self._pilot(job), optimizer)
+                training = dataclasses.replace(training, max_steps=steps)
             checkpoints = m.checkpoints(training.max_steps)
             if job.kind == "attack":
                 checkpoints = checkpoints[-1:]

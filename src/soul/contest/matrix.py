@@ -164,6 +164,8 @@ class Matrix:
                 )
             if entry.steps and self.budget.seconds:
                 raise ValueError(f"{entry.name}: steps or budget.seconds: each says how many; leave one of them at 0")
+            if entry.match == "run" and not entry.steps:
+                raise ValueError(f"{entry.name}: match: run is for an entry with steps of its own, and it has none")
             if entry.steps and not self.budget.checkpoints <= entry.steps <= self.training.max_steps:
                 raise ValueError(
                     f"{entry.name}: steps must be from budget.checkpoints ({self.budget.checkpoints}) to "
@@ -269,7 +271,7 @@ class Matrix:
         Args:
             name: What tables call the update rule.
             point: Which trial.
-            centre: Learning rate the pilot found.
+            centre: Learning rate in the middle of the range.
         """
         x, y, z = (float(v) for v in self.points()[point])
         entry = self.entry(name)

@@ -66,7 +66,7 @@ class Influence(Method):
             L_retain``, over the rows of the curvature.
         parameters: ``linear`` moves the weights of linear layers inside the model; ``all`` everything trainable. A
             token that no retain row holds has no curvature, and ``all`` moves its embedding as far as damping lets it.
-            The Kronecker inverses cover linear layers only.
+            The Kronecker inverses cover linear layers only, up to ``solver.max_dim``.
         curvature_rows: Retain examples in an estimate of the curvature, drawn anew for each; of ``data.curvature``
             where that is given.
         probe_rows: Retain examples that the KL is measured on; never among those of the curvature, unless there is
@@ -125,26 +125,27 @@ class Influence(Method):
     def _restricted(self, model: nn.Module) -> Iterator[None]:
         """Let only what is to move require gradients."""
         params = trainable(model)
-        kept, wide = set(params), {}
+        kept = set(params)
+        layers, wide = inverse_class(self.inverse).covers(model, self.solver)
+        if wide and not layers:
+            raise ValueError(
+                f"all {len(wide)} linear layers are wider than solver.max_dim ({self.solver.max_dim}), and "
+                f"{self.inverse} moves none: raise it, or use the inverse diagonal or cg"
+            )
+        if wide:
+            _logger.warning(
+                "%d linear layers, %s first, are wider than solver.max_dim (%d) and do not move; a larger one, or "
+                "the inverse diagonal or cg, moves them",
+                len(wide),
+                next(iter(wide)),
+                self.solver.max_dim,
+            )
         if self.parameters == "linear":
-            layers, wide = inverse_class(self.inverse).covers(model, self.solver)
-            if wide:
-                _logger.warning(
-                    "%d linear layers, %s first, are wider than solver.max_dim (%d) and do not move; a larger one, or "
-                    "the inverse diagonal or cg, moves them",
-                    len(wide),
-                    next(iter(wide)),
-                    self.solver.max_dim,
-                )
             kept &= {f"{name}.{part}" for name, layer in layers.items() for part, _ in layer.named_parameters()}
         if not kept:
             raise ValueError(
                 f"{type(model).__name__} has no trainable {'linear layer' if params else 'parameter'} to move: "
-                + (
-                    ("raise solver.max_dim" if wide else "set parameters to all")
-                    if params
-                    else "unfreeze some, or add an adapter"
-                )
+                + ("set parameters to all" if params else "unfreeze some, or add an adapter")
             )
         try:
             for name, p in params.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -62,6 +62,13 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         for name in ("every", "max_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+
+    @staticmethod
+    def upgraded(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings of an older recipe: ``turns``, in which layers divided one after the other, is gone."""
+        if tree.get("turns", 1) != 1:
+            raise ValueError("optimizer.turns is gone: optimizer.every saves as much time and forgets as well")
+        return {name: value for name, value in tree.items() if name != "turns"}
 
     def curvature_settings(self) -> dict[str, Any]:
         """Return what factors found before the first step depend on: not damping, momentum or decay."""
