@@ -312,6 +312,12 @@ def test_what_curvature_costs_is_measured_in_turns(done, matrix_file, tmp_path):
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == printed  # nothing was left to do
     assert subprocess.run([*words, "--objectives", "npo"], check=True, capture_output=True, text=True).stdout == printed
     assert {x["objective"] for x in lines} == {"npo"}
+    for line in lines:
+        del line["objective"]  # as records of before have none
+    (tmp_path / "cost.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == printed
+    wrong = subprocess.run([*words, "--objectives", "ga"], capture_output=True, text=True)
+    assert (wrong.returncode, "the contest has no ga; it has npo" in wrong.stderr) == (2, True)
 
 
 def test_an_entry_that_comes_back_as_another_is_refused(done, matrix_file, tmp_path):
