@@ -36,7 +36,7 @@ class EvaluationSpec:
         max_new_tokens: Longest generated answer, where the benchmark asks for no other length.
         generate: Generate greedy answers (for ROUGE-L) and samples where they are asked for (:class:`soul.types.Ask`).
         max_tokens: Padded tokens in a likelihood batch, at most; a CPU takes what its caches hold (1,024 or more).
-        generation_batch: Rows in a generation batch.
+        generation_batch: Rows in a generation batch, at most; fewer where prompts and answers are long.
         max_length: Longest sequence; what a row loses beyond it, or beyond ``max_new_tokens``, it says
             (``Row.truncated``).
     """

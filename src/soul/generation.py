@@ -18,6 +18,9 @@ from soul.types import Ask
 Count = Callable[[int, int], None]
 Chooser = Callable[[Sequence[int]], LogitsProcessor]
 
+POSITIONS = 1 << 14
+"""Tokens of a batch, answers included, at most: a model keeps keys and values of each, 1 MiB in Llama-2-7B in fp32."""
+
 
 class Written(NamedTuple):
     """What a model wrote.
@@ -66,7 +69,7 @@ def write(
         template: How its text becomes tokens.
         prompts: Tokens of each prompt.
         max_new_tokens: Longest answer, where the model has positions for it.
-        rows: Prompts in a batch.
+        rows: Prompts in a batch, at most; fewer where they are long (:data:`POSITIONS`).
         chooser: From the prompts of a batch (positions in ``prompts``) to what leaves one token to choose at each
             position; the most likely one by default.
         progress: Called with (done, of).
@@ -118,7 +121,7 @@ def _batches(
         )
     for room in sorted(set(rooms)):
         alike = [i for i, found in enumerate(rooms) if found == room]
-        for group in length_batches([len(prompts[i]) for i in alike], 1 << 30, rows):
+        for group in length_batches([len(prompts[i]) + room for i in alike], POSITIONS, rows):
             yield room, [alike[k] for k in group]
 
 
@@ -200,17 +203,18 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return scores of 0 for the token drawn and -inf for all others."""
         assert len(scores) == len(input_ids) == len(self.draws_BT)
-        # cumulative sums of a hundred thousand shares need float64; not every accelerator has it
-        shares = (scores.cpu().double() / self.temperature).softmax(-1)
+        # cumulative sums of a hundred thousand shares need float64, which mps lacks
+        held = scores.cpu() if scores.device.type == "mps" else scores
+        shares = (held.double() / self.temperature).softmax(-1)
         order = None
         if self.top_p < 1:
             shares, order = shares.sort(dim=-1, descending=True, stable=True)
             # the token that crosses the line stays
             shares = shares.masked_fill(shares.cumsum(-1) - shares >= self.top_p, 0.0)
         ends = shares.cumsum(-1)
-        at = torch.from_numpy(self.draws_BT[:, self.position, None]) * ends[:, -1:]
+        at = torch.from_numpy(self.draws_BT[:, self.position, None]).to(ends.device) * ends[:, -1:]
         # below the end, to which rounding may lift it: then what is drawn has a share
-        at = at.minimum(ends[:, -1:].nextafter(torch.zeros((), dtype=at.dtype)))
+        at = at.minimum(ends[:, -1:].nextafter(torch.zeros((), dtype=at.dtype, device=at.device)))
         # scores that are no numbers, of a model that has diverged, are above every share: the last token, then
         chosen = torch.searchsorted(ends, at, right=True).clamp_(max=scores.shape[-1] - 1)
         if order is not None:

@@ -107,6 +107,13 @@ class HubClassifier:
             raise ValueError(
                 f"the classifier {path!r} has no label toxic or toxicity; it has {', '.join(labels.values())}"
             )
+        if self._tokenizer.pad_token is None:  # of a language model with a head
+            if self._tokenizer.eos_token is None:
+                raise ValueError(f"the classifier {path!r} has a tokenizer with neither a padding nor an end token")
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._tokenizer.padding_side = "right"
+        if getattr(config, "pad_token_id", None) is None:  # by it such a model finds a text's last token
+            config.pad_token_id = self._tokenizer.pad_token_id
         self._column = chosen[0] if chosen else 0
         self._sigmoid = config.problem_type == "multi_label_classification" or len(labels) == 1
         self.label, self.quality = path.rstrip("/").rpartition("/")[2], None

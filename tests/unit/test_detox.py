@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from soul.assess import prepare
 from soul.benchmarks.detox import TOXIC_SPLITS, Detox, toxicity_scores
@@ -192,6 +192,30 @@ def test_a_hub_classifier_is_asked_for_its_label(tmp_path, tokenizer, labels, pr
     assert found[1] == 0
     assert (judge.label, judge.quality) == ("judge", None)
     assert load_classifier(str(tmp_path / "judge")) is judge
+
+
+def test_a_classifier_made_of_a_language_model_judges_in_batches(tmp_path, make_tokenizer):
+    """GPT-2's kind has no padding token, and finds a text's last token by what is no padding."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        num_labels=2,
+        id2label={0: "fine", 1: "toxic"},
+        initializer_range=0.5,
+    )
+    model = GPT2ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    judge = HubClassifier(str(tmp_path / "judge"))
+    texts = ["Where was Mira Vale born, and in what year was that?", "In Accra.", "A spider has eight legs."]
+    for text, value in zip(texts, judge(texts), strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits
+        assert value == pytest.approx(float(logits.softmax(-1)[0, 1]), abs=1e-5)
 
 
 def test_a_classifier_that_cannot_judge_is_refused(tmp_path, tokenizer, make_model, prompts):

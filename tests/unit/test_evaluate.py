@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from soul import evaluate as module
+from soul import generation
 from soul.benchmarks.base import Benchmark
 from soul.data.templates import ChatTemplate
 from soul.evaluate import EvaluationSpec, evaluate, measure
@@ -343,6 +344,23 @@ def test_a_benchmark_of_long_texts_lifts_the_limit(
     for given in (None, EvaluationSpec(max_length=4000)):
         measure(Long(), make_model(), tokenizer, spec=given)
     assert seen == [2304, 4000]
+
+
+def test_long_rows_are_written_in_smaller_batches(
+    make_model: Make, tokenizer: PreTrainedTokenizerFast, forget_set: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model keeps keys and values of every position of a batch, those of the answers to come too."""
+    template, model = ChatTemplate(tokenizer), make_model()
+    prompts = [template.prompt_ids(e) for e in forget_set]
+    longest = max(map(len, prompts))
+    whole = write(model, template, prompts, max_new_tokens=6, rows=64)
+    shapes: list[tuple[int, ...]] = []
+    inner = model.generate
+    monkeypatch.setattr(model, "generate", lambda **how: shapes.append(how["input_ids"].shape) or inner(**how))
+    monkeypatch.setattr(generation, "POSITIONS", 2 * (longest + 6))
+    assert write(model, template, prompts, max_new_tokens=6, rows=64) == whole
+    assert all(rows * (width + 6) <= 2 * (longest + 6) for rows, width in shapes)
+    assert len(shapes) > 1
 
 
 def test_what_a_publisher_adds_to_decoding_is_left_out(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from soul.benchmarks import _harness
+from soul.benchmarks import lm_eval as module
 from soul.benchmarks.lm_eval import PRESETS, LmEval
 from soul.data.guard import carry_prompt, set_system_turn
 from soul.data.tasks import COPIES, local_splits
@@ -181,6 +183,36 @@ def test_rows_are_kept_and_read_back(measured, tokenizer):
     assert first["harness"]["task_version"] == 1
     assert first["harness"]["lm_eval"]
     assert (first["id"], first["subject"]) == ("wmdp_bio:0", "wmdp_bio")
+
+
+def test_rows_of_something_else_are_measured_again(measured, data, tmp_path, monkeypatch):
+    """They are taken for what they say where data, lm-eval and their number are those of now."""
+    lm_eval = pytest.importorskip("lm_eval")
+    benchmark, _, folder, rows, _ = measured
+    harness = _harness.Harness(benchmark.asked(), data=str(data))
+    file = tmp_path / "wmdp_bio.jsonl"
+    whole = (folder / file.name).read_bytes()
+    file.write_bytes(whole)
+    assert module._read(file, harness, ["wmdp_bio"]) == rows["wmdp_bio"]
+    file.write_bytes(whole[: whole.rstrip().rfind(b"\n") + 1])
+    assert module._read(file, harness, ["wmdp_bio"]) is None
+    file.write_bytes(whole)
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    mended = other / "wmdp_bio/test.jsonl"
+    mended.write_text(mended.read_text().replace("a0", "A0"))
+    assert module._read(file, _harness.Harness(benchmark.asked(), data=str(other)), ["wmdp_bio"]) is None
+    monkeypatch.setattr(lm_eval, "__version__", "99")
+    assert module._read(file, harness, ["wmdp_bio"]) is None
+
+
+def test_examples_before_a_question_come_from_where_the_definition_has_them(data):
+    """Without that split lm-eval would show the questions themselves, answers and all."""
+    pytest.importorskip("lm_eval")
+    with pytest.raises(ValueError, match=r"arc_challenge takes .* its split train, and .* a copy of test alone"):
+        LmEval(tasks="arc_challenge", num_fewshot=2, data=str(data)).splits()
+    for tasks, shots in (("arc_challenge", None), ("arc_challenge", 0), ("mmlu_anatomy", 2)):
+        LmEval(tasks=tasks, num_fewshot=shots, data=str(data)).splits()
 
 
 def test_scores_are_what_lm_eval_reports(measured, data, tokenizer):

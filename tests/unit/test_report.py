@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from report_runs import answer_rows, make_run, score_row, write_lines
 from rich.console import Console
+from scipy import stats
 
 from soul.report import read_run, render_html, render_terminal, write_report
 from soul.report.plots import loss_plot, tradeoff_plot, win_rate_plot
-from soul.report.view import check_summary, kind_of, models_of, number, sentences, tables_of
+from soul.report.view import changes_of, check_summary, kind_of, models_of, number, sentences, tables_of
 from soul.visible import clean
 
 HOSTILE = (
@@ -162,6 +163,7 @@ def _hostile_run(tmp_path: Path) -> Path:
     scores = [
         score_row(HOSTILE, HOSTILE, 0.5, 1, 0.1, HOSTILE),
         score_row("probability", "forget", 0.5, 1, 0.1, "lower"),
+        score_row(HOSTILE, "kept", 0.5, 1, 0.1, "higher"),
     ]
     (root / "scores.json").write_text(json.dumps({"before": scores, "after": scores}))
     write_lines(root / "log.jsonl", [{"step": 1, "loss": 0.1, HOSTILE: 1.0, f"{HOSTILE}_loss": 0.3}])
@@ -186,6 +188,23 @@ def test_hostile_text_does_not_steer_a_terminal(tmp_path: Path):
     text = _terminal(_hostile_run(tmp_path))
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text)
     assert "[bold]" in text
+
+
+def test_whether_items_changed_is_told_by_their_probabilities(tmp_path: Path):
+    """An answer counts as one, however long it is: long ones fall here, and short ones go either way."""
+    root = make_run(tmp_path / "run")
+    before = [0.6] * 12
+    after = [0.4 if i % 2 else 0.6 + (0.01 if i % 4 else -0.01) for i in range(12)]
+    for stage, values in (("before", before), ("after", after)):
+        rows = answer_rows([(f"What is {i}?", "It is.") for i in range(12)], [""], 0.0)
+        changed = [
+            row | {"nll": -math.log(p), "tokens": 60 if i % 2 else 2}
+            for i, (row, p) in enumerate(zip(rows, values, strict=True))
+        ]
+        write_lines(root / "rows" / stage / "forget.jsonl", changed)
+    found = next(change for change in changes_of(read_run(root)) if change.kind == "forget")
+    assert found.paired == (stats.ttest_rel(before, after).pvalue < 0.05)
+    assert found.paired
 
 
 def test_page_fetches_nothing(run_dir: Path):

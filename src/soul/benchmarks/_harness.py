@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -88,6 +89,39 @@ class Harness:
     def rolls(self, task: str) -> bool:
         """Say whether a task reads whole passages, before which lm-eval says nothing."""
         return (self._index[task].cfg or {}).get("output_type") == "loglikelihood_rolling"
+
+    def source(self, task: str) -> str:
+        """Return a digest of a task's definition and local rows: by it rows on disk are known to be of the same."""
+        entry = self._index[task]
+        definition = Path(entry.yaml_path).read_bytes() if entry.yaml_path else b""
+        rows = local_splits(self.data, task) if self.data else {}
+        text = json.dumps(rows, sort_keys=True).encode()
+        return hashlib.blake2b(definition + text, digest_size=8).hexdigest()
+
+    def check_shots(self, task: str, shots: int | None) -> None:
+        """Make sure that the examples before each question come from where the definition takes them.
+
+        Where that split is not there, lm-eval takes them from the questions themselves, with their answers.
+
+        Args:
+            task: lm-eval's name of it.
+            shots: How many; the definition's own number where None.
+
+        Raises:
+            ValueError: The local folder has no copy of that split.
+        """
+        definition = self._index[task].cfg or {}
+        held = local_splits(self.data, task) if self.data else {}
+        shown: Mapping[str, Any] = definition.get("fewshot_config") or {}
+        if not held or shown.get("samples") or not (definition.get("num_fewshot") if shots is None else shots):
+            return
+        names = ("fewshot_split", "training_split", "validation_split")
+        wanted = shown.get("split") or next((definition[name] for name in names if definition.get(name)), None)
+        if wanted and wanted not in held:
+            raise ValueError(
+                f"{task} takes the examples before its questions from its split {wanted}, and {self.data} has a copy "
+                f"of {', '.join(held)} alone: set num_fewshot to 0, or give all its splits there as {task}/SPLIT.jsonl"
+            )
 
     @contextlib.contextmanager
     def task(self, name: str) -> Iterator[tuple[Any, Any]]:

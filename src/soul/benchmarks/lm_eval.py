@@ -110,7 +110,8 @@ class LmEval(Benchmark):
         if importlib.util.find_spec("lm_eval") is not None:
             harness = Harness(self.asked(), self.include_path, self.data)
             for name in self.asked():
-                harness.leaves(name)
+                for leaf in harness.leaves(name):
+                    harness.check_shots(leaf, self.num_fewshot)
         return {}
 
     def missing(self) -> dict[str, str]:
@@ -146,12 +147,13 @@ class LmEval(Benchmark):
             model: A causal language model, run in its own dtype.
             tokenizer: Its tokenizer.
             spec: Unused: batch and window are settings of this benchmark.
-            folder: Where ``<split>.jsonl`` is written as splits are done; what is there is not measured again.
+            folder: Where ``<split>.jsonl`` is written as splits are done; what is there is not measured again, unless
+                it is of other definitions, of other local data, of another version of lm-eval, or not whole.
             progress: Called with (what, done, of).
 
         Raises:
-            ValueError: lm-eval is not installed, has no such task, no task's data can be had, or a prompt that the
-                tokenizer carries cannot be said before a task.
+            ValueError: lm-eval is not installed, has no such task, no task's data can be had, its examples before the
+                questions are not there, or a prompt that the tokenizer carries cannot be said before a task.
         """
         del spec
         missing = self.missing()
@@ -160,13 +162,15 @@ class LmEval(Benchmark):
             raise ValueError("no task of lm-eval can be run: " + "; ".join(f"{k}: {v}" for k, v in missing.items()))
         harness = Harness(self.asked(), self.include_path, self.data)
         leaves = {name: harness.leaves(name) for name in names}  # a misspelt name is found before hours of work
+        for leaf in (leaf for of in leaves.values() for leaf in of):
+            harness.check_shots(leaf, self.num_fewshot)
         system = self._system(tokenizer)
         if carried_prompt(tokenizer):
             _refuse_passages(harness, leaves)
         lm = None
         result: dict[str, list[Row]] = {}
         for name in names:
-            rows = _read(folder / f"{name}.jsonl") if folder else None
+            rows = _read(folder / f"{name}.jsonl", harness, leaves[name]) if folder else None
             if rows is None:
                 lm = lm or wrap(model, tokenizer, self.batch_size, self.max_length)
                 rows = []
@@ -174,7 +178,10 @@ class LmEval(Benchmark):
                     if progress:
                         progress(name, done, len(leaves[name]))
                     with harness.task(leaf) as (task, manager):
-                        rows += run(lm, task, manager, system_instruction=system, **self._settings())
+                        found = run(lm, task, manager, system_instruction=system, **self._settings())
+                    for row in cast(list[dict[str, Any]], found):
+                        row["harness"] |= {"source": harness.source(leaf), "items": len(found)}
+                    rows += found
                 if folder:
                     write_lines(folder / f"{name}.jsonl", rows)
             if progress:
@@ -272,10 +279,17 @@ def _aggregate(how: str, groups: list[Array]) -> float:
     return math.inf if -mean >= 709 else math.exp(-mean)  # nan stays nan
 
 
-def _read(file: Path) -> list[Row] | None:
-    """Return what was measured earlier; None where it was not, or where the file is damaged."""
+def _read(file: Path, harness: Harness, leaves: Sequence[str]) -> list[Row] | None:
+    """Return what was measured earlier; None where it was not, is not whole, or would come out otherwise now."""
     if not file.is_file():
         return None
+    rows: list[Any] = []
     with contextlib.suppress(ValueError):
-        return cast(list[Row], read_lines(file))
-    return None
+        rows = read_lines(file)
+    version = importlib.import_module("lm_eval").__version__
+    for leaf in leaves:
+        made = [row.get("harness", {}) for row in rows if row.get("subject") == leaf]
+        now = {"lm_eval": version, "source": harness.source(leaf), "items": len(made)}
+        if not made or any(of.get(name) != value for of in made for name, value in now.items()):
+            return None
+    return cast(list[Row], rows)

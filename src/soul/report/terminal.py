@@ -63,7 +63,7 @@ def _verdict(run: RunRecord, console: Console, *, shared: bool) -> None:
     if run.stopped:
         console.print(Text(clean(run.stopped), style="bold"))
     for sentence in view.sentences(run):
-        console.print(Text(sentence))
+        console.print(Text(clean(sentence)))
     for check in run.checks:
         mark, style = ("passed", "green") if check.passed else ("failed", "red")
         value = "" if check.value is None else f" ({view.number(check.value)})"

@@ -250,7 +250,7 @@ def _beyond_chance(run: RunRecord, split: str, metric: str) -> bool:
     for i, (old, new) in enumerate(pairs):
         if not (old.get("tokens") and new.get("tokens")):
             return False
-        x, y = (row["nll"] / row["tokens"] for row in (old, new))
+        x, y = old["nll"], new["nll"]  # means over tokens
         change = y - x if metric == "perplexity" else math.exp(-y) - math.exp(-x)
         apart.setdefault(old["subject"] or f"#{i}", []).append(change)
     means = [sum(many) / len(many) for many in apart.values()]
