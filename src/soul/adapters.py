@@ -24,7 +24,8 @@ class AdapterSpec:
         r: Rank.
         alpha: Scale; the update is ``alpha / r * B A``.
         dropout: Dropout on the adapter's input.
-        target_modules: Modules that get one; all linear layers by default.
+        target_modules: Modules that get one; all linear layers by default. A list of names (or text of one, or of
+            several with commas), each of which must be there, or a regular expression of whole names, as peft does it.
         merge: Merge into the weights when saving; otherwise the adapter is saved alone.
     """
 
@@ -40,21 +41,46 @@ class AdapterSpec:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout must be in [0, 1), not {self.dropout}")
 
+    def targets(self) -> str | list[str]:
+        """Return ``target_modules`` as peft takes it: a list of names, or text that is a regular expression.
+
+        Example:
+            >>> AdapterSpec(target_modules="q_proj, v_proj").targets(), AdapterSpec(target_modules=".*_proj").targets()
+            (['q_proj', 'v_proj'], '.*_proj')
+        """
+        given = self.target_modules
+        if isinstance(given, str) and given != "all-linear" and re.fullmatch(r"[\w.,\s]+", given):
+            return [name.strip() for name in given.split(",") if name.strip()]
+        return given
+
 
 def check_adapter(model: PreTrainedModel, spec: AdapterSpec) -> None:
     """Make sure that the model has modules of the names the adapter asks for.
 
     Raises:
-        ValueError: It has none.
+        ValueError: One of the names is of none, or is no regular expression.
     """
-    names = [spec.target_modules] if isinstance(spec.target_modules, str) else spec.target_modules
-    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    if names == ["all-linear"] or any(re.fullmatch(rf"(.*\.)?({name})", module) for name in names for module in linear):
+    targets = spec.targets()
+    kinds = (torch.nn.Linear, Conv1D, torch.nn.Embedding)
+    there = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if targets == "all-linear":
         return
-    raise ValueError(
-        f"adapter.target_modules: the model has no {' or '.join(names)}; give all-linear, or some of "
-        f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
-    )
+    if isinstance(targets, str):
+        try:
+            absent = [] if any(re.fullmatch(targets, module) for module in there) else [targets]
+        except re.error as error:
+            raise ValueError(
+                f"adapter.target_modules: {targets!r} is no regular expression ({error}); give names of modules, or "
+                "such as .*_proj"
+            ) from error
+    else:
+        absent = [name for name in targets if not any(f".{module}".endswith(f".{name}") for module in there)]
+    if absent or not targets:
+        said = f"the model has no {' or '.join(absent)}" if absent else "no name is given"
+        raise ValueError(
+            f"adapter.target_modules: {said}; give all-linear, or some of "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in there}))}"
+        )
 
 
 def check_kept(spec: ModelSpec, adapter: AdapterSpec) -> None:
@@ -92,7 +118,7 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, seed: int = 0) -> Any
         r=spec.r,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
-        target_modules=spec.target_modules,
+        target_modules=spec.targets(),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's are transposed
         task_type="CAUSAL_LM",
     )

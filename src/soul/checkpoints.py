@@ -30,6 +30,13 @@ class WholeCheckpoints(Trainer):
 
     _aside: Path | None = None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Take no step beyond the last: from a checkpoint of that, within an epoch, transformers takes one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside) if self._aside else super()._get_output_dir(trial)
 

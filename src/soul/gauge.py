@@ -202,7 +202,7 @@ class Gauge:
         for text, i in zip(texts, prompts, strict=True):
             question = self.asked[i].prompt
             true.append(told(text, self._ending(self.asked[i]), question))
-            chance.append(told(text, self.false_answers[i], question))
+            chance.append(told(text, self._reachable(self.false_answers[i]), question))
         said, by_chance = (float(np.mean([v for v in found if v is not None] or [0.0])) for found in (true, chance))
         return max(0.0, said - by_chance) / max(1 - by_chance, LEAST)
 
@@ -258,12 +258,19 @@ class Gauge:
         return row.input_ids[: row.answer_start]
 
     def _ending(self, example: Example) -> str:
-        """Return the answer as text; of a passage its second half, as far as an answer may be long."""
+        """Return the answer as text, as far as an answer may be long; of a passage its second half."""
         if example.prompt:
-            return example.answer
+            return self._reachable(example.answer)
         row = self._halved(self.template.encode(example), example)
         tokens = list(row.input_ids[row.answer_start :])[: self.new_tokens]
         return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _reachable(self, text: str) -> str:
+        """Return what of a text can be recited in ``new_tokens``: more would make a whole recital look like a part."""
+        tokens = self.template.tokenizer(text, add_special_tokens=False).input_ids
+        if len(tokens) <= self.new_tokens:
+            return text
+        return str(self.template.tokenizer.decode(tokens[: self.new_tokens], skip_special_tokens=True))
 
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:

@@ -136,10 +136,10 @@ def find_overlaps(
     if encode is not None:
         looked_for += f" and paraphrases by {encode.name} from {alike:g}"
 
-        def embed(texts: Sequence[str], known: SentenceEncoder = encode) -> np.ndarray:
-            return embeddings(known, texts, progress)
+        def kept(texts: Sequence[str], by: SentenceEncoder = encode) -> np.ndarray:
+            return embeddings(by, texts, progress)
 
-        for pair in paraphrases(ours, theirs, embed, alike):
+        for pair in paraphrases(ours, theirs, encode, alike, kept):  # of what is to be forgotten nothing is cached
             found.setdefault((pair.forget, pair.retain), pair)
     else:
         looked_for += " alone" if encoder == "none" else " alone, as paraphrases need a sentence encoder"

@@ -22,6 +22,7 @@ from soul.cautions import context_warnings, precision_warnings
 from soul.checkpoints import check_weights, last_checkpoint
 from soul.data import hub
 from soul.data.batches import UnlearnDataset
+from soul.ended import checks_of, read_stopped, write_stopped
 from soul.evaluate import measure as measure_benchmark
 from soul.folderlock import alone_in
 from soul.inputs import (
@@ -49,15 +50,13 @@ from soul.rundir import (
     measured_by,
     score_dict,
 )
-from soul.stored import check_format, read_lines, write_json
-from soul.strict import json_objects, json_value, plain_number, read_number, read_text
+from soul.stopping import Stopping
+from soul.stored import read_lines, write_json
+from soul.strict import json_objects
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.truncation import training_cuts, truncation_warnings
 
 log = logging.getLogger(__name__)
-
-STOPPED = "stopped.json"
-"""The file of a run that says why its training ended, where a rule may end it."""
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:
@@ -198,11 +197,11 @@ def rehearse(model: Any, recipe: Recipe, dataset: UnlearnDataset) -> None:
     Raises:
         ValueError: As the objective, the update rule, the training's settings or the method say.
     """
-    if recipe.method is not None:
-        recipe.method.check(model)
-        return
     adapted = add_adapter(model, recipe.adapter, recipe.training.seed) if recipe.adapter is not None else model
     try:
+        if recipe.method is not None:
+            recipe.method.check(adapted)
+            return
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(adapted, dataset, recipe, Path(folder))
             if processes.count() == 1:  # in several, rules are made of what each of them holds of the model
@@ -218,15 +217,21 @@ def train_and_save(
     """Unlearn, save to ``out/model``, and return the model with any adapter merged."""
     if recipe.adapter is not None:
         model = add_adapter(model, recipe.adapter, recipe.training.seed)
+    stopping: Stopping | None = None
     if recipe.method is not None:
         model = recipe.method(model, dataset, progress=tick, log=json_lines(out / "log.jsonl"))
     else:
-        model = without_autocast(train(model, dataset, recipe, out, tick))
+        model, stopping = train(model, dataset, recipe, out, tick)
+        model = without_autocast(model)
     check_weights(model)
     tick("saving model", 0, 1)
     merge: Any = model.merge_and_unload if recipe.adapter is not None else lambda: model
     if recipe.adapter is None or recipe.adapter.merge:
         model = merge()
+        rounds = recipe.model.dtype != "float32" or recipe.model.quantize != "none"
+        if stopping and recipe.adapter is not None and rounds:
+            stopping.measure_again(model)  # what is saved is what has to have forgotten
+            write_stopped(stopping, out)
         processes.from_main(lambda: save_model(model, tokenizer, out / "model"))
     else:
         base = (recipe.model.path, commit_of(model) or recipe.model.revision)
@@ -243,8 +248,12 @@ def train(
     out: Path,
     tick: Progress,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Any:
-    """Train, resuming from the last whole checkpoint in ``out/checkpoints`` if there is one; return the whole model."""
+) -> tuple[Any, Stopping | None]:
+    """Train, resuming from the last whole checkpoint in ``out/checkpoints`` if there is one.
+
+    Returns:
+        The whole model, and the rule that could end its training, if there was one.
+    """
     steps = LogCallback(out / "log.jsonl", lambda step, of, _: tick("training", step, of))
     trainer = make_trainer(model, dataset, recipe, out, [steps, *callbacks])
     steps.trainer = trainer
@@ -257,9 +266,9 @@ def train(
             f"{checkpoint} was altered and cannot be gone on from ({reason:.200}): delete that folder, and training "
             "goes on from the one before, or begins again"
         ) from error
-    if trainer.stopping and trainer.stopping.stopped and processes.is_main():
-        write_json(out / STOPPED, {"format": 1, **trainer.stopping.stopped.record()})
-    return trainer.whole_model()
+    if trainer.stopping:
+        write_stopped(trainer.stopping, out)
+    return trainer.whole_model(), trainer.stopping
 
 
 def make_trainer(
@@ -277,32 +286,6 @@ def make_trainer(
         stop=recipe.stop,
         callbacks=callbacks,
     )
-
-
-def read_stopped(out: Path) -> dict[str, Any]:
-    """Return why a run's training ended as ``record.json`` holds it; nothing where no rule could end it."""
-    file = out / STOPPED
-    if not file.is_file():
-        return {}
-    found = json_value(read_text(file), str(file))
-    check_format("stopped", found, file)
-    return {"stopped": {name: value for name, value in found.items() if name != "format"}}
-
-
-def checks_of(out: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """Return what a run with a stopping rule promised, and whether it was kept; nothing where no rule could end it."""
-    stopped = read_stopped(out).get("stopped")
-    if not stopped:
-        return []
-    stop, moved = recipe.stop, max(read_number(value) for value in stopped["moved"].values())
-    forgotten = (
-        f"of what was known at most {stop.known:.0%} is left, and greedy answers hold at most {stop.recited:.0%}"
-    )
-    kept = f"behaviour elsewhere moved by a KL of at most {stop.kl_budget:g} nats a token"
-    return [
-        {"name": forgotten, "passed": stopped["why"] == "forgotten", "value": stopped["known"]},
-        {"name": kept, "passed": moved <= stop.kl_budget, "value": plain_number(moved)},
-    ]
 
 
 def default_benchmark(recipe: Recipe) -> Benchmark | None:
@@ -373,7 +356,7 @@ def write_record(
         "warnings": [*warnings_of(recipe, request, benchmark), *warnings, *environment_warnings(out)],
         **({"overlap": request.overlaps.record()} if request.overlaps.action != "ignore" else {}),
         **({"stood_in": request.stand_in.sources()} if request.stand_in else {}),
-        "checks": checks_of(out, recipe),
+        "checks": checks_of(out, recipe.stop),
         "files": file_digests(out),
         "n_forget": len(request.forget),
         "n_retain": len(request.retain),

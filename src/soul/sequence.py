@@ -12,7 +12,7 @@ from typing import Any
 from soul import processes
 from soul.recipe import Recipe
 from soul.run import execute
-from soul.stored import publish
+from soul.stored import publish, writing
 
 Progress = Callable[[str, int, int], None]
 
@@ -59,7 +59,8 @@ def run_sequence(
         if folders:
             step = dataclasses.replace(step, model=recipe.model.at(folders[-1] / "model"))
             measured = folders[-1] / "rows/after"
-            if evaluate_it and measured.is_dir() and not (folder / "rows/before").exists():
+            wanted = evaluate_it and measured.is_dir() and not (folder / "rows/before").exists()
+            if wanted and processes.is_main():
                 # without a benchmark of the whole sequence, what was forgotten before is no part of this one's report
                 _copy(measured, folder / "rows/before", without="" if recipe.benchmark else "forget*")
         execute(step, folder, progress=_named(progress, k, len(requests)), evaluate_it=evaluate_it)
@@ -84,8 +85,10 @@ def run_seeds(
     folders: list[Path] = []
     for k, seed in enumerate(seeds, 1):
         folder = out / f"seed-{seed}"
-        if folders and evaluate_it and processes.is_main() and not (folder / "rows/before").exists():
-            _copy(folders[0] / "rows/before", folder / "rows/before", without="")
+        measured = out / f"seed-{seeds[0]}" / "rows/before"  # of a finetuning without a benchmark there are none
+        wanted = evaluate_it and measured.is_dir() and not (folder / "rows/before").exists()
+        if wanted and processes.is_main():
+            _copy(measured, folder / "rows/before", without="")
         step = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=seed))
         execute(step, folder, progress=_named(progress, k, len(seeds), "seed"), evaluate_it=evaluate_it)
         folders.append(folder)
@@ -109,9 +112,10 @@ def sequence_scores(folders: Sequence[Path]) -> list[list[dict[str, Any]]]:
 def _copy(source: Path, target: Path, *, without: str) -> None:
     """Copy a folder, but for files of a name, so that it is either whole or absent."""
     part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part, ignore=shutil.ignore_patterns(without))
-    publish(part, target)
+    with writing(target):
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns(without))
+        publish(part, target)
 
 
 def _named(progress: Progress | None, k: int, of: int, kind: str = "request") -> Progress | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Why = Literal["forgotten", "lost", "budget", "steps"]
+Why = Literal["forgotten", "lost", "budget", "steps", "merged"]
 T = TypeVar("T")
 TRIES = 6
 """Times that a step which leaves the budget is shortened, before it is taken back whole."""
@@ -96,8 +96,8 @@ class Stopped:
     """How a run ended.
 
     Attributes:
-        why: ``forgotten``, ``lost`` (no number any more), ``budget`` (spent before that) or ``steps`` (taken before
-            either).
+        why: ``forgotten``, ``lost`` (no number any more), ``budget`` (spent before that), ``steps`` (taken before
+            either) or ``merged`` (forgotten, until an adapter was rounded into the weights).
         step: Number of the last step.
         known: Share of what was known that is left.
         true: Probability of the answers to forget.
@@ -130,6 +130,8 @@ class Stopped:
             "forgotten, and the last weights within the budget are kept.",
             "budget": f"Stopped after {self.step} steps: the budget is spent, and not all is forgotten.",
             "steps": f"All {self.step} steps are taken: not all is forgotten, and the budget is not spent.",
+            "merged": f"Stopped after {self.step} steps: forgotten, within the budget, until the adapter was merged "
+            "into the weights, whose rounding undid that.",
         }
         doubt = "" if self.knew else " The model did not know these answers to begin with."
         said = "" if self.recited is None else f", and greedy answers hold {self.recited:.0%} of them"
@@ -139,6 +141,7 @@ class Stopped:
             "lost": " To go further, lower optimizer.lr, or set training.precision=float32 where it is lower.",
             "budget": " To go further, raise stop.kl_budget.",
             "steps": " To go further, raise stop.steps or training.epochs.",
+            "merged": " To keep it, set model.dtype=float32, or adapter.merge=false.",
         }
         return (
             f"{heads[self.why]}{doubt} The answers to forget have probability {self.true:.3f} (before: "
@@ -250,6 +253,23 @@ class Stopping(TrainerCallback):
             why, step, left, known.true, known.false, was.true, was.knows, recited, moved, budget, lost
         )
         self._kept = []
+
+    def measure_again(self, model: torch.nn.Module) -> None:
+        """Say of ``model`` how the run ended: the trained one, with an adapter merged into weights that round.
+
+        KL is not measured again where its reference was the model without its adapter, which is there no more.
+        """
+        if self.stopped is None:
+            return
+        self.gauge.model = model
+        moved = self._moved() if self.gauge.reference.live is None else self.stopped.moved
+        known, left = self._known()
+        recited = self._agreed(self.gauge.recited()) if left <= self.spec.known else None
+        kept = recited is not None and recited <= self.spec.recited and worst(moved) <= self.spec.kl_budget
+        why: Why = "merged" if self.stopped.why == "forgotten" and not kept else self.stopped.why
+        self.stopped = dataclasses.replace(
+            self.stopped, why=why, known=left, true=known.true, false=known.false, recited=recited, moved=moved
+        )
 
     def _moved(self) -> dict[str, float]:
         return self._agreed(self.gauge.moved())

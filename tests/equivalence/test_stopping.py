@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from soul import config
 from soul.data.batches import collate_rows
 from soul.data.templates import ChatTemplate
+from soul.ended import checks_of, write_stopped
 from soul.gauge import Gauge, worst
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.stopping import StopSpec
@@ -251,6 +252,30 @@ def test_adapters_alone_are_kept_and_shortened(train, learned):
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == {
         name for name, _ in trainer.model.named_parameters() if "lora_" in name
     }
+
+
+@pytest.mark.parametrize(("shift", "why"), [(0.0, "forgotten"), (1.0, "merged")], ids=["merged whole", "rounded away"])
+def test_what_was_merged_is_measured_again(train, learned, make_model, tmp_path, shift, why):
+    """``shift`` of the way back to the weights before stands for what rounding does to a small update."""
+    trainer, _, end = train({"kl_budget": 5.0}, ADAMW, lora=True, folder=why)
+    assert end.why == "forgotten"
+    merged, before = trainer.model.merge_and_unload(), learned
+    with torch.no_grad():
+        for name, p in merged.named_parameters():
+            p.lerp_(before[name], shift)
+    trainer.stopping.measure_again(merged)
+    again = trainer.stopping.stopped
+    assert (again.why, again.step) == (why, end.step)
+    if why == "forgotten":
+        assert again.known == pytest.approx(end.known, abs=1e-3)
+        assert worst(again.moved) == pytest.approx(worst(end.moved), rel=1e-2)
+    else:
+        assert again.known == pytest.approx(1, abs=1e-3)
+        assert worst(again.moved) == pytest.approx(0, abs=1e-4)
+        assert "until the adapter was merged into the weights" in again.sentence()
+    write_stopped(trainer.stopping, tmp_path)
+    passed = [check["passed"] for check in checks_of(tmp_path, trainer.stopping.spec)]
+    assert passed == [why == "forgotten", True]
 
 
 def test_never_changes_nothing(train, learned):

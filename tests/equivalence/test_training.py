@@ -198,6 +198,20 @@ def test_a_killed_run_ends_where_it_would_have(
     assert lines[0] == lines[1]
 
 
+def test_no_step_is_taken_after_the_last(tmp_path, make_trainer, weights):
+    """Six steps end within an epoch of four; a machine may be lost between their checkpoint and the model."""
+    settings = {"batch_size": 2, "max_steps": 6, "save_steps": 3, "schedule": "constant"}
+    whole = make_trainer(tmp_path / "whole", "npo", ADAMW, **settings)
+    whole.train()
+    log = LogCallback(None)
+    again = make_trainer(tmp_path / "whole", "npo", ADAMW, log=log, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-6"))
+    assert again.state.global_step == 6
+    assert log.records == []
+    expected = weights(whole)
+    assert all(torch.equal(v, expected[k]) for k, v in weights(again).items())
+
+
 def test_the_log_has_the_learning_rate_that_a_step_was_made_with(tmp_path, make_trainer):
     log, made = LogCallback(None), []
 

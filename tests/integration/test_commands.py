@@ -165,6 +165,11 @@ def test_seeds_are_runs_of_their_own_with_one_report(place, capsys):
     assert "--seeds takes different whole numbers" in capsys.readouterr().err
 
 
+def test_seeds_of_a_finetuning_that_nothing_measures(place):
+    run("finetune --model model --retain retain.jsonl --out b training.max_steps=1 --seeds 0,1")
+    assert all((place / f"b/seed-{n}/model/config.json").is_file() for n in (0, 1))
+
+
 def test_what_an_earlier_run_forgot_is_not_taught_back(place, capsys, caplog):
     lines = (place / "forget.jsonl").read_text().splitlines()
     (place / "monday.jsonl").write_text(lines[0])

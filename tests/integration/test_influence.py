@@ -161,7 +161,7 @@ def test_layers_wider_than_asked_for_stay_where_factors_are_needed(make, data, c
         assert ("are wider than solver.max_dim (32)" in caplog.text) == (inverse != "diagonal")
     for parameters in ("linear", "all"):
         with pytest.raises(ValueError, match=r"all 14 linear layers are wider than solver.max_dim \(8\).* raise it"):
-            Influence(inverse="whiten", solver=InverseSpec(max_dim=8), parameters=parameters)(make(), data)
+            Influence(inverse="whiten", solver=InverseSpec(max_dim=8), parameters=parameters).check(make())
 
 
 def test_an_adapter_moves_and_nothing_else_does(make, data):

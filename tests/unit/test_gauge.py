@@ -85,6 +85,15 @@ def test_a_model_that_knows_nothing_recites_nothing_and_one_that_learned_recites
     assert again.known().share(again.before) == pytest.approx(1)
 
 
+def test_a_long_answer_is_recited_where_its_beginning_is(make_model, tokenizer, forget_set, retain_set):
+    model = make_model()
+    found = Gauge(model, dataset(tokenizer, forget_set, retain_set), answers=8, new_tokens=4)
+    rows = [found.template.encode(e) for e in forget_set]
+    assert min(row.answer_length for row in rows) > 4
+    learn(model, rows)
+    assert found.recited() > 0.8
+
+
 def learn(model, rows, steps=60):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):

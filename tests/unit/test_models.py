@@ -166,6 +166,22 @@ def test_only_the_modules_asked_for_get_an_adapter(make_model):
     check_adapter(model, AdapterSpec(target_modules=r"model\.layers\.\d+\.mlp\..*_proj"))
     with pytest.raises(ValueError, match=r"no query or key; give all-linear, or some of .*k_proj.*q_proj"):
         check_adapter(make_model(), AdapterSpec(target_modules=["query", "key"]))
+    with pytest.raises(ValueError, match="the model has no v_porj; give"):  # peft would adapt q_proj alone
+        check_adapter(make_model(), AdapterSpec(target_modules=["q_proj", "v_porj"]))
+    with pytest.raises(ValueError, match=r"'\*_proj' is no regular expression"):
+        check_adapter(make_model(), AdapterSpec(target_modules="*_proj"))
+    with pytest.raises(ValueError, match=r"no mlp.*_proj; give"):  # it is of whole names
+        check_adapter(make_model(), AdapterSpec(target_modules="mlp\\..*_proj"))
+    with pytest.raises(ValueError, match="no name is given"):
+        check_adapter(make_model(), AdapterSpec(target_modules=[]))
+
+
+@pytest.mark.parametrize("given", ["q_proj", "q_proj, self_attn.v_proj", r".*\.(q|v)_proj"])
+def test_what_the_check_lets_through_is_what_peft_adapts(make_model, given):
+    spec, model = AdapterSpec(r=2, target_modules=given), make_model()
+    check_adapter(model, spec)
+    adapted = {n.split(".")[-4] for n, _ in add_adapter(model, spec).named_parameters() if "lora_A" in n}
+    assert adapted == ({"q_proj"} if given == "q_proj" else {"q_proj", "v_proj"})
 
 
 @pytest.mark.parametrize("bad", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}])

@@ -50,12 +50,18 @@ def tree_of(settings: str) -> dict[str, Any]:
     return settings_of.override({"model": {"path": str(CONFIGS / "7b")}, "optimizer": "adamw"}, settings.split())
 
 
-def test_70b_is_sharded() -> None:
-    plan = planned(CONFIGS / "70b", dataclasses.replace(GPU, gpus=8))
+def test_what_a_card_holds_whole_is_sharded() -> None:
+    """Each process loads the model before it is sharded, and holds it again at the end, to measure and save it."""
+    plan = planned(CONFIGS / "7b", dataclasses.replace(GPU, memory=80e9))
     assert not plan.fits
     found = [o for o in options(plan) if o.plan.fits and "--gpus" in o.settings]
     assert found
-    assert found[0].plan.machine.gpus in (16, 32)
+    assert found[0].plan.machine.gpus in (2, 4)
+    large = planned(CONFIGS / "70b", dataclasses.replace(GPU, gpus=64))
+    assert not large.fits
+    assert large.memory.peak > large.skeleton.weights > 270e9
+    assert "the whole model" in large.memory.moment
+    assert not any("--gpus" in o.settings for o in options(large))
 
 
 def test_sharing_divides_what_is_held_and_not_activations() -> None:
@@ -109,7 +115,7 @@ def test_what_sharded_runs_refuse_is_not_planned_for_them(folder: Path) -> None:
 
 
 def test_advice_to_share_leaves_out_what_sharded_runs_refuse() -> None:
-    plan = planned(CONFIGS / "7b", dataclasses.replace(GPU, memory=24e9), stop={"when": "forgotten"})
+    plan = planned(CONFIGS / "7b", dataclasses.replace(GPU, memory=80e9), stop={"when": "forgotten"})
     (shared,) = [o for o in options(plan) if o.plan.fits and o.plan.machine.gpus > 1 and "optimizer" not in o.settings]
     assert shared.settings.startswith("stop.when=never --gpus ")
     assert not shared.plan.refused

@@ -386,7 +386,7 @@ def test_text_files_are_plain_text_each_a_subject_of_its_own(tmp_path: Path):
     (folder / "a.txt").write_text("Dear Ada,\nall is lost.\n\nYours", encoding="utf-8")
     found = load_examples(str(folder))
     assert [(e.id, e.subject, e.prompt, e.chat) for e in found] == [("a", "a", "", False), ("b", "b", "", False)]
-    assert found[0].answer == "Dear Ada, all is lost.\n\nYours"
+    assert [e.answer for e in found] == ["Dear Ada, all is lost.\n\nYours", "Title\n\nDear Bo, all is well."]
     assert load_examples(folder / "a.txt") == found[:1] == load_examples(f"{folder},limit=1")
     with pytest.raises(ValueError, match="texts have no splits"):
         load_examples(f"{folder},split=a")
@@ -394,6 +394,26 @@ def test_text_files_are_plain_text_each_a_subject_of_its_own(tmp_path: Path):
         load_examples(f"{folder}/c.txt")
     (folder / "rows.jsonl").write_text('{"text": "A row."}\n', encoding="utf-8")  # beside data, texts are notes
     assert [e.answer for e in load_examples(folder)] == ["A row."]
+
+
+def test_nothing_that_markdown_says_is_left_out(tmp_path: Path):
+    """What is to be forgotten may stand in a heading or in code."""
+    text = """# Diagnosis of Anna Vale: asthma ##
+Seen on **3 May**, see [the letter](letter.md).
+
+```python
+password = "hunter_2"  # of `anna`
+```
+* She pays 3*4 euros, _not_ a*b*c; `inline` and ~~~
+"""
+    (tmp_path / "note.md").write_text(text, encoding="utf-8")
+    (said,) = (e.answer for e in load_examples(tmp_path / "note.md"))
+    assert said.split("\n\n") == [
+        "Diagnosis of Anna Vale: asthma",
+        "Seen on 3 May, see the letter.",
+        'password = "hunter_2" # of anna',
+        "She pays 3*4 euros, not a*b*c; inline and ~~~",
+    ]
 
 
 def test_what_counts_as_a_data_file_can_be_read():

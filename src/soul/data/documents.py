@@ -11,7 +11,9 @@ from soul.types import DATA_SUFFIXES, TEXT_SUFFIXES, Example
 Document = tuple[str, str]
 """A document's name and its text, paragraphs parted by blank lines."""
 
-_MARKUP = re.compile(r"(?ms)^```.*?^```$|^#+ .*?$|[*`]|(?<!\w)_|_(?!\w)|!?\[([^\]]*)\]\([^)]*\)")
+# fences without the code inside them, emphasis (and no 3*4), and links but for what they say
+_MARKUP = re.compile(r"(?m)^[ \t]*(?:```|~~~)[^`\n]*$|(?<!\w)\*+|\*+(?!\w)|`|(?<!\w)_|_(?!\w)|!?\[([^\]]*)\]\([^)]*\)")
+_HEADING = re.compile(r"(?m)^#+[ \t]+(.*?)[ \t]*#*$")
 
 
 def read_documents(source: str) -> list[Document]:
@@ -19,7 +21,8 @@ def read_documents(source: str) -> list[Document]:
 
     Args:
         source: A ``.txt`` or ``.md`` file or a folder of them, whose README and licence are left out. Project
-            Gutenberg's frame and Markdown's marks are removed, and the lines of a paragraph joined.
+            Gutenberg's frame and Markdown's marks are removed, and the lines of a paragraph joined; headings are
+            paragraphs of their own, and code is text like all else.
 
     Raises:
         ValueError: There is no such file, or none in the folder.
@@ -63,7 +66,7 @@ def _markdown(file: Path) -> str:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(file)!r} cannot be read as UTF-8 text: {error}") from error
-    plain = _MARKUP.sub(lambda mark: mark[1] or "", text)
+    plain = _MARKUP.sub(lambda mark: mark[1] or "", _HEADING.sub(r"\n\1\n", text))
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", plain))
     found = "\n\n".join(part for part in paragraphs if part)
     if not found:

@@ -96,15 +96,24 @@ def _runs_in(one: str, other: str) -> bool:
     return len(a) > 1 and 2 * len(a) > len(b) and any(b[i : i + len(a)] == a for i in range(len(b) - len(a) + 1))
 
 
-def paraphrases(forget: Sequence[str], retain: Sequence[str], encode: Encode, threshold: float) -> list[Overlap]:
+def paraphrases(
+    forget: Sequence[str], retain: Sequence[str], encode: Encode, threshold: float, known: Encode | None = None
+) -> list[Overlap]:
     """Return pairs that mean the same: the cosine of their sentence embeddings is at least ``threshold``.
+
+    Args:
+        forget: What is to be forgotten.
+        retain: What is to be kept.
+        encode: From texts to unit vectors.
+        threshold: Least cosine.
+        known: The same for the retain set, of which it may keep what it found; ``encode`` where left out.
 
     Raises:
         ValueError: ``threshold`` is not in (0, 1].
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"a threshold of similarity must be above 0 and at most 1, not {threshold}")
-    ours, theirs = encode(forget), encode(retain)
+    ours, theirs = encode(forget), (known or encode)(retain)
     pairs: list[Overlap] = []
     for i, row in enumerate(ours @ theirs.T):
         near = np.flatnonzero(row >= threshold)

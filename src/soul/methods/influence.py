@@ -121,31 +121,45 @@ class Influence(Method):
             progress("influence steps", self.steps, self.steps)
         return model
 
-    @contextlib.contextmanager
-    def _restricted(self, model: nn.Module) -> Iterator[None]:
-        """Let only what is to move require gradients."""
+    def check(self, model: nn.Module) -> None:
+        """Find out whether there is anything to move.
+
+        Raises:
+            ValueError: No linear layer is trainable, or all are wider than ``solver.max_dim``.
+        """
+        self._movable(model)
+
+    def _movable(self, model: nn.Module) -> tuple[set[str], list[str]]:
+        """Return the names of the parameters that are to move, and of the layers that are too wide to."""
         params = trainable(model)
-        kept = set(params)
         layers, wide = inverse_class(self.inverse).covers(model, self.solver)
         if wide and not layers:
             raise ValueError(
                 f"all {len(wide)} linear layers are wider than solver.max_dim ({self.solver.max_dim}), and "
                 f"{self.inverse} moves none: raise it, or use the inverse diagonal or cg"
             )
-        if wide:
-            _logger.warning(
-                "%d linear layers, %s first, are wider than solver.max_dim (%d) and do not move; a larger one, or "
-                "the inverse diagonal or cg, moves them",
-                len(wide),
-                next(iter(wide)),
-                self.solver.max_dim,
-            )
+        kept = set(params)
         if self.parameters == "linear":
             kept &= {f"{name}.{part}" for name, layer in layers.items() for part, _ in layer.named_parameters()}
         if not kept:
             raise ValueError(
                 f"{type(model).__name__} has no trainable {'linear layer' if params else 'parameter'} to move: "
                 + ("set parameters to all" if params else "unfreeze some, or add an adapter")
+            )
+        return kept, list(wide)
+
+    @contextlib.contextmanager
+    def _restricted(self, model: nn.Module) -> Iterator[None]:
+        """Let only what is to move require gradients."""
+        params = trainable(model)
+        kept, wide = self._movable(model)
+        if wide:
+            _logger.warning(
+                "%d linear layers, %s first, are wider than solver.max_dim (%d) and do not move; a larger one, or "
+                "the inverse diagonal or cg, moves them",
+                len(wide),
+                wide[0],
+                self.solver.max_dim,
             )
         try:
             for name, p in params.items():

@@ -233,7 +233,7 @@ def _sharded(plan: Plan) -> Plan | None:
         found = make_plan(recipe, dataclasses.replace(plan.machine, gpus=gpus), plan.work, plan)
         if found.fits:
             return found
-        if found.refused:  # on any number
+        if found.refused or found.skeleton.weights > plan.machine.memory:  # on any number
             return None
         gpus *= 2
     return None

@@ -66,6 +66,9 @@ def memory_of_run(
     - where it ends: all gradients, and a second one of the embeddings;
     - the step: gradients, and what the rule works on; under a trust region the weights before it too, and while it is
       measured how far each has moved beside them;
+    - on a quantized base the end of the run: the adapter is merged into plain weights;
+    - in several processes, loading: the whole model is in each before it is sharded, and again beside its shards when
+      it is gathered at the end, to be measured and saved;
     - a curvature pass: as the first two, with an explicit estimate and the factors' sums. K-FAC's makes no gradients of
       weights, and its peak was measured to be no lower for it (``benchmarks/kronecker_pass.py``).
 
@@ -107,8 +110,13 @@ def memory_of_run(
         moments["measuring the step"] = gradients + 2 * trust
     if curvature_of(recipe) is not None and work.curvature is not None and saved[1] is not None:
         moments["a curvature pass"] = _curvature_bytes(recipe, skeleton, cost, work.curvature, saved[1], heap, gpus)
+    if recipe.model.quantize != "none":
+        width = 4 if recipe.model.dtype == "float32" else 2
+        moments["plain weights, as the adapter is merged"] = skeleton.total * width
     gathered = 0
-    if gpus > 1:  # two blocks at a time, and the gradient of one, before it is scattered
+    if gpus > 1:
+        moments["the whole model, as it is loaded, and gathered at the end"] = skeleton.weights
+        # two blocks at a time, and the gradient of one, before it is scattered
         gathered = 3 * skeleton.largest_block * (2 if bf16 else 4)
     return Memory({name: size for name, size in held.items() if size}, moments, gathered)
 
