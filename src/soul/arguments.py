@@ -47,6 +47,7 @@ BENCH = """examples:
   soul bench recipes/contests/tofu20.yaml --out runs/contest   # experiments/contest.py makes its models and data
   soul bench contest.yaml --out DIR --phase tune --minutes 60
   soul bench contest.yaml --out DIR budget.points=24
+  soul bench others.yaml --out OTHERS --trials-of DIR                   # what DIR chose, on other requests
 
 Every cell (task x objective x optimizer) gets the same trials, by the same rules; the best settings then serve the
 report requests. Several workers may run the same command on the same folder. The same command continues a contest, and
@@ -256,9 +257,11 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
-    usage = "MATRIX.yaml --out DIR [--phase P] [--minutes N] [key.sub=value ...]"
+    usage = "MATRIX.yaml --out DIR [--trials-of DIR] [--phase P] [--minutes N] [key.sub=value ...]"
     command = _add(commands, "bench", usage, "Run a contest between optimizers.", BENCH)
     command.add_argument("words", nargs="+", metavar="MATRIX.yaml, key.sub=value", help="the matrix, and changes to it")
     command.add_argument("--out", metavar="DIR", required=True, help="where the record is, or is to be")
+    taken = "another contest's folder: its pilots and trials serve here, which then judges what they chose"
+    command.add_argument("--trials-of", metavar="DIR", help=taken)
     command.add_argument("--phase", choices=PHASES, help="only jobs of this kind")
     command.add_argument("--minutes", type=float, default=0.0, metavar="N", help="begin no trial later than this")

@@ -387,6 +387,45 @@ def test_another_contest_is_refused_and_a_wider_one_is_not(done, matrix_file):
         (out / "matrix.yaml").write_text(text)
 
 
+def test_trials_are_taken_over_and_what_they_chose_is_judged_anew(done, matrix_file, tmp_path, capsys):
+    """A contest of fewer sides runs none of the trials again, and measures its own report requests."""
+    out, new = done[0], tmp_path / "new"
+    tree = yaml.safe_load(matrix_file.read_text())
+    entries = tree["optimizers"][:2]
+    fewer = tmp_path / "fewer.yaml"
+    fewer.write_text(yaml.safe_dump({**tree, "optimizers": entries}))
+    words = ["bench", str(fewer), "--out", str(new), "--trials-of", str(out), "--phase", "reference"]
+    assert main(words) == 0
+    assert "10 lines taken over" in capsys.readouterr().out  # of two cells, two pilots and three trials each
+    theirs = {line["key"]: line for line in Book(out).lines()}
+    lines = Book(new).lines()
+    measured = [line for line in lines if line["request"] == "second"]
+    assert [line["kind"] for line in measured] == ["reference", "reference"]
+    assert all(line == theirs[line["key"]] for line in lines if line not in measured)
+    contest = Contest(read_matrix(fewer), new)
+    there = {key for key, line in theirs.items() if line["kind"] == "report" and line["optimizer"] != "influence"}
+    assert {job.key for job in contest.jobs() if job.kind == "report"} == there
+    assert contest.take_over(out) == 0
+
+
+def test_trials_of_another_kind_are_not_taken_over(done, matrix_file, tmp_path):
+    out, tree = done[0], yaml.safe_load(matrix_file.read_text())
+    changes = {"training": {"seed": 3}, "budget": {"decades": 1.0}, "evaluation": {"max_new_tokens": 7}}
+    for name, change in changes.items():
+        other = Contest(matrix_from_tree({**tree, name: {**tree[name], **change}}), tmp_path / name)
+        with pytest.raises(ValueError, match=rf"\({name} was .*: its trials cannot be taken over"):
+            other.take_over(out)
+        assert not other.book.lines()
+    with pytest.raises(ValueError, match="is no contest's folder"):
+        Contest(read_matrix(matrix_file), tmp_path / "same").take_over(tmp_path)
+    changed = tmp_path / "changed"
+    shutil.copytree(out, changed)
+    text = (changed / "trials.jsonl").read_text()
+    (changed / "trials.jsonl").write_text(text.replace('"reseed": 0', '"reseed": 3'))
+    with pytest.raises(ValueError, match="was run with reseed 3, and would be run with 0 now"):
+        Contest(read_matrix(matrix_file), tmp_path / "same").take_over(changed)
+
+
 def test_an_objective_that_is_not_tuned_yet_holds_up_no_other(done, matrix_file, tmp_path):
     contest = Contest(read_matrix(matrix_file), tmp_path)
     for line in Book(done[0]).lines():
@@ -456,6 +495,8 @@ def test_a_line_that_a_kill_cut_short_goes(tmp_path):
         (["bench", "seed=1", "--out", "x"], "no matrix"),
         (["bench", "{m}", "--out", "{d}/x", "--minutes", "-1"], "--minutes must be"),
         (["bench", "{m}", "--out", "{m}/x"], "cannot write"),
+        (["bench", "{m}", "--out", "{d}/x", "tasks.tiny.facts.unseen={m}"], "facts.unseen: a measure has that name"),
+        (["bench", "{m}", "--out", "{d}/x", "--trials-of", "{d}"], "is no contest's folder"),
         (["bench", "{m}", "--out", "{d}/x", "optimizers=[{{name: lion, points: 9}}]"], "lion: points must be from"),
         (["report", "{d}/out", "{d}/out"], "one at a time"),
     ],

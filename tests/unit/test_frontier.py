@@ -18,6 +18,7 @@ from soul.metrics.frontier import (
     relative_utility,
     utility,
 )
+from soul.report.contest import mean_attained
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -30,6 +31,14 @@ def test_lost_area_is_what_a_fine_grid_counts(seed):
     for a, b in points:
         dominated |= (f <= a) & (u <= b)
     assert lost_area(points) == pytest.approx(1 - dominated.mean(), abs=4 / n)
+
+
+def test_what_lies_above_a_figures_curve_is_the_mean_lost_area():
+    """Of requests one of which reaches no more than a part."""
+    rng, grid = np.random.default_rng(0), np.linspace(0, 1, 2001)
+    found = [[tuple(p) for p in rng.uniform([0, 0.4], [share, 1], size=(4, 2))] for share in (1, 0.5, 0.2)]
+    above = 1 - (mean_attained(found, grid)[1:].mean() - 0.5) / 0.5
+    assert above == pytest.approx(np.mean([lost_area(points) for points in found]), abs=2e-3)
 
 
 def test_more_points_never_lose_more():
@@ -71,6 +80,8 @@ def test_relative_utility_lets_no_measure_buy_anothers_loss():
     assert relative_utility(now, before) == pytest.approx(hmean([0.5, 1, 1, 1]), rel=1e-12)
     assert utility(now, before) > 0.9 > relative_utility(now, before)
     assert relative_utility(before, before) == 1
+    assert relative_utility({**before, "text_nll": -2000.0}, before) == 1
+    assert relative_utility({**before, "new": 0.0}, {**before, "new": 0.0}) == 1
     assert relative_utility({**before, "kept": 0.0}, before) == 0
     assert relative_utility({**before, "text_nll": float("nan")}, before) == 0
     assert relative_utility({**before, "text_nll": 3.5}, before) == pytest.approx(hmean([1, 1, 1, np.exp(-0.5)]))
@@ -90,18 +101,40 @@ def test_ratio_interval_takes_every_resample_of_few_requests():
     assert math.isnan(low) and math.isnan(high)  # noqa: PT018 - one statement: there is no interval
     with pytest.raises(ValueError, match="same requests"):
         ratio_interval([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="same requests"):
+        ratio_interval([1.0])
 
 
-def test_an_interval_of_five_requests_covers_what_the_docs_say():
-    """Requests of unequal difficulty, the same for both sides, and a true ratio of exp(-.7); 300 contests."""
+def test_of_several_others_the_best_of_each_resample_counts():
+    a, b, c = [4.0, 2.0, 4.0], [9.0, 1.0, 2.0], [1.0, 8.0, 4.0]
+    picks = [list(pick) for pick in itertools.product(range(3), repeat=3)]
+    draws = [np.mean(np.take(a, pick)) / min(np.mean(np.take(b, pick)), np.mean(np.take(c, pick))) for pick in picks]
+    value, low, high = ratio_interval(a, b, c)
+    assert value == pytest.approx(10 / 12)
+    assert (low, high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+    assert high > ratio_interval(a, b)[2]  # who is best is not known
+    assert ratio_interval([0.3], [0.5], [0.25])[0] == pytest.approx(1.2)
+
+
+def covered(alone: float) -> float:
+    """Return how many of 300 contests' intervals hold the true ratio.
+
+    Requests of unequal difficulty, the same for both sides, a ratio of exp(-.7) where both lose, and one side that
+    loses nothing on all requests but a share ``alone``.
+    """
     rng, hits = np.random.default_rng(0), 0
     for _ in range(300):
         difficulty = rng.normal(0, 0.3, 5)
-        one = np.exp(rng.normal(-0.7, 0.3, 5) + difficulty)
+        one = np.exp(rng.normal(-0.7, 0.3, 5) + difficulty) * (rng.random(5) < alone)
         other = np.exp(rng.normal(0, 0.3, 5) + difficulty)
         _, low, high = ratio_interval(one.tolist(), other.tolist())
-        hits += low <= np.exp(-0.7) <= high
-    assert hits / 300 == pytest.approx(0.82, abs=0.01)
+        hits += low <= alone * np.exp(-0.7) <= high
+    return hits / 300
+
+
+@pytest.mark.parametrize(("alone", "expected"), [(1.0, 0.83), (0.4, 0.83), (0.2, 0.71)])
+def test_an_interval_of_five_requests_covers_what_the_docs_say(alone, expected):
+    assert covered(alone) == pytest.approx(expected, abs=0.01)
 
 
 def values(known: float, kept: float) -> dict[str, float]:
@@ -144,6 +177,11 @@ def test_the_pair_that_loses_least_together_is_chosen():
     )
     assert choose(lines, CELL, ["r"], 6, 2) == list(best)
     assert choose(lines, CELL, ["r"], 7, 2) is None  # one is still to come
+
+
+def test_a_further_setting_joins_only_where_it_gains_something():
+    lines = lines_of([[(0.5, 0.9)], [(1.0, 1.0)], [(0.7, 0.9)]])
+    assert choose(lines, CELL, ["r"], 3, 2) == [1]
 
 
 def test_an_order_without_entries_has_no_best_cell():

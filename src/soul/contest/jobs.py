@@ -14,10 +14,11 @@ from typing import Any
 
 from soul import config
 from soul.contest.book import Book, Line
-from soul.contest.matrix import Matrix, read_matrix
+from soul.contest.matrix import Matrix
 from soul.contest.measure import Sets, Values, load_sets
+from soul.contest.same import check_line, check_same
 from soul.contest.trial import Run, Tick, do, measured, measured_under, never
-from soul.metrics.contest import Cell, choose, point, references_of, runs_of, sides
+from soul.metrics.contest import Cell, choose, point, read_lines, references_of, runs_of, sides
 from soul.metrics.frontier import FLOOR
 from soul.models import resolve
 from soul.optim.base import CurvatureOptimizerSpec
@@ -77,7 +78,7 @@ class Contest:
         self._weights: dict[str, Line] = {}
         text, file = config.dump(matrix.tree()), folder / "matrix.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != text and self.book.lines():
-            _refuse_other(file, matrix)
+            check_same(file, matrix, "choose another --out, or delete that folder")
         with self.book.alone():
             remove_parts(folder, older=_STALE)
             write_text(file, text)
@@ -188,6 +189,39 @@ class Contest:
                     done += 1
         return done
 
+    def take_over(self, folder: Path) -> int:
+        """Copy what another contest tuned, so that its choices are judged here, by other requests or fewer sides.
+
+        Taken are the pilots, the trials and the references of tuning requests that this matrix has too, each checked to
+        be what would be run here; reports are not, since they are what this contest is for. Trials that the other one
+        does not have are run here.
+
+        Args:
+            folder: The other contest's.
+
+        Returns:
+            How many lines were copied; those that are here already are not copied again.
+
+        Raises:
+            ValueError: There is no such contest, or its trials are not what this matrix's would be.
+        """
+        file = folder / "trials.jsonl"
+        if not file.is_file() or not (folder / "matrix.yaml").is_file():
+            raise ValueError(f"{folder} is no contest's folder, which has a trials.jsonl and a matrix.yaml")
+        check_same(folder / "matrix.yaml", self.matrix, "its trials cannot be taken over")
+        theirs = {line["key"]: line for line in read_lines(file) if line["kind"] in ("pilot", "tune", "reference")}
+        tuning = {(name, request) for name, task in self.matrix.tasks.items() for request in task.tune}
+        taken = 0
+        while True:  # trials are jobs once their pilots and references are here
+            known = {line["key"] for line in self.book.lines()}
+            new = [j for j in self.jobs() if j.key in theirs and j.key not in known and (j.task, j.request) in tuning]
+            if not new:
+                return taken
+            for job in new:
+                check_line(file, theirs[job.key], self._identity(job), "it cannot be taken over")
+                self.book.append(theirs[job.key])
+            taken += len(new)
+
     def _check_sources(self, phases: tuple[str, ...]) -> None:
         """Find out before the first job what the last one would miss, hours later."""
         known = {line["key"] for line in self.book.lines()}
@@ -213,13 +247,7 @@ class Contest:
         lines = {line["key"]: line for line in self.book.lines() if "of" in line}
         for job in self.jobs():
             if job.key in lines:
-                was, now = (config.flat(x) for x in (lines[job.key]["of"], self._identity(job)))
-                for name in was:  # of a setting that only one version has nothing is known
-                    if name in now and config.plain(was[name]) != config.plain(now[name]):
-                        raise ValueError(
-                            f"{self.book.file}: {job.key} was run with {name} {was[name]!r}, and would be run with "
-                            f"{now[name]!r} now: choose another --out, or give the entry another label"
-                        )
+                check_line(self.book.file, lines[job.key], self._identity(job), "choose another --out")
 
     def _identity(self, job: Job) -> Line:
         """Return what a job is of: a measurement, the weights; a run, its settings and its data besides."""
@@ -347,42 +375,3 @@ class Contest:
             return ""
 
         return stop
-
-
-def _refuse_other(file: Path, matrix: Matrix) -> None:
-    """More points, cells, requests or settings may join a contest; what its trials have in common may not change."""
-    try:
-        earlier = read_matrix(file)
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read ({error}): choose another --out") from error
-    trained, before = config.plain(matrix.training), config.plain(earlier.training)
-    pairs = [("training", before, trained), ("seed", earlier.seed, matrix.seed)]
-    free = {"points", "settings"}
-    budgets = [{k: v for k, v in config.plain(x.budget).items() if k not in free} for x in (earlier, matrix)]
-    pairs.append(("budget", *budgets))
-    pairs += [
-        (f"tasks.{n}.{k}", getattr(t, k), getattr(matrix.tasks[n], k))
-        for n, t in earlier.tasks.items()
-        if n in matrix.tasks
-        for k in ("model", "gold", "forget", "retain", "curvature", "seen", "unseen", "facts", "text")
-    ]
-    pairs.append(("evaluation", earlier.evaluation, matrix.evaluation))
-    pairs += [
-        (f"objectives.{name}", earlier.objective(name, {}), matrix.objective(name, {}))
-        for name in earlier.objective_names
-        if name in matrix.objective_names
-    ]
-    pairs += [
-        (f"attacks.{name}", earlier.attackers[name], attack)
-        for name, attack in matrix.attackers.items()
-        if name in earlier.attackers
-    ]
-    wide = {"objectives": [], "points": 0, "settings": 0}
-    old, new = ({e.name: dataclasses.replace(e, **wide) for e in m.optimizers} for m in (earlier, matrix))
-    pairs += [(f"optimizers.{name}", old[name], entry) for name, entry in new.items() if name in old]
-    for name, was, now in pairs:
-        if was != now:
-            raise ValueError(
-                f"{file.parent} holds trials of another contest ({name} was {was!r} there and is {now!r} now): choose "
-                "another --out, or delete that folder"
-            )

@@ -59,6 +59,9 @@ class Task:
         both = set(self.tune) & set(self.report)
         if both:
             raise ValueError(f"{', '.join(sorted(both))}: a request is tuned on or reported, not both")
+        taken = {"forget", "paraphrased", "seen", "unseen"} & set(self.facts)
+        if taken:
+            raise ValueError(f"facts.{', '.join(sorted(taken))}: a measure has that name; call them otherwise")
 
     def source(self, name: str, request: str) -> str:
         """Return a source with the request's name filled in."""

@@ -109,14 +109,15 @@ def choose(
 ) -> list[int] | None:
     """Return the trials whose joint frontier loses least area on the tuning requests; None before all are done.
 
-    Every set of ``settings`` trials is tried; the mean over requests counts, and the first of equals.
+    Every set of at most ``settings`` trials is tried, and the mean over requests counts. Of equals the smaller set is
+    taken, so that a further trial joins only where it gains something, and of those the one that comes first.
 
     Args:
         lines: The record.
         cell: Whose trials.
         requests: Requests that are tuned on.
         points: Trials of a cell.
-        settings: How many to choose.
+        settings: How many to choose, at most.
         relative: Measure utility by :func:`soul.metrics.frontier.relative_utility`.
     """
     for request in requests:
@@ -129,7 +130,8 @@ def choose(
     def loss(numbers: tuple[int, ...]) -> float:
         return float(np.mean([lost_area([p for i in numbers for p in by[r, i]]) for r in requests]))
 
-    return list(min(itertools.combinations(range(points), settings), key=loss))
+    sets = (numbers for size in range(1, settings + 1) for numbers in itertools.combinations(range(points), size))
+    return list(min(sets, key=lambda numbers: round(loss(numbers), 9)))  # rounding tells no two areas apart
 
 
 def sides(

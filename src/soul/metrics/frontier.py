@@ -44,7 +44,9 @@ def forgetting(knowledge: float, before: float, gold: float) -> float:
 
 
 def utility(now: Mapping[str, float], before: Mapping[str, float], text_nll: str = "text_nll") -> float:
-    """Return ``u = min(1, U / U0)``, ``U`` the harmonic mean of the measures and ``exp(-increase of text NLL)``.
+    """Return ``u = min(1, U / U0)``, ``U`` the harmonic mean of the measures and of the text's likelihood.
+
+    Of the text it is ``min(1, exp(-increase of text NLL))``: text that became likelier buys nothing back.
 
     Args:
         now: Probabilities to be kept, by name, and the NLL of general text under ``text_nll``.
@@ -77,8 +79,10 @@ def relative_utility(now: Mapping[str, float], before: Mapping[str, float], text
         >>> relative_utility({"kept": 0.4, "facts": 0.3, "text_nll": 3.0}, {"kept": 0.8, "facts": 0.2, "text_nll": 3.0})
         0.75
     """
-    shares = [now[name] / before[name] for name in before if name != text_nll]
-    shares.append(math.exp(before[text_nll] - now[text_nll]) if math.isfinite(now[text_nll]) else math.nan)
+    # what was 0 before cannot be lost
+    shares = [now[name] / before[name] if before[name] else 1.0 for name in before if name != text_nll]
+    gained = min(0.0, before[text_nll] - now[text_nll]) if math.isfinite(now[text_nll]) else math.nan
+    shares.append(math.exp(gained))
     if any(math.isnan(share) for share in shares):
         return 0.0
     return harmonic_mean([min(1.0, share) for share in shares])
@@ -126,14 +130,24 @@ def forgetting_at(points: Sequence[Point], least: float) -> float:
 
 
 def ratio_interval(
-    numerator: Sequence[float], denominator: Sequence[float], level: float = 0.95, resamples: int = 20_000
+    numerator: Sequence[float], *denominators: Sequence[float], level: float = 0.95, resamples: int = 20_000
 ) -> tuple[float, float, float]:
     """Return the ratio of two means over the same requests, with a paired bootstrap interval over requests.
+
+    Of several denominators the least mean counts, in every resample anew: which side is the best is not known either,
+    and a ratio to the one that happened to be it would be narrower than it may claim to be.
 
     All ``n^n`` resamples are taken where they are no more than ``resamples`` (up to five requests), else that many with
     a fixed seed; of a single request there is no interval, and its ends are nan. A resample in which both sides lose
     nothing says nothing about their ratio: it counts as 0 for the lower end and as unbounded for the upper one. With
-    few requests such intervals are short of their level: five cover about 82 % (a test measures it), so read them so.
+    few requests such intervals are short of their level: five cover about 83 % of log-normal losses, and 71 % where
+    a side loses on one request of five alone (tests measure both), so read them so.
+
+    Args:
+        numerator: A side's value on each request.
+        denominators: The same of the other side, or of several.
+        level: Of the interval.
+        resamples: Most that are taken.
 
     Raises:
         ValueError: The sides differ in length or are empty.
@@ -142,19 +156,21 @@ def ratio_interval(
         >>> ratio_interval([1.0, 1.0], [2.0, 2.0])
         (0.5, 0.5, 0.5)
     """
-    a, b = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    n = len(a)
-    if n != len(b) or n == 0:
-        raise ValueError(f"a paired ratio needs the same requests on both sides, got {n} and {len(b)}")
+    n, lengths = len(numerator), sorted({len(side) for side in denominators})
+    if lengths != [n] or n == 0:
+        given = " and ".join(map(str, lengths)) or "none"
+        raise ValueError(f"a paired ratio needs the same requests on both sides, got {n} and {given}")
+    a, others = np.asarray(numerator, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if n == 1:
-        return float(a[0] / b[0]) if b[0] else math.nan if not a[0] else math.inf, math.nan, math.nan
+        least = float(others.min())
+        return float(a[0] / least) if least else math.nan if not a[0] else math.inf, math.nan, math.nan
     if n**n <= resamples:
         picks = np.array(list(itertools.product(range(n), repeat=n)))
     else:
         picks = np.random.default_rng(0).integers(n, size=(resamples, n))
     with np.errstate(divide="ignore", invalid="ignore"):
-        draws = a[picks].mean(axis=1) / b[picks].mean(axis=1)
-        value = float(a.mean() / b.mean())
+        draws = a[picks].mean(axis=1) / others[:, picks].mean(axis=2).min(axis=0)
+        value = float(a.mean() / others.mean(axis=1).min())
     ends = (1 - level) / 2, (1 + level) / 2
     low = np.quantile(np.nan_to_num(draws, nan=0.0, posinf=_UNBOUNDED), ends[0])
     high = np.quantile(np.nan_to_num(draws, nan=_UNBOUNDED, posinf=_UNBOUNDED), ends[1])

@@ -18,7 +18,7 @@ from soul.metrics.frontier import FLOOR, Point, ratio_interval
 from soul.metrics.stats import expected_best
 from soul.report import plots
 from soul.report.page import frame
-from soul.report.standings import ContestRecord, Standing, rival
+from soul.report.standings import ContestRecord, Standing, rivals
 from soul.stored import write_text
 from soul.visible import clean, one_line
 
@@ -32,17 +32,20 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def verdict(standings: Sequence[Standing]) -> list[list[str]]:
-    """Return a row for each cell: lost area, and its ratio to the best first-order side on the same requests."""
+    """Return a row for each cell: lost area, and its ratio to the best first-order side on the same requests.
+
+    Of a second-order side the interval takes the best first-order side of each resample; of a first-order one, and for
+    wins, it is the best of all requests.
+    """
 
     def mean(s: Standing) -> float:
-        return statistics.mean(s.lost.values()) if s.lost else float("inf")
+        return statistics.mean(s.lost.values())
 
-    best = rival(standings, mean)
+    best, *others = rivals(standings) or [None]
     rows = []
-    for s in sorted(standings, key=mean):
-        if not s.lost:
-            continue
-        ratio, wins = against(s, best) if best and s is not best else ("-", "-")
+    for s in sorted((s for s in standings if s.lost), key=mean):
+        further = () if s.order == "first" else others
+        ratio, wins = against(s, best, *further) if best and s is not best else ("-", "-")
         name = s.cell.optimizer + (" (rival)" if s is best else "")
         spread = f"{mean(s):.3f} ({min(s.lost.values()):.3f} to {max(s.lost.values()):.3f})"
         cost = [f"{s.warm:.0f}", f"{s.cold:.0f}", f"{s.memory / 1e9:.1f}"]
@@ -51,16 +54,27 @@ def verdict(standings: Sequence[Standing]) -> list[list[str]]:
     return rows
 
 
-def against(s: Standing, other: Standing) -> tuple[str, str]:
-    """Return a side's lost area in shares of another's, with the interval, and the requests it won, tied and lost."""
-    shared = [r for r in s.lost if r in other.lost]
+def against(s: Standing, other: Standing, *further: Standing) -> tuple[str, str]:
+    """Return a side's lost area in shares of another's, with the interval, and the requests it won, tied and lost.
+
+    Of several others the one that loses least on the requests of a resample counts (:func:`ratio_interval`), and the
+    first for what is won.
+    """
+    shared = [r for r in s.lost if all(r in o.lost for o in (other, *further))]
     if not shared:
         return "-", "-"
-    value, low, high = ratio_interval([s.lost[r] for r in shared], [other.lost[r] for r in shared])
+    value, low, high = ratio_interval(
+        [s.lost[r] for r in shared], *([o.lost[r] for r in shared] for o in (other, *further))
+    )
     apart = [s.lost[r] - other.lost[r] for r in shared]
     won, lost = sum(d < -TIE for d in apart), sum(d > TIE for d in apart)
-    spread = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
-    return f"{value:.2f}{spread}", f"{won} / {len(shared) - won - lost} / {lost}"
+    spread = "" if math.isnan(low) else f" [{low:.2f}, {_bound(high)}]"
+    ratio = "neither loses" if math.isnan(value) else f"{_bound(value)}{spread}"
+    return ratio, f"{won} / {len(shared) - won - lost} / {lost}"
+
+
+def _bound(value: float) -> str:
+    return "no bound" if math.isinf(value) else f"{value:.2f}"
 
 
 def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:
@@ -164,12 +178,8 @@ def tables(record: ContestRecord) -> list[Table]:
 
 def _saturated(standings: Sequence[Standing]) -> str:
     """Return what to add to a title where the best first-order side leaves too little to tell."""
-    losses = [statistics.mean(s.lost.values()) for s in standings if s.order == "first" and s.lost]
-    return (
-        f" (saturated: the best first-order side loses less than {SATURATED})"
-        if min(losses, default=1.0) < SATURATED
-        else ""
-    )
+    least = next((statistics.mean(s.lost.values()) for s in rivals(standings)), 1.0)
+    return f" (saturated: the best first-order side loses less than {SATURATED})" if least < SATURATED else ""
 
 
 def precision(record: ContestRecord) -> list[list[str]]:
@@ -289,6 +299,11 @@ def attained(points: Sequence[Point], grid: np.ndarray) -> np.ndarray:
     return np.array([max((u for f, u in points if f >= least), default=0.0) for least in grid])
 
 
+def mean_attained(found: Sequence[Sequence[Point]], grid: np.ndarray) -> np.ndarray:
+    """Return the mean over requests of what is attained, and at least the floor: above it lies the mean lost area."""
+    return np.mean([np.maximum(attained(points, grid), FLOOR) for points in found], axis=0)
+
+
 def frontier_plot(record: ContestRecord, task: str, objective: str, name: str) -> str:
     """Return the frontiers of a square: utility against forgetting, mean over requests, one line an optimizer.
 
@@ -301,13 +316,13 @@ def frontier_plot(record: ContestRecord, task: str, objective: str, name: str) -
         figure, axes = plots._axes(6.4, 4.4)
         for i, s in enumerate(standings, 1):
             requests = list(s.lost) if kind == "report" else record.tasks[task]["tune"]
-            curves = [
-                attained(points_of(record.lines, s.cell, kind, r, s.chosen or None), grid)
+            found = [
+                points_of(record.lines, s.cell, kind, r, s.chosen or None)
                 for r in requests
                 if len(references_of(record.lines, task, r, full=kind == "report")) == 2
             ]
-            if any((curve > 0).any() for curve in curves):
-                mean = np.maximum(np.mean(curves, axis=0), FLOOR)
+            if any(found):
+                mean = mean_attained(found, grid)
                 style, color = "-" if s.order == "second" else "--", plots.color_of(i)
                 axes.plot(grid, mean, style, color=color, drawstyle="steps-pre", linewidth=1.8)
                 end = int(np.flatnonzero(mean > FLOOR)[-1]) if (mean > FLOOR).any() else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,8 @@ class ContestRecord:
     def distances(self, standing: Standing, request: str) -> list[tuple[float, float, float]]:
         """Return, for the final models of a cell's chosen trials, how far each is from the retrained one.
 
-        Of each, TOFU's KS statistic, its margin and its p-value.
+        Of each, TOFU's KS statistic, its margin and its p-value. A run that was lost, or whose truth ratios are no
+        numbers, is as far as can be: 1, at a p-value of 0.
         """
         cell = standing.cell
         gold = references_of(self.lines, cell.task, request, full=True).get("gold", {}).get("log_truth_ratios")
@@ -154,15 +155,21 @@ class ContestRecord:
         for line in runs_of(self.lines, cell, "report", request):
             if line["point"] not in standing.chosen:
                 continue
-            final = [m["values"] for m in line["measures"] if m["share"] == 1.0]
-            if gold and final and final[-1].get("log_truth_ratios"):
-                mine = final[-1]["log_truth_ratios"]
+            final = [m["values"] for m in line["measures"] if m["share"] == 1.0 and line["state"] == "done"]
+            mine = final[-1].get("log_truth_ratios") if final else None
+            if gold and mine:
                 statistic, p = ks_two_sided(mine, gold)
                 found.append((statistic, ks_margin(len(mine), len(gold)), p))
+            elif gold:
+                found.append((1.0, 0.0, 0.0))
         return found
 
 
-def rival(standings: Sequence[Standing], value: Callable[[Standing], float]) -> Standing | None:
-    """Return the best first-order side: the least mean of what ``value`` gives."""
-    first = [s for s in standings if s.order == "first"]
-    return min(first, key=value) if first else None
+def rivals(standings: Sequence[Standing]) -> list[Standing]:
+    """Return the first-order sides, the best first, by the mean lost area.
+
+    Of those on all requests that any of them has been on: a side that was on the easiest alone is no one's rival.
+    """
+    first = [s for s in standings if s.order == "first" and s.lost]
+    most = {r for s in first for r in s.lost}
+    return sorted((s for s in first if set(s.lost) == most), key=lambda s: statistics.mean(s.lost.values()))
