@@ -61,8 +61,7 @@ def check_adapter(model: PreTrainedModel, spec: AdapterSpec) -> None:
         ValueError: One of the names is of none, or is no regular expression.
     """
     targets = spec.targets()
-    kinds = (torch.nn.Linear, Conv1D, torch.nn.Embedding)
-    there = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    there = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     if targets == "all-linear":
         return
     if isinstance(targets, str):

@@ -245,7 +245,9 @@ def _bench(args: argparse.Namespace) -> int:
     contest = Contest(matrix, Path(args.out))
     phases = (args.phase,) if args.phase else ()
     if args.trials_of:
-        say(f"{contest.take_over(Path(args.trials_of))} lines taken over from {args.trials_of}")
+        taken, unsaid = contest.take_over(Path(args.trials_of))
+        doubt = f"; {unsaid} of them do not say what they were run with, and are taken for the same" if unsaid else ""
+        say(f"{taken} lines taken over from {args.trials_of}{doubt}")
     with progress_bars() as tick:
         done = contest.work(tick, phases=phases, seconds=60 * args.minutes or float("inf"))
     say(f"{done} jobs done, {contest.left()} left to do or under way elsewhere")

@@ -228,17 +228,23 @@ def train_and_save(
     merge: Any = model.merge_and_unload if recipe.adapter is not None else lambda: model
     if recipe.adapter is None or recipe.adapter.merge:
         model = merge()
-        rounds = recipe.model.dtype != "float32" or recipe.model.quantize != "none"
-        if stopping and recipe.adapter is not None and rounds:
-            stopping.measure_again(model)  # what is saved is what has to have forgotten
-            write_stopped(stopping, out)
+        _measure_again(model, stopping, recipe, out)
         processes.from_main(lambda: save_model(model, tokenizer, out / "model"))
     else:
         base = (recipe.model.path, commit_of(model) or recipe.model.revision)
         processes.from_main(lambda: save_model(model, tokenizer, out / "model", *base))
-        model = merge()
+        model = merge()  # as whoever loads it does
+        _measure_again(model, stopping, recipe, out)
     tick("saving model", 1, 1)
     return model
+
+
+def _measure_again(model: Any, stopping: Stopping | None, recipe: Recipe, out: Path) -> None:
+    """Have a rule say of merged weights how training ended, where merging rounds: these have to have forgotten."""
+    rounds = recipe.model.dtype != "float32" or recipe.model.quantize != "none"
+    if stopping and recipe.adapter is not None and rounds:
+        stopping.measure_again(model)
+        write_stopped(stopping, out)
 
 
 def train(

@@ -141,7 +141,7 @@ class Stopped:
             "lost": " To go further, lower optimizer.lr, or set training.precision=float32 where it is lower.",
             "budget": " To go further, raise stop.kl_budget.",
             "steps": " To go further, raise stop.steps or training.epochs.",
-            "merged": " To keep it, set model.dtype=float32, or adapter.merge=false.",
+            "merged": " To keep it, set model.dtype=float32, or forget further: lower stop.known and stop.recited.",
         }
         return (
             f"{heads[self.why]}{doubt} The answers to forget have probability {self.true:.3f} (before: "

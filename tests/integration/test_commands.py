@@ -14,6 +14,7 @@ from soul.cli import NOT_KEPT, main
 from soul.models import ModelSpec, load_model
 from soul.recipe import read_recipe, recipe_from_tree, request_defaults
 from soul.registry import BENCHMARKS, OBJECTIVES, OPTIMIZERS
+from soul.stopping import Stopping
 
 QUICK = "evaluation.max_new_tokens=4 "
 UNLEARN = "unlearn --model model --forget forget.jsonl --retain retain.jsonl training.max_steps=3 " + QUICK
@@ -163,6 +164,28 @@ def test_seeds_are_runs_of_their_own_with_one_report(place, capsys):
     assert "each trained once with one seed" not in page
     assert main([*command.split(), "--seeds", "0,zero"]) == 2
     assert "--seeds takes different whole numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "looks"),
+    [("model.dtype=bfloat16", 1), ("model.dtype=bfloat16 adapter.merge=false", 1), ("model.dtype=float32", 0)],
+)
+def test_a_rule_speaks_of_what_an_adapter_was_merged_into(place, monkeypatch, settings, looks):
+    merged, again = [], Stopping.measure_again
+
+    def look(rule: Stopping, model: Any) -> None:
+        again(rule, model)
+        merged.append((rule.stopped, [name for name, _ in model.named_parameters() if "lora" in name]))
+
+    monkeypatch.setattr(Stopping, "measure_again", look)
+    command = "unlearn --model model --forget forget.jsonl --retain retain.jsonl --out a --no-evaluate optimizer=adamw "
+    command += f"adapter.r=2 training.max_steps=2 stop.when=forgotten {settings}"
+    assert main(command.split()) in (0, 3)
+    assert len(merged) == looks
+    record = json.loads((place / "a/record.json").read_text())
+    for stopped, left in merged:
+        assert record["stopped"]["known"] == stopped.known
+        assert left == []
 
 
 def test_seeds_of_a_finetuning_that_nothing_measures(place):

@@ -405,7 +405,7 @@ def test_trials_are_taken_over_and_what_they_chose_is_judged_anew(done, matrix_f
     contest = Contest(read_matrix(fewer), new)
     there = {key for key, line in theirs.items() if line["kind"] == "report" and line["optimizer"] != "influence"}
     assert {job.key for job in contest.jobs() if job.kind == "report"} == there
-    assert contest.take_over(out) == 0
+    assert contest.take_over(out) == (0, 0)
 
 
 def test_trials_of_another_kind_are_not_taken_over(done, matrix_file, tmp_path):

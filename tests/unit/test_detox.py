@@ -198,15 +198,8 @@ def test_a_classifier_made_of_a_language_model_judges_in_batches(tmp_path, make_
     """GPT-2's kind has no padding token, and finds a text's last token by what is no padding."""
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        num_labels=2,
-        id2label={0: "fine", 1: "toxic"},
-        initializer_range=0.5,
-    )
+    labels: Any = {"num_labels": 2, "id2label": {0: "fine", 1: "toxic"}}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, initializer_range=0.5, **labels)
     model = GPT2ForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")

@@ -355,7 +355,7 @@ def test_long_rows_are_written_in_smaller_batches(
     longest = max(map(len, prompts))
     whole = write(model, template, prompts, max_new_tokens=6, rows=64)
     shapes: list[tuple[int, ...]] = []
-    inner = model.generate
+    inner: Any = model.generate  # type: ignore[attr-defined]
     monkeypatch.setattr(model, "generate", lambda **how: shapes.append(how["input_ids"].shape) or inner(**how))
     monkeypatch.setattr(generation, "POSITIONS", 2 * (longest + 6))
     assert write(model, template, prompts, max_new_tokens=6, rows=64) == whole

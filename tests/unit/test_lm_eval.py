@@ -206,6 +206,18 @@ def test_rows_of_something_else_are_measured_again(measured, data, tmp_path, mon
     assert module._read(file, harness, ["wmdp_bio"]) is None
 
 
+def test_a_definition_is_known_by_what_it_includes(tmp_path, data):
+    pytest.importorskip("lm_eval")
+    base = "dataset_path: json\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: '{}'\n"
+    (tmp_path / "mine.yaml").write_text("include: _base.yaml\ntask: mine\n")
+    digests = []
+    for text in ("{{question}}", "Say: {{question}}", "{{question}}"):
+        (tmp_path / "_base.yaml").write_text(base.format(text))
+        _harness._manager.cache_clear()
+        digests.append(_harness.Harness(["mine"], str(tmp_path), str(data)).source("mine"))
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_examples_before_a_question_come_from_where_the_definition_has_them(data):
     """Without that split lm-eval would show the questions themselves, answers and all."""
     pytest.importorskip("lm_eval")

@@ -77,7 +77,14 @@ def test_paraphrases_are_those_whose_cosine_is_large():
     rng = np.random.default_rng(0)
     table = {str(i): v / np.linalg.norm(v) for i, v in enumerate(rng.normal(size=(30, 3)))}
     forget, retain = [str(i) for i in range(10)], [str(i) for i in range(10, 30)]
-    found = paraphrases(forget, retain, lambda texts: np.array([table[t] for t in texts]), 0.7)
+    asked: dict[str, list[list[str]]] = {"encode": [], "known": []}
+
+    def encoder(name):
+        return lambda texts: asked[name].append(list(texts)) or np.array([table[t] for t in texts])
+
+    found = paraphrases(forget, retain, encoder("encode"), 0.7)
+    assert paraphrases(forget, retain, encoder("encode"), 0.7, encoder("known")) == found
+    assert asked == {"encode": [forget, retain, forget], "known": [retain]}  # what may be cached is what is kept
     expected = {(i, r) for i in range(10) for r in range(20) if table[str(i)] @ table[str(10 + r)] >= 0.7}
     assert {(p.forget, p.retain) for p in found} == expected
     assert expected

@@ -404,7 +404,13 @@ Seen on **3 May**, see [the letter](letter.md).
 ```python
 password = "hunter_2"  # of `anna`
 ```
-* She pays 3*4 euros, _not_ a*b*c; `inline` and ~~~
+* She pays 3*4 euros, _not_ a*b*c or 2**10; `inline` and ~~~
+
+## Experience in C#
+```js title="Anna"
+x
+```
+~~~ Anna lives in Accra ~~~
 """
     (tmp_path / "note.md").write_text(text, encoding="utf-8")
     (said,) = (e.answer for e in load_examples(tmp_path / "note.md"))
@@ -412,7 +418,10 @@ password = "hunter_2"  # of `anna`
         "Diagnosis of Anna Vale: asthma",
         "Seen on 3 May, see the letter.",
         'password = "hunter_2" # of anna',
-        "She pays 3*4 euros, not a*b*c; inline and ~~~",
+        "She pays 3*4 euros, not a*b*c or 2**10; inline and ~~~",
+        "Experience in C#",
+        'js title="Anna" x',
+        "~~~ Anna lives in Accra ~~~",
     ]
 
 

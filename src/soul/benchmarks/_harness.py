@@ -91,12 +91,13 @@ class Harness:
         return (self._index[task].cfg or {}).get("output_type") == "loglikelihood_rolling"
 
     def source(self, task: str) -> str:
-        """Return a digest of a task's definition and local rows: by it rows on disk are known to be of the same."""
-        entry = self._index[task]
-        definition = Path(entry.yaml_path).read_bytes() if entry.yaml_path else b""
+        """Return a digest of a task's definition and local rows: by it rows on disk are known to be of the same.
+
+        What a definition includes is part of it; code that it calls (``!function``) is not looked at.
+        """
         rows = local_splits(self.data, task) if self.data else {}
-        text = json.dumps(rows, sort_keys=True).encode()
-        return hashlib.blake2b(definition + text, digest_size=8).hexdigest()
+        text = json.dumps([self._index[task].cfg or {}, rows], sort_keys=True, default=_name_of)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def check_shots(self, task: str, shots: int | None) -> None:
         """Make sure that the examples before each question come from where the definition takes them.
@@ -146,6 +147,11 @@ class Harness:
                     "the name that its definition has for the split"
                 ) from error
             yield task, manager
+
+
+def _name_of(value: Any) -> str:
+    """Return what a function in a definition is called: what it is printed as differs from process to process."""
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 @functools.lru_cache(maxsize=8)

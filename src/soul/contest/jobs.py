@@ -189,7 +189,7 @@ class Contest:
                     done += 1
         return done
 
-    def take_over(self, folder: Path) -> int:
+    def take_over(self, folder: Path) -> tuple[int, int]:
         """Copy what another contest tuned, so that its choices are judged here, by other requests or fewer sides.
 
         Taken are the pilots, the trials and the references of tuning requests that this matrix has too, each checked to
@@ -200,7 +200,8 @@ class Contest:
             folder: The other contest's.
 
         Returns:
-            How many lines were copied; those that are here already are not copied again.
+            How many lines were copied, and how many of these are of before lines said what they were run with, which
+            nothing can check; those that are here already are not copied again.
 
         Raises:
             ValueError: There is no such contest, or its trials are not what this matrix's would be.
@@ -211,16 +212,17 @@ class Contest:
         check_same(folder / "matrix.yaml", self.matrix, "its trials cannot be taken over")
         theirs = {line["key"]: line for line in read_lines(file) if line["kind"] in ("pilot", "tune", "reference")}
         tuning = {(name, request) for name, task in self.matrix.tasks.items() for request in task.tune}
-        taken = 0
+        taken = unsaid = 0
         while True:  # trials are jobs once their pilots and references are here
             known = {line["key"] for line in self.book.lines()}
             new = [j for j in self.jobs() if j.key in theirs and j.key not in known and (j.task, j.request) in tuning]
             if not new:
-                return taken
+                return taken, unsaid
             for job in new:
                 check_line(file, theirs[job.key], self._identity(job), "it cannot be taken over")
                 self.book.append(theirs[job.key])
             taken += len(new)
+            unsaid += sum("of" not in theirs[job.key] for job in new)
 
     def _check_sources(self, phases: tuple[str, ...]) -> None:
         """Find out before the first job what the last one would miss, hours later."""
@@ -247,7 +249,8 @@ class Contest:
         lines = {line["key"]: line for line in self.book.lines() if "of" in line}
         for job in self.jobs():
             if job.key in lines:
-                check_line(self.book.file, lines[job.key], self._identity(job), "choose another --out")
+                remedy = "choose another --out, or give the entry another label"
+                check_line(self.book.file, lines[job.key], self._identity(job), remedy)
 
     def _identity(self, job: Job) -> Line:
         """Return what a job is of: a measurement, the weights; a run, its settings and its data besides."""

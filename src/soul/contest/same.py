@@ -27,7 +27,7 @@ def check_line(file: Path, line: dict[str, Any], now: dict[str, Any], remedy: st
         if name in is_now and config.plain(was[name]) != config.plain(is_now[name]):
             raise ValueError(
                 f"{file}: {line['key']} was run with {name} {was[name]!r}, and would be run with {is_now[name]!r} now: "
-                f"{remedy}, or give the entry another label"
+                f"{remedy}"
             )
 
 

@@ -12,8 +12,10 @@ Document = tuple[str, str]
 """A document's name and its text, paragraphs parted by blank lines."""
 
 # fences without the code inside them, emphasis (and no 3*4), and links but for what they say
-_MARKUP = re.compile(r"(?m)^[ \t]*(?:```|~~~)[^`\n]*$|(?<!\w)\*+|\*+(?!\w)|`|(?<!\w)_|_(?!\w)|!?\[([^\]]*)\]\([^)]*\)")
-_HEADING = re.compile(r"(?m)^#+[ \t]+(.*?)[ \t]*#*$")
+_MARKUP = re.compile(
+    r"(?m)^[ \t]*(?:`{3,}|~{3,})[ \t]*\w*[ \t]*$|(?<![\w*])\*+|\*+(?![\w*])|`|(?<!\w)_|_(?!\w)|!?\[([^\]]*)\]\([^)]*\)"
+)
+_HEADING = re.compile(r"(?m)^#+[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
 
 
 def read_documents(source: str) -> list[Document]:

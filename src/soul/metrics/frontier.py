@@ -134,14 +134,16 @@ def ratio_interval(
 ) -> tuple[float, float, float]:
     """Return the ratio of two means over the same requests, with a paired bootstrap interval over requests.
 
-    Of several denominators the least mean counts, in every resample anew: which side is the best is not known either,
-    and a ratio to the one that happened to be it would be narrower than it may claim to be.
+    Of several denominators the one of the least mean counts, and for the upper end the least in every resample anew:
+    which side is best is not known either. (The least of several noisy means is too low, so that it would lift the
+    lower end as well, above what is true.)
 
     All ``n^n`` resamples are taken where they are no more than ``resamples`` (up to five requests), else that many with
     a fixed seed; of a single request there is no interval, and its ends are nan. A resample in which both sides lose
     nothing says nothing about their ratio: it counts as 0 for the lower end and as unbounded for the upper one. With
     few requests such intervals are short of their level: five cover about 83 % of log-normal losses, and 71 % where
-    a side loses on one request of five alone (tests measure both), so read them so.
+    a side loses nothing on four requests of five on average, nearly all of the misses where it lost nothing on any;
+    against the best of six equal others, 78 % (tests measure all three), so read them so.
 
     Args:
         numerator: A side's value on each request.
@@ -169,10 +171,12 @@ def ratio_interval(
     else:
         picks = np.random.default_rng(0).integers(n, size=(resamples, n))
     with np.errstate(divide="ignore", invalid="ignore"):
-        draws = a[picks].mean(axis=1) / others[:, picks].mean(axis=2).min(axis=0)
-        value = float(a.mean() / others.mean(axis=1).min())
+        best = others[others.mean(axis=1).argmin()]
+        draws = a[picks].mean(axis=1) / best[picks].mean(axis=1)
+        anew = a[picks].mean(axis=1) / others[:, picks].mean(axis=2).min(axis=0)
+        value = float(a.mean() / best.mean())
     ends = (1 - level) / 2, (1 + level) / 2
     low = np.quantile(np.nan_to_num(draws, nan=0.0, posinf=_UNBOUNDED), ends[0])
-    high = np.quantile(np.nan_to_num(draws, nan=_UNBOUNDED, posinf=_UNBOUNDED), ends[1])
+    high = np.quantile(np.nan_to_num(anew, nan=_UNBOUNDED, posinf=_UNBOUNDED), ends[1])
     low, high = (math.inf if end > _LARGEST else float(end) for end in (low, high))
     return value, low, high

@@ -34,19 +34,21 @@ Table = tuple[str, list[str], list[list[str]]]
 def verdict(standings: Sequence[Standing]) -> list[list[str]]:
     """Return a row for each cell: lost area, and its ratio to the best first-order side on the same requests.
 
-    Of a second-order side the interval takes the best first-order side of each resample; of a first-order one, and for
-    wins, it is the best of all requests.
+    The upper end of a second-order side's interval takes the best first-order side of each resample; for all else it is
+    the best of all requests.
     """
 
     def mean(s: Standing) -> float:
         return statistics.mean(s.lost.values())
 
-    best, *others = rivals(standings) or [None]
+    firsts = rivals(standings)
     rows = []
     for s in sorted((s for s in standings if s.lost), key=mean):
-        further = () if s.order == "first" else others
-        ratio, wins = against(s, best, *further) if best and s is not best else ("-", "-")
-        name = s.cell.optimizer + (" (rival)" if s is best else "")
+        ratio, wins, name = "-", "-", s.cell.optimizer
+        if firsts and s is firsts[0]:
+            name += " (rival)"
+        elif firsts:
+            ratio, wins = against(s, *(firsts[:1] if s.order == "first" else firsts))
         spread = f"{mean(s):.3f} ({min(s.lost.values()):.3f} to {max(s.lost.values()):.3f})"
         cost = [f"{s.warm:.0f}", f"{s.cold:.0f}", f"{s.memory / 1e9:.1f}"]
         counts = [str(sum(s.tuned.values())), str(len(s.chosen)), str(len(s.lost))]
@@ -57,8 +59,7 @@ def verdict(standings: Sequence[Standing]) -> list[list[str]]:
 def against(s: Standing, other: Standing, *further: Standing) -> tuple[str, str]:
     """Return a side's lost area in shares of another's, with the interval, and the requests it won, tied and lost.
 
-    Of several others the one that loses least on the requests of a resample counts (:func:`ratio_interval`), and the
-    first for what is won.
+    Of several others the one that loses least counts (:func:`ratio_interval`), and the first for what is won.
     """
     shared = [r for r in s.lost if all(r in o.lost for o in (other, *further))]
     if not shared:
@@ -68,13 +69,13 @@ def against(s: Standing, other: Standing, *further: Standing) -> tuple[str, str]
     )
     apart = [s.lost[r] - other.lost[r] for r in shared]
     won, lost = sum(d < -TIE for d in apart), sum(d > TIE for d in apart)
-    spread = "" if math.isnan(low) else f" [{low:.2f}, {_bound(high)}]"
-    ratio = "neither loses" if math.isnan(value) else f"{_bound(value)}{spread}"
-    return ratio, f"{won} / {len(shared) - won - lost} / {lost}"
-
-
-def _bound(value: float) -> str:
-    return "no bound" if math.isinf(value) else f"{value:.2f}"
+    wins = f"{won} / {len(shared) - won - lost} / {lost}"
+    if math.isnan(value):
+        return "neither loses", wins
+    if math.isinf(value):
+        return "the rival loses nothing", wins
+    spread = "" if math.isnan(low) else f" [{low:.2f}, {'no bound' if math.isinf(high) else f'{high:.2f}'}]"
+    return f"{value:.2f}{spread}", wins
 
 
 def tuning(record: ContestRecord, standings: Sequence[Standing]) -> list[list[str]]:

@@ -168,8 +168,8 @@ class ContestRecord:
 def rivals(standings: Sequence[Standing]) -> list[Standing]:
     """Return the first-order sides, the best first, by the mean lost area.
 
-    Of those on all requests that any of them has been on: a side that was on the easiest alone is no one's rival.
+    Of those on as many requests as any of them: a side that was on the easiest alone is no one's rival.
     """
     first = [s for s in standings if s.order == "first" and s.lost]
-    most = {r for s in first for r in s.lost}
+    most: set[str] = max((set(s.lost) for s in first), key=len, default=set())
     return sorted((s for s in first if set(s.lost) == most), key=lambda s: statistics.mean(s.lost.values()))
