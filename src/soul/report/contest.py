@@ -241,12 +241,13 @@ def attacked(record: ContestRecord, task: str, objective: str) -> tuple[list[str
 
 
 def _sides(record: ContestRecord, task: str, objective: str) -> dict[tuple[str, int], str]:
-    """Return each side's best setting, as (optimizer, point), with what tables call it."""
+    """Return each side's best setting, as (optimizer, point), with what tables call it.
+
+    Of the cells that are through with all report requests: a control on some of them holds up nothing.
+    """
     standings = [record.standing(cell) for cell in record.cells(task, objective)]
-    whole = {s.cell: s.chosen for s in standings if s.lost}
     requests = record.tasks[task]["report"]
-    if len(whole) < len(standings) or any(len(s.lost) < len(requests) for s in standings):
-        return {}
+    whole = {s.cell: s.chosen for s in standings if len(s.lost) == len(requests)}
     best = sides(record.lines, whole, {name: str(e["order"]) for name, e in record.entries.items()}, requests)
     return {(cell.optimizer, number): cell.optimizer for cell, number in best.values()}
 
