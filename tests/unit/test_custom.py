@@ -98,7 +98,7 @@ def test_documents_are_read_without_markup(tmp_path):
     (tmp_path / "a.txt").write_text("One line\nof text.\n")
     assert read_documents(str(tmp_path)) == [
         ("a", "One line of text."),
-        ("b", "Mira Vale lived in Accra.\n\nsnake_case"),
+        ("b", "Title\n\nMira Vale lived in Accra.\n\ncode\n\nsnake_case"),
     ]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no documents"):

@@ -126,7 +126,7 @@ def test_a_change_of_the_same_items_may_be_sure_where_intervals_overlap(tmp_path
         for stage in ("before", "after"):
             rows = [
                 {"id": str(i), "prompt": f"{i}?", "answer": ".", "subject": "", "tokens": 9}
-                | {"nll": 9 * (0.1 * (i + 1) + (0.01 * (i % 3) + moved[i] if stage == "after" else 0.0))}
+                | {"nll": 0.1 * (i + 1) + (0.01 * (i % 3) + moved[i] if stage == "after" else 0.0)}
                 for i in range(20)
             ]
             (run / "rows" / stage / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
