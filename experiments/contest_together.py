@@ -61,7 +61,10 @@ def main() -> None:
             cells = [s.cell for s in standings if all(s.cell in side and side[s.cell].lost for side in sides)]
             if not cells:
                 continue
-            rows = verdict([joined([side[cell] for side in sides]) for cell in cells])
+            try:
+                rows = verdict([joined([side[cell] for side in sides]) for cell in cells])
+            except ValueError as error:
+                parser.error(str(error))
             print(f"\n{task}, {objective}" + (", each part of utility by its own before" if relative else ""))
             print(HEAD)
             for name, _, _, settings, requests, lost, ratio, wins, *_ in rows:

@@ -49,9 +49,9 @@ class AdapterSpec:
             (['q_proj', 'v_proj'], '.*_proj')
         """
         given = self.target_modules
-        if isinstance(given, str) and given != "all-linear" and re.fullmatch(r"[\w.,\s]+", given):
+        if isinstance(given, str) and re.fullmatch(r"[\w.,\s]+", given):
             return [name.strip() for name in given.split(",") if name.strip()]
-        return given
+        return "all-linear" if given == ["all-linear"] else given
 
 
 def check_adapter(model: PreTrainedModel, spec: AdapterSpec) -> None:
@@ -61,12 +61,12 @@ def check_adapter(model: PreTrainedModel, spec: AdapterSpec) -> None:
         ValueError: One of the names is of none, or is no regular expression.
     """
     targets = spec.targets()
-    there = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     if targets == "all-linear":
         return
+    there = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     if isinstance(targets, str):
         try:
-            absent = [] if any(re.fullmatch(targets, module) for module in there) else [targets]
+            absent = [targets] if targets and not any(re.fullmatch(targets, module) for module in there) else []
         except re.error as error:
             raise ValueError(
                 f"adapter.target_modules: {targets!r} is no regular expression ({error}); give names of modules, or "

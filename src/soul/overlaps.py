@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import logging
@@ -135,11 +136,9 @@ def find_overlaps(
         encode = None
     if encode is not None:
         looked_for += f" and paraphrases by {encode.name} from {alike:g}"
-
-        def kept(texts: Sequence[str], by: SentenceEncoder = encode) -> np.ndarray:
-            return embeddings(by, texts, progress)
-
-        for pair in paraphrases(ours, theirs, encode, alike, kept):  # of what is to be forgotten nothing is cached
+        by: Any = functools.partial(embeddings, encode, progress=progress)
+        # of what is to be forgotten nothing is cached
+        for pair in paraphrases(ours, theirs, functools.partial(by, cached=False), alike, by):
             found.setdefault((pair.forget, pair.retain), pair)
     else:
         looked_for += " alone" if encoder == "none" else " alone, as paraphrases need a sentence encoder"
@@ -155,15 +154,24 @@ def find_overlaps(
 
 
 def embeddings(
-    encode: SentenceEncoder, texts: Sequence[str], progress: Callable[[str, int, int], None] | None = None
+    encode: SentenceEncoder,
+    texts: Sequence[str],
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    cached: bool = True,
 ) -> np.ndarray:
     """Return unit vectors [texts, D]; those of :data:`MANY` texts or more are read from the cache where they are there.
+
+    Unless ``cached`` is off.
 
     The cache's file is named by the texts and by what the encoder makes of a probe, so that neither another encoder
     under the same name nor a changed text takes up what is stale. One that cannot be read or written is done without.
     """
     if len(texts) < MANY:
         return encode(texts)
+    shown = progress and (lambda done, of: progress("looking for overlaps", done, of))
+    if not cached:
+        return encode(texts, progress=shown)
     probe = encode(["What an encoder makes of this sentence is its fingerprint."])
     name = hashlib.blake2b(digest_size=16)
     for part in (np.round(probe, 3).tobytes(), str(encode.max_length).encode(), *(text.encode() for text in texts)):
@@ -173,7 +181,7 @@ def embeddings(
         known = np.load(file, allow_pickle=False)
         if known.shape == (len(texts), probe.shape[1]):
             return known
-    found = encode(texts, progress=progress and (lambda done, of: progress("looking for overlaps", done, of)))
+    found = encode(texts, progress=shown)
     with contextlib.suppress(StorageError):
         store(file, found)
     return found

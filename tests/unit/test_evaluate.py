@@ -350,12 +350,13 @@ def test_long_rows_are_written_in_smaller_batches(
     make_model: Make, tokenizer: PreTrainedTokenizerFast, forget_set: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model keeps keys and values of every position of a batch, those of the answers to come too."""
-    template, model = ChatTemplate(tokenizer), make_model()
+    template = ChatTemplate(tokenizer)
+    model: Any = make_model()
     prompts = [template.prompt_ids(e) for e in forget_set]
     longest = max(map(len, prompts))
     whole = write(model, template, prompts, max_new_tokens=6, rows=64)
     shapes: list[tuple[int, ...]] = []
-    inner: Any = model.generate  # type: ignore[attr-defined]
+    inner = model.generate
     monkeypatch.setattr(model, "generate", lambda **how: shapes.append(how["input_ids"].shape) or inner(**how))
     monkeypatch.setattr(generation, "POSITIONS", 2 * (longest + 6))
     assert write(model, template, prompts, max_new_tokens=6, rows=64) == whole

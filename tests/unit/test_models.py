@@ -172,8 +172,10 @@ def test_only_the_modules_asked_for_get_an_adapter(make_model):
         check_adapter(make_model(), AdapterSpec(target_modules="*_proj"))
     with pytest.raises(ValueError, match=r"no mlp.*_proj; give"):  # it is of whole names
         check_adapter(make_model(), AdapterSpec(target_modules="mlp\\..*_proj"))
-    with pytest.raises(ValueError, match="no name is given"):
-        check_adapter(make_model(), AdapterSpec(target_modules=[]))
+    for nothing in ([], "", " "):
+        with pytest.raises(ValueError, match="no name is given"):
+            check_adapter(make_model(), AdapterSpec(target_modules=nothing))
+    check_adapter(make_model(), AdapterSpec(target_modules=["all-linear"]))
 
 
 @pytest.mark.parametrize("given", ["q_proj", "q_proj, self_attn.v_proj", r".*\.(q|v)_proj"])

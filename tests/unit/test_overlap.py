@@ -181,6 +181,9 @@ def test_embeddings_of_many_texts_are_shown_and_kept(encoder, tmp_path, monkeypa
     encode, texts, seen = load_encoder(encoder), [f"text number {i}" for i in range(MANY)], []
     first = embeddings(encode, texts, lambda *told: seen.append(told))
     assert seen[-1] == ("looking for overlaps", MANY, MANY)
+    kept = sorted(tmp_path.rglob("*.npy"))
+    embeddings(encode, [*texts, "one more"], cached=False)  # of a forget set nothing stays
+    assert sorted(tmp_path.rglob("*.npy")) == kept != []
     seen.clear()
     np.testing.assert_array_equal(embeddings(encode, texts, lambda *told: seen.append(told)), first)
     assert not seen
