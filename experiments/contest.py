@@ -4,11 +4,11 @@
     soul bench recipes/contests/tofu20.yaml --out docs/results/contest
 
 SmolLM2-135M knows TOFU's first and last ten authors (``experiments/first_run.py`` teaches it). A request is to forget
-two of them. The other eighteen are split by author, at random but the same for everybody: nine for the loss, four for
-the curvature, five that nobody sees and on whom utility is measured. In the harder world of
-``recipes/contests/tofu20-scarce.yaml`` the loss has only the first four of its nine. Each request has a model taught
-the same way without its two authors. Whatever is done is not done again; a retrained model takes seven minutes on two
-cores.
+two of them, or four, which its name says. The others are split by author, at random but the same for everybody: four
+for the curvature, five that nobody sees and on whom utility is measured, the rest, nine or seven, for the loss. In the
+harder worlds of ``recipes/contests/tofu20-scarce.yaml`` and ``tofu20-four.yaml`` the loss has only the first four of
+these. Each request has a model taught the same way without its authors. Whatever is done is not done again; a retrained
+model takes seven minutes on two cores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from soul.run import execute
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/contest")
 QUESTIONS = 20
-LOSS, CURVATURE, UNSEEN = 9, 4, 5
+CURVATURE, UNSEEN = 4, 5  # authors; the loss has the others
+FORGOTTEN = 40  # questions measured of what is forgotten, as many of each author
 SCARCE = 4  # authors for the loss in the harder world
 ASKED = {"seen": 4, "unseen": 8, "scarce-seen": 5}  # questions measured of each author
 FACTS, TEXTS, WORDS = 20, 8, (60, 90)
@@ -75,18 +76,19 @@ def cut(tofu: Path, wikitext: Path, requests: list[str]) -> None:
         lost = [int(number) for number in name.split("-")[1:]]
         others = [i for i in range(len(by_author)) if i not in lost]
         order = [others[i] for i in np.random.default_rng([0, *lost]).permutation(len(others))]
+        loss = len(order) - CURVATURE - UNSEEN
         parts = {
-            "loss": order[:LOSS],
-            "curvature": order[LOSS : LOSS + CURVATURE],
+            "loss": order[:loss],
+            "curvature": order[loss : loss + CURVATURE],
             "seen": order[:UNSEEN],
-            "unseen": order[LOSS + CURVATURE :],
+            "unseen": order[loss + CURVATURE :],
             "scarce": order[:SCARCE],
             "scarce-seen": order[:SCARCE],
         }
-        assert len(parts["unseen"]) == UNSEEN
+        asked = ASKED | {"forgotten": FORGOTTEN // len(lost)}
         folder = RUNS / "data" / name
-        for part, who in {**parts, "forget": lost, "kept": others}.items():
-            write(folder / f"{part}.jsonl", [row for i in who for row in by_author[i][: ASKED.get(part, QUESTIONS)]])
+        for part, who in {**parts, "forget": lost, "forgotten": lost, "kept": others}.items():
+            write(folder / f"{part}.jsonl", [row for i in who for row in by_author[i][: asked.get(part, QUESTIONS)]])
     for facts in ("real_authors", "world_facts"):
         rows = read(tofu / f"{facts}_perturbed.json")
         picked = sorted(np.random.default_rng(0).permutation(len(rows))[:FACTS].tolist())

@@ -35,6 +35,7 @@ class Task:
         curvature: What the curvature is of; the loss's examples where empty.
         seen: Some of ``retain``, to be measured.
         unseen: Other examples that are to be kept, which neither loss nor curvature sees.
+        forgotten: Some of ``forget``, to be measured; all of it where empty.
         facts: Further knowledge with wrong answers, by name.
         text: Plain passages.
         tune: Requests that settings are chosen on.
@@ -51,6 +52,7 @@ class Task:
     tune: list[str]
     report: list[str]
     curvature: str = ""
+    forgotten: str = ""
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -43,15 +43,22 @@ def load_sets(task: Task, request: str) -> Sets:
     """Load what a request is measured on.
 
     Raises:
-        ValueError: A source cannot be read, a forget example has no paraphrased question, or ``unseen`` holds what the
-            loss or the curvature sees.
+        ValueError: A source cannot be read, a forget example has no paraphrased question, ``forgotten`` holds what is
+            not to be forgotten, or ``unseen`` what the loss or the curvature sees.
     """
-    forget = load_examples(task.source("forget", request))
+    whole = {(e.prompt, e.answer) for e in load_examples(task.source("forget", request))}
+    source = task.source("forgotten" if task.forgotten else "forget", request)
+    forget = load_examples(source)
+    strangers = [e for e in forget if (e.prompt, e.answer) not in whole]
+    if strangers:
+        raise ValueError(
+            f"{source}: {len(strangers)} of {len(forget)} items are not in {task.source('forget', request)}, and what is "
+            f"measured as forgotten has to be forgotten; the first is {strangers[0].prompt!r:.80}"
+        )
     bare = [e for e in forget if not e.paraphrased_prompt]
     if bare:
         raise ValueError(
-            f"{task.source('forget', request)}: {len(bare)} of {len(forget)} items have no paraphrased_question, and "
-            "forgetting is judged by it"
+            f"{source}: {len(bare)} of {len(forget)} items have no paraphrased_question, and forgetting is judged by it"
         )
     unseen = load_examples(task.source("unseen", request))
     for name in ("forget", "retain", "curvature"):

@@ -57,7 +57,7 @@ def check_same(file: Path, matrix: Matrix, remedy: str) -> None:
         (f"tasks.{n}.{k}", getattr(t, k), getattr(matrix.tasks[n], k))
         for n, t in earlier.tasks.items()
         if n in matrix.tasks
-        for k in ("model", "gold", "forget", "retain", "curvature", "seen", "unseen", "facts", "text")
+        for k in ("model", "gold", "forget", "retain", "curvature", "forgotten", "seen", "unseen", "facts", "text")
     ]
     pairs.append(("evaluation", earlier.evaluation, matrix.evaluation))
     pairs += [

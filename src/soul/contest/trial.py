@@ -80,7 +80,7 @@ class Run:
     def identity(self) -> Line:
         """Return what the run is, defaults of the library included, beside what the whole contest has in common."""
         rule = {"method": config.plain(self.method)} if self.method else {"optimizer": config.plain(self.optimizer)}
-        names = ("forget", "retain", "curvature", "seen", "unseen", "text")
+        names = ("forget", "retain", "curvature", "forgotten", "seen", "unseen", "text")
         sources = [self.task.source(name, self.request) for name in names if getattr(self.task, name)]
         read = [load_examples(source) for source in (*sources, *self.task.fact_sources(self.request).values())]
         data = hashlib.blake2b(repr(read).encode(), digest_size=8).hexdigest()
