@@ -52,8 +52,8 @@ def load_sets(task: Task, request: str) -> Sets:
     strangers = [e for e in forget if (e.prompt, e.answer) not in whole]
     if strangers:
         raise ValueError(
-            f"{source}: {len(strangers)} of {len(forget)} items are not in {task.source('forget', request)}, and what is "
-            f"measured as forgotten has to be forgotten; the first is {strangers[0].prompt!r:.80}"
+            f"{source}: {len(strangers)} of {len(forget)} items are not in {task.source('forget', request)}, and "
+            f"what is measured as forgotten has to be forgotten; the first is {strangers[0].prompt!r:.80}"
         )
     bare = [e for e in forget if not e.paraphrased_prompt]
     if bare:
