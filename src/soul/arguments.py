@@ -146,7 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_bench(commands)
     _add_export(commands)
-    command = _add(commands, "report", "RUN [RUN ...] [--out FILE]", "Make one HTML report of runs, or of a contest.")
+    command = _add(
+        commands,
+        "report",
+        "RUN [RUN ...] [--out FILE] [--figures DIR]",
+        "Make one HTML report of runs, or of a contest.",
+    )
     help_runs = "run directories, in the order to show them in; or the folder of one contest"
     command.add_argument("words", nargs="+", metavar="RUN", help=help_runs)
     command.add_argument("--out", metavar="FILE", default="report.html", help="default: report.html")
@@ -178,8 +183,11 @@ def _add(
     return command
 
 
+_RUN = "[--out DIR] [--seeds N,N] [--no-evaluate] [key.sub=value ...]"
+
+
 def _add_unlearn(commands: argparse._SubParsersAction) -> None:
-    usage = "[RECIPE.yaml] [--model M] [--forget F] [--retain R] [--out DIR] [key.sub=value ...]"
+    usage = f"[RECIPE.yaml] [--model M] [--forget F] [--retain R] {_RUN}"
     command = _add(commands, "unlearn", usage, "Forget a set of examples; keep the rest.", UNLEARN)
     command.add_argument(
         "--forget", metavar="F", help="what to forget: a file, a folder or a hub dataset (several: data.forget=[a,b])"
@@ -191,7 +199,7 @@ def _add_unlearn(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_finetune(commands: argparse._SubParsersAction) -> None:
-    usage = "[RECIPE.yaml] [--model M] [--retain R] [--out DIR] [key.sub=value ...]"
+    usage = f"[RECIPE.yaml] [--model M] [--retain R] {_RUN}"
     command = _add(commands, "finetune", usage, "Teach a model a set of examples.", FINETUNE)
     command.add_argument("--retain", metavar="R", help="what to learn: a file, a folder or a hub dataset")
     _add_run(command)
@@ -207,7 +215,8 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    usage = "MODEL [--benchmark NAME ...] [--data DIR] [--reference RUN] [--out DIR] [key=value ...]"
+    options = "[--benchmark NAME ...] [--data DIR] [--reference RUN] [--precision P] [--publish] [--out DIR]"
+    usage = f"MODEL {options} [key=value ...]"
     command = _add(commands, "evaluate", usage, "Measure a model on benchmarks.", EVALUATE)
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("words", nargs="*", metavar="key=value", help="settings, e.g. forget=forget01")
@@ -224,7 +233,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
-    usage = "RUN --out DIR [--dtype D] [--adapter] [--no-card] [--show-data] [--push OWNER/NAME [--public]]"
+    usage = "RUN --out DIR [--dtype D] [--adapter] [--no-card] [--show-data] [--push OWNER/NAME [--public] [--anyway]]"
     command = _add(commands, "export", usage, "Write a run's model for others: weights, tokenizer, card.", EXPORT)
     command.add_argument("run", metavar="RUN", help="a finished, measured run directory")
     command.add_argument("--out", metavar="DIR", required=True, help="folder to write")
@@ -240,7 +249,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
-    usage = "[RECIPE.yaml] [--model M] [--gpus N] [--memory GB] [--flops TFLOPS] [key.sub=value ...]"
+    usage = "[RECIPE.yaml] [--model M] [--forget F] [--retain R] [--gpus N] [--memory GB] [key.sub=value ...]"
     command = _add(commands, "plan", usage, "Say what a run will take, before anything is loaded.", PLAN)
     words = command.add_argument("words", nargs="*", metavar="RECIPE.yaml, key.sub=value")
     words.help = f"a recipe, and {SETTINGS}"

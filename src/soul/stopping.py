@@ -139,8 +139,8 @@ class Stopped:
         ways = {
             "forgotten": "",
             "lost": " To go further, lower optimizer.lr, or set training.precision=float32 where it is lower.",
-            "budget": " To go further, raise stop.kl_budget.",
-            "steps": " To go further, raise stop.steps or training.epochs.",
+            "budget": " To go further, raise stop.kl_budget, in another --out.",
+            "steps": " To go further, raise stop.steps or training.epochs, in another --out.",
             "merged": " To keep it, set model.dtype=float32, or forget further: lower stop.known and stop.recited.",
         }
         return (

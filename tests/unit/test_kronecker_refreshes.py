@@ -273,7 +273,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             "experts",
             r"kfac: 86\.5 % of 104 .*: 1 tensors \(the first is experts\) are no .* set optimizer\.others to diag",
         ),
-        ("whiten", "experts", r"whiten: 86\.5 % .* stay as they are: 1 tensors .* To move them, use sophia or adamw$"),
+        ("whiten", "experts", r"whiten: 86\.5 % .* stay as they are: 1 tensors .* To move them, use lion or adamw$"),
     ],
 )
 def test_layers_too_wide_for_factors_are_told_once(name: str, kind: str, said: str, caplog: Any) -> None:

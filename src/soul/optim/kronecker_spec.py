@@ -98,7 +98,7 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
         device = next(iter(factors.layers.values())).weight.device
         needed, there = 2 * factors.bytes(), memory_of(device)  # the inverses, or bases, take as much again
         if needed > there:
-            smaller = "whiten (the input sides alone), sophia" if self.watches_outputs else "sophia"
+            smaller = "a max_dim, whiten (the input sides alone), lion" if self.watches_outputs else "a max_dim, lion"
             raise ValueError(
                 f"{self.name} would keep at least {needed / 1e9:.0f} GB of factors and inverses for this model, "
                 f"and {device} has {there / 1e9:.0f} GB: use {smaller}, or an adapter on few layers"
@@ -163,5 +163,5 @@ class KroneckerSpec(CurvatureOptimizerSpec, abc.ABC):
             100 * sum(p.numel() for p in left) / free,
             free,
             "; ".join(said),
-            ", or ".join([*ways, "use sophia or adamw"]),
+            ", or ".join([*ways, "use lion or adamw"]),
         )
