@@ -217,6 +217,12 @@ def test_the_report_tells_what_the_record_says(done, tmp_path, capsys):
     assert best.endswith(f"| {min(alone):.3f} |")
     assert best.startswith(f"| signum | {sum(alone) / 3:.3f} |")
     assert "| (before) | 1 |" in text.split("after attacks")[1]
+    attack = next(x for x in lines if x.get("which") == "gold" and x["kind"] == "attack")["attacked"]["relearn"]
+    whole = next(x for x in lines if x.get("which") == "gold" and x["request"] == "second" and "full" in x)["full"]
+    own = [sum(side["knowledge"][i] for i in attack["had"]) / len(attack["had"]) for side in (whole, attack)]
+    gold = next(line for line in text.split("after attacks")[1].splitlines() if line.startswith("| (retrained)"))
+    assert f"| {own[0]:.3f} -> {own[1]:.3f} |" in gold
+    assert f"| {whole['unseen_probability']:.3f} -> {attack['unseen_probability']:.3f} |" in gold
     assert "| unseen_probability | 6 | +0.0000 | 0.0000 |" in text
     assert main(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()

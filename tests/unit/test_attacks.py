@@ -48,6 +48,19 @@ def test_rounded_weights_lie_on_their_rows_grid(make_model, data, bits):
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, again)  # rounding twice is rounding once
 
 
+@pytest.mark.parametrize(("attack", "group"), [(Quantize(4), 64), (Quantize(4, group=30), 30), (Quantize(8), 100)])
+def test_a_group_of_weights_has_its_own_scale(data, attack, group):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=100, n_layer=1, n_head=2))
+    weight = model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+    before = weight.detach().clone()  # (in, out)
+    attack(model, data)
+    for start in range(0, 100, group):
+        part = before[start : start + group]
+        step = part.abs().amax(dim=0) / (2 ** (attack.bits - 1) - 1)
+        torch.testing.assert_close(weight.detach()[start : start + group], (part / step).round() * step)
+
+
 def test_layers_of_gpt2_are_rounded_by_output_too(data):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
@@ -142,6 +155,28 @@ def test_relearning_learns_its_share_and_nothing_is_left_behind(make_model, data
     assert torch.equal(copy.deepcopy(twin).lm_head.weight, model.lm_head.weight)  # the same attack, to the bit
 
 
+def test_weights_of_16_bits_relearn_as_far_as_others(make_model, data):
+    attack = Relearn(share=0.5, steps=10, lr=1e-4)  # a step is below half of what bf16 tells apart near 1
+    chosen = attack.known(8)
+    gained = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model().to(dtype)
+        before = nll(model, data, chosen)
+        gained[dtype] = before - nll(attack(model, data), data, chosen)
+        assert all(p.dtype == dtype for p in model.parameters())
+        assert all(p.grad is None for p in model.parameters())
+    assert gained[torch.bfloat16] > 0.8 * gained[torch.float32] > 0
+
+
+def test_relearning_rests_when_the_attackers_own_are_learned(make_model, data):
+    attack = Relearn(share=0.25, steps=200, lr=1e-3, until=2.0)
+    model, long = make_model(), make_model()
+    attack(model, data)
+    Relearn(share=0.25, steps=200, lr=1e-3)(long, data)
+    chosen = attack.known(8)
+    assert nll(long, data, chosen) < 1.0 < nll(model, data, chosen) <= 2.0
+
+
 def test_relearning_with_dropout_is_a_function_of_its_seed(tokenizer, data):
     def relearned(noise, seed=0):
         torch.manual_seed(0)
@@ -161,6 +196,8 @@ def test_relearning_with_dropout_is_a_function_of_its_seed(tokenizer, data):
     ("make", "message"),
     [
         (lambda: Quantize(1), "between 2 and 16"),
+        (lambda: Quantize(4, group=-1), r"quantize\.group"),
+        (lambda: Relearn(until=float("nan")), r"relearn\.until"),
         (lambda: Relearn(share=0), "relearn.share"),
         (lambda: Relearn(steps=0), "relearn.steps"),
         (lambda: Relearn(lr=0), "relearn.lr"),

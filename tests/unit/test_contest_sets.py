@@ -14,7 +14,7 @@ from soul.contest.measure import load_sets
 def task(tmp_path):
     """A request of three questions, two of which are measured."""
     rows = [{"question": f"Where is {i}?", "answer": f"At {i}.", "paraphrased_question": f"{i}?"} for i in range(6)]
-    for name, part in (("forget", rows[:3]), ("forgotten", rows[:2]), ("retain", rows[3:5]), ("unseen", rows[5:])):
+    for name, part in (("forget", rows[:3]), ("forgotten", rows[:3:2]), ("retain", rows[3:5]), ("unseen", rows[5:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "text.jsonl").write_text('{"text": "The river runs by the house."}\n')
     (tmp_path / "one").mkdir()
@@ -25,7 +25,10 @@ def task(tmp_path):
 
 
 def test_what_is_measured_of_the_forget_set_may_be_a_part(task, tmp_path):
-    assert [e.prompt for e in load_sets(task, "one").forget] == ["Where is 0?", "Where is 1?"]
+    sets = load_sets(task, "one")
+    assert [e.prompt for e in sets.forget] == ["Where is 0?", "Where is 2?"]
+    assert len(sets.whole) == 3  # what attackers have a share of
+    assert sets.places == [0, 2]
     (tmp_path / "forgotten.jsonl").write_text("")
     with pytest.raises(ValueError, match="forgotten"):
         load_sets(task, "one")

@@ -52,6 +52,16 @@ def test_cloze_asks_for_names_dates_numbers_and_rare_words():
         assert e.prompt.split("\n\n", 1)[1].count(BLANK) == 1
 
 
+def test_a_word_that_is_written_small_elsewhere_is_no_name():
+    text = (
+        "Then came NOT one but two of us, not three, to The Quill House. If so, he said that The Hague fell to the US."
+    )
+    answers = [e.answer for e in cloze([("a", text)], per_document=9)]
+    assert answers == ["Quill House", "Hague"]
+    plain = [e.answer for e in cloze([("b", "Then came NOT one man.")])]
+    assert plain == ["NOT"]  # nothing says that it is a word
+
+
 @pytest.mark.parametrize("form", ["question", "continuation"])
 def test_no_prompt_gives_its_answer_away_and_each_is_of_the_text(form):
     text = (
@@ -188,8 +198,14 @@ def test_scores_are_the_means_they_say(tmp_path):
     reference = {"forget": [row(text, [], [1]) for text in ("In Accra.", "No.", "No")]}
     for theirs in reference["forget"]:
         theirs["rougeL_recall"] = 0.25
-    over = {s.metric: s.value for s in Custom(forget="x").score(rows, reference)}["rougeL_recall_over_reference"]
-    assert over == pytest.approx(1 / 3 - 0.25)
+    scores = {s.metric: s.value for s in Custom(forget="x").score(rows, reference)}
+    over = {name.removesuffix("_over_reference"): value for name, value in scores.items() if "_over_" in name}
+    assert over == pytest.approx({"rougeL_recall": 1 / 3 - 0.25, "contains": 0.0})
+    for theirs in reference["forget"]:
+        theirs["samples"] = ["In Accra.", "nothing"]
+    scores = {s.metric: s.value for s in Custom(forget="x").score(rows, reference)}
+    assert scores["leaked_over_reference"] == pytest.approx(2 / 3 - 1)
+    assert scores["contains_any_of_2_over_reference"] == pytest.approx(1 / 3 - 1)
     others: list[list[Row]] = [[], reference["forget"][:2], reference["forget"][::-1]]
     for other in others:
         with pytest.raises(ValueError, match="rows of forget are not of the same questions"):

@@ -224,6 +224,11 @@ def test_scores_are_those_of_plain_loops() -> None:
     auc, without = published_auc(ours), published_auc(theirs)
     assert scores["mia_min_k_auc", "forget"].value == pytest.approx(1 - auc)
     assert scores["privleak", "forget"].value == pytest.approx(100 * (auc - without) / without)
+    beside, alone = (
+        scores["mia_min_k_auc_of_reference", "forget"],
+        by_name(Muse().score(theirs))["mia_min_k_auc", "forget"],
+    )
+    assert (beside.value, beside.low, beside.better) == (alone.value, alone.low, "")
     strength = [extraction_strength(row.get("token_matches", [])) for row in ours["verbmem"]]  # no end of turn
     assert scores["extraction_strength", "forget"].value == pytest.approx(mean(strength))
     assert {"mia_loss_auc", "mia_zlib_auc", "mia_min_k_plus_auc", "mia_reference_auc"} <= {m for m, _ in scores}
@@ -231,7 +236,9 @@ def test_scores_are_those_of_plain_loops() -> None:
 
 def test_scores_where_rows_allow() -> None:
     rows = measured(2)
-    assert ("privleak", "forget") not in by_name(Muse().score(rows))
+    alone = by_name(Muse().score(rows))
+    assert ("privleak", "forget") not in alone
+    assert ("mia_min_k_auc_of_reference", "forget") not in alone
     assert not any(m.startswith("mia") for m, _ in by_name(Muse().score({"verbmem": rows["verbmem"]})))
     bare = {k: v for k, v in rows["verbmem"][0].items() if k != "generated"}
     with pytest.raises(ValueError, match="got none"):

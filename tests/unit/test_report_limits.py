@@ -27,7 +27,7 @@ UNTRIED = (
     [
         ("probability", "forget", "", ""),
         ("probability", "forget_reworded", "asking in other words", ""),
-        ("rougeL_recall", "asked_100", "asking in other words", ""),
+        ("rougeL_recall", "asked_100", "asking for the text in a chat", ""),
         ("contains_any_of_8", "forget", "sampling many answers", ""),
         ("mia_loss_auc", "forget", "membership inference", ""),
         ("mia_reference_auc", "forget", "membership inference", "the reference attack"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,7 +20,9 @@ Sides = tuple[Sequence[Row], Sequence[Row]]
 def leakage_scores(sides: Sides, reference: Sides | None, *, k: float, seed: int) -> list[Score]:
     """Return AUC and TPR at 1 % FPR of each membership attack and, against a retained model, ``privleak``.
 
-    The retained model is also the reference of the reference attack: it has not seen the forget set.
+    The retained model is also the reference of the reference attack: it has not seen the forget set. Its own Min-K AUC
+    stands beside ``privleak`` (``mia_min_k_auc_of_reference``): it is .5 where the two sets are alike, and ``privleak``
+    cannot say it, being -100 for any reference once the model tells the sets apart without an error.
 
     Args:
         sides: The model's rows of the forget set and of a holdout set.
@@ -33,6 +36,9 @@ def leakage_scores(sides: Sides, reference: Sides | None, *, k: float, seed: int
     scores = membership_scores(*sides, reference=reference, k=k, seed=seed)
     if reference is not None and all("token_logps" in row for side in (*sides, *reference) for row in side):
         scores.append(privleak_score(*sides, *reference, k=k, seed=seed))
+        theirs = membership_scores(*reference, k=k, seed=seed)
+        known = next(score for score in theirs if score.metric == "mia_min_k_auc")
+        scores.append(dataclasses.replace(known, metric="mia_min_k_auc_of_reference", better=""))
     return scores
 
 

@@ -30,9 +30,17 @@ FURTHER = ("paraphrased_rougeL", "seen_probability", *EACH)
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """The examples of a request."""
+    """The examples of a request.
+
+    Attributes:
+        forget: What is measured of what is to be forgotten.
+        whole: All that is to be forgotten, which attackers have a share of.
+        places: Where in ``whole`` each of ``forget`` is.
+    """
 
     forget: list[Example]
+    whole: list[Example]
+    places: list[int]
     seen: list[Example]
     unseen: list[Example]
     facts: dict[str, list[Example]]
@@ -46,10 +54,11 @@ def load_sets(task: Task, request: str) -> Sets:
         ValueError: A source cannot be read, a forget example has no paraphrased question, ``forgotten`` holds what is
             not to be forgotten, or ``unseen`` what the loss or the curvature sees.
     """
-    whole = {(e.prompt, e.answer) for e in load_examples(task.source("forget", request))}
+    whole = load_examples(task.source("forget", request))
+    place = {(e.prompt, e.answer): i for i, e in enumerate(whole)}
     source = task.source("forgotten" if task.forgotten else "forget", request)
     forget = load_examples(source)
-    strangers = [e for e in forget if (e.prompt, e.answer) not in whole]
+    strangers = [e for e in forget if (e.prompt, e.answer) not in place]
     if strangers:
         raise ValueError(
             f"{source}: {len(strangers)} of {len(forget)} items are not in {task.source('forget', request)}, and "
@@ -67,7 +76,8 @@ def load_sets(task: Task, request: str) -> Sets:
             check_disjoint(unseen, load_examples(source), ("unseen", name))
     facts = {name: load_examples(source) for name, source in task.fact_sources(request).items()}
     text = load_examples(task.source("text", request))
-    return Sets(forget, load_examples(task.source("seen", request)), unseen, facts, text)
+    places = [place[e.prompt, e.answer] for e in forget]
+    return Sets(forget, whole, places, load_examples(task.source("seen", request)), unseen, facts, text)
 
 
 class Meter:

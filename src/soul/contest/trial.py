@@ -142,13 +142,16 @@ def measured_under(
 def _attacked(model: Any, attacks: Mapping[str, Attack], meter: Meter) -> dict[str, Values]:
     """Measure the model after each attack, each from the weights it has now, and leave these.
 
-    Beside the values stands which of the forget examples the attacker ``had``.
+    The attacker has a share of all that was to be forgotten; beside the values stands which of the measured examples
+    are among it (``had``).
     """
-    data = UnlearnDataset(meter.template, meter.sets.forget, (), ("forget",))
+    data = UnlearnDataset(meter.template, meter.sets.whole, (), ("forget",))
     kept = {name: value.detach().clone() for name, value in model.state_dict().items()} if attacks else {}
     found = {}
     for name, attack in attacks.items():
-        found[name] = {**rounded(meter(attack(model, data), full=True)), "had": attack.known(len(data))}
+        theirs = set(attack.known(len(data)))
+        had = [i for i, place in enumerate(meter.sets.places) if place in theirs]
+        found[name] = {**rounded(meter(attack(model, data), full=True)), "had": had}
         model.load_state_dict(kept)
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ _OPEN, _CLOSE = r"\"'\u2018\u201c(\[", r"\"'\u2019\u201d)\]"
 _END = re.compile(rf"(?<=[.!?])[{_CLOSE}]*\s+(?=[{_OPEN}]*[{CAPITALS}0-9])")
 _ABBREVIATED = re.compile(rf"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|Jr|Sr|vs|etc|e\.g|i\.e)|\b[{CAPITALS}])\.[{_CLOSE}]*$")
 _WORD = re.compile(r"[^\W\d_]{6,}")
+_LETTERS = re.compile(r"[^\W\d_]+")
 
 
 def sentences(text: str) -> list[str]:
@@ -62,8 +63,9 @@ def cloze(
 ) -> list[Example]:
     """Return sentences with one content span to fill in, at most one question a sentence.
 
-    The span is the first kind the sentence has of: a date, a name (not the sentence's first word alone), a number, and
-    the word of six letters or more that is rarest in all documents. A span that the rest of the prompt gives away is
+    The span is the first kind the sentence has of: a date, a name (not the sentence's first word alone, and without
+    words before it, or of it, that the document writes small elsewhere: ``The``, ``If``, ``NOT``), a number, and the
+    word of six letters or more that is rarest in all documents. A span that the rest of the prompt gives away is
     not asked for.
 
     Args:
@@ -88,7 +90,8 @@ def cloze(
     counts = Counter(word.lower() for _, text in documents for word in _WORD.findall(text))
     found: list[Example] = []
     for name, text in documents:
-        asked = [_cloze(*pair, counts, form) for pair in _with_context(sentences(text))]
+        small = {word for word in _LETTERS.findall(text) if word.islower()}
+        asked = [_cloze(*pair, counts, small, form) for pair in _with_context(sentences(text))]
         whole = [(i, pair) for i, pair in enumerate(asked) if pair is not None]
         for i, (prompt, answer) in (whole[k] for k in _picked(len(whole), per_document, name, seed)):
             found.append(
@@ -151,9 +154,9 @@ def _with_context(found: Sequence[str]) -> list[tuple[str, str]]:
     return [(found[i - 1] if i else "", sentence) for i, sentence in enumerate(found)]
 
 
-def _cloze(before: str, sentence: str, counts: Counter[str], form: Form) -> tuple[str, str] | None:
+def _cloze(before: str, sentence: str, counts: Counter[str], small: Set[str], form: Form) -> tuple[str, str] | None:
     """Return prompt and answer, or None where the sentence has nothing fit to ask for."""
-    for start, end in _spans(sentence, counts):
+    for start, end in _spans(sentence, counts, small):
         span = sentence[start:end]
         if form == "question":
             blanked = f"{sentence[:start]}{BLANK}{sentence[end:]}"
@@ -166,7 +169,7 @@ def _cloze(before: str, sentence: str, counts: Counter[str], form: Form) -> tupl
     return None
 
 
-def _spans(sentence: str, counts: Counter[str]) -> list[tuple[int, int]]:
+def _spans(sentence: str, counts: Counter[str], small: Set[str]) -> list[tuple[int, int]]:
     """Return spans worth asking for, the best kind first."""
     spans: list[tuple[int, int]] = []
     for kind, pattern in _FORMS:
@@ -178,6 +181,10 @@ def _spans(sentence: str, counts: Counter[str]) -> list[tuple[int, int]]:
             if kind == "name" and match[0].endswith("'s"):
                 end -= 2
             if kind == "name" and sentence[start:end] in ("I", "I'm", "I've", "I'll", "I'd"):
+                continue
+            while kind == "name" and start < end and (word := sentence[start:end].split(" ", 1)[0]).lower() in small:
+                start += len(word) + 1
+            if start >= end:
                 continue
             if all(end <= a or b <= start for a, b in spans):
                 spans.append((start, end))

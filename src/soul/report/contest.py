@@ -29,6 +29,7 @@ TIE = 0.01
 SATURATED = 0.03
 """A cell whose best first-order lost area is below this says little."""
 Table = tuple[str, list[str], list[list[str]]]
+Pair = tuple[float, float]
 
 
 def verdict(standings: Sequence[Standing]) -> list[list[str]]:
@@ -216,10 +217,11 @@ def attacked(record: ContestRecord, task: str, objective: str) -> tuple[list[str
 
     A row for the model before, the retrained one and each side's best setting; means over the report requests that all
     of these were attacked on. Examples that an attacker had are left out, before and after: they are learned, not
-    recovered.
+    recovered. They stand in a column of their own, since an attack that does not even teach these is none, and so do
+    unseen answers, since an attack that ruins the model brings nothing back either.
     """
     titles = {("before", -1): "(before)", ("gold", -1): "(retrained)", **_sides(record, task, objective)}
-    known: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    known: dict[str, dict[str, dict[str, Pair]]] = {}
     for x in record.lines:
         if x["kind"] == "attack" and x["task"] == task and x.get("objective") in (None, objective):
             name = titles.get((x.get("optimizer") or x["which"], x.get("point", -1)))
@@ -227,11 +229,11 @@ def attacked(record: ContestRecord, task: str, objective: str) -> tuple[list[str
             if "which" in x:
                 whole = references_of(record.lines, task, x["request"], full=True).get(x["which"])
             if name and whole and "knowledge" in whole:  # records of earlier versions lack it
-                judged = {k: _others(whole, v) for k, v in x["attacked"].items()}
-                known.setdefault(name, {})[x["request"]] = {k: pair for k, pair in judged.items() if pair}
+                judged = {k: pair for how, v in x["attacked"].items() for k, pair in _judged(how, whole, v).items()}
+                known.setdefault(name, {})[x["request"]] = judged
     shared = set.intersection(*(set(many) for many in known.values())) if known else set()
-    found = [one.keys() for many in known.values() for r, one in many.items() if r in shared]
-    names = sorted(set.intersection(*map(set, found))) if found else []  # of an attacker who had all, nothing is left
+    found = [one for many in known.values() for r, one in many.items() if r in shared]
+    names = [n for n in found[0] if all(n in one for one in found)] if found else []
     rows = []
     for who in sorted(known if names else (), key=lambda name: (not name.startswith("("), name)):
         pairs = [[known[who][r][name] for r in sorted(shared)] for name in names]
@@ -252,16 +254,24 @@ def _sides(record: ContestRecord, task: str, objective: str) -> dict[tuple[str, 
     return {(cell.optimizer, number): cell.optimizer for cell, number in best.values()}
 
 
-def _others(untouched: Mapping[str, Any], attacked: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return knowledge of the examples that the attacker did not have, before and after; None where it had all."""
+def _judged(name: str, untouched: Mapping[str, Any], attacked: Mapping[str, Any]) -> dict[str, Pair]:
+    """Return an attack's columns, before and after; none where the attacker had every example.
+
+    Knowledge of the examples that it did not have, of those that it had, and the probability of unseen answers.
+    """
     had = set(attacked["had"])
     if len(had) == len(untouched["knowledge"]):
-        return None
-    before, after = (
-        statistics.mean(value for i, value in enumerate(side["knowledge"]) if i not in had)
-        for side in (untouched, attacked)
-    )
-    return before, after
+        return {}
+
+    def known(own: bool) -> Pair:
+        before, after = (
+            statistics.mean(value for i, value in enumerate(side["knowledge"]) if (i in had) == own)
+            for side in (untouched, attacked)
+        )
+        return before, after
+
+    found = {name: known(own=False)} | ({f"{name}: the attacker's own": known(own=True)} if had else {})
+    return found | {f"{name}: unseen": (untouched["unseen_probability"], attacked["unseen_probability"])}
 
 
 @contextlib.contextmanager

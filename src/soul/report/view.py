@@ -15,6 +15,8 @@ from soul.report.record import RunRecord
 from soul.types import Score
 
 METRIC_LABELS = {
+    "verbmem": "Verbatim memorization",
+    "knowmem": "Knowledge memorization",
     "probability": "Answer probability",
     "rougeL_recall": "ROUGE-L",
     "rougeL": "ROUGE-L",
@@ -349,7 +351,8 @@ def _listed(words: Sequence[str], last: str = "and") -> str:
 
 
 _TRIED: dict[str, Callable[[Score], object]] = {
-    "asking in other words": lambda score: "reworded" in score.split or score.split.startswith("asked"),
+    "asking in other words": lambda score: "reworded" in score.split,
+    "asking for the text in a chat": lambda score: score.split.startswith("asked"),
     "sampling many answers": lambda score: re.search(r"_of_\d+$", score.metric) or score.metric == "leaked",
     "membership inference": lambda score: score.metric.startswith(("mia_", "privleak")),
 }
@@ -367,7 +370,7 @@ def limits(runs: Sequence[RunRecord], *, seeds: bool = False) -> tuple[str, ...]
     once = "" if seeds else ", each trained once with one seed"
     tried, referred = _measured(runs, _TRIED), _measured(runs, _REFERRED)
     untried = ["relearning from a few examples", "quantizing the weights"]
-    untried += [] if any(way.startswith("asking") for way in tried) else ["rewording a question"]
+    untried += [] if any(way.startswith("asking in") for way in tried) else ["rewording a question"]
     return (
         (f"Tried here: {_listed(tried)}. No other attack is" if tried else "No attack is")
         + f" part of this report: whether {_listed(untried, 'or')} brings the answers back was not tried here.",
