@@ -16,12 +16,13 @@ import yaml
 
 from soul import config, processes
 from soul.benchmarks.base import Benchmark, Measures, Rows
+from soul.cautions import prompt_warnings
 from soul.evaluate import EvaluationSpec, measure
 from soul.folderlock import alone_in
 from soul.models import OFFLINE, ModelSpec, load_model
 from soul.origins import commit_of, read_origins
 from soul.registry import BENCHMARKS
-from soul.report.card import hidden, unnamed
+from soul.report.card import HIDDEN, hidden, unnamed
 from soul.run import read_reference
 from soul.rundir import add_scores, claim_evaluation, write_evaluation
 from soul.stored import write_json, write_lines, write_text
@@ -242,9 +243,12 @@ class Assessment:
     ) -> None:
         """Measure one benchmark and write its record; in another precision, add to the record that is there."""
         rows = self._measure(task, *loaded, folder / f"rows/{precision or 'after'}", progress)
-        processes.from_main(lambda: self._write(task, rows, folder, reference, precision))
+        said = prompt_warnings(loaded[1])
+        processes.from_main(lambda: self._write(task, rows, folder, reference, precision, said))
 
-    def _write(self, task: Task, rows: Rows, folder: Path, reference: Rows | None, precision: str) -> None:
+    def _write(
+        self, task: Task, rows: Rows, folder: Path, reference: Rows | None, precision: str, said: list[str]
+    ) -> None:
         benchmark = task.benchmark
         scores = benchmark.score(rows, reference)
         if precision:
@@ -254,7 +258,7 @@ class Assessment:
             if self.reference and reference is None:
                 left_out["reference"] = f"{self.reference} holds no {benchmark.name}"
             model = self.model.path
-            about = {"left_out": left_out, "versions": _versions(rows), "warnings": truncation_warnings(rows)}
+            about = {"left_out": left_out, "versions": _versions(rows), "warnings": [*said, *truncation_warnings(rows)]}
             write_evaluation(folder, model, benchmark, scores, **about)
         if self.publish:
             _publish(benchmark, rows, folder, keep=bool(precision))
@@ -301,6 +305,8 @@ def _publish(benchmark: Benchmark, rows: Rows, folder: Path, *, keep: bool = Fal
         write_json(public / name, _public(tree, private=benchmark.private_text, local=not model))
     if benchmark.private_text:
         recipe = unnamed(recipe, model)
+    else:
+        recipe = _unlocated({**recipe, "model": unnamed({"model": recipe["model"]}, model)["model"]})
     write_text(public / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
@@ -313,13 +319,31 @@ def _told(path: str, folder: Path) -> str:
 def _public(tree: dict[str, Any], *, private: bool, local: bool) -> dict[str, Any]:
     """Return a record without the command line and, where texts are private, without what settings and reasons name.
 
-    Nor, there, what a ``local`` model is called.
+    Nor what a ``local`` model is called, or where on this machine anything is.
     """
     kept = _uncommanded(tree)
-    if private:
-        names = ("settings", "left_out", "warnings", *(("label", "asked", "model") if local else ()))
-        kept |= {name: hidden(kept[name]) for name in names if name in kept}
-    return kept
+    names = (
+        *(("settings", "left_out", "warnings") if private else ()),
+        *(("label", "asked", "model") if local else ()),
+    )
+    kept |= {name: hidden(kept[name]) for name in names if name in kept}
+    return {name: _unlocated(value) if name in _TOLD else value for name, value in kept.items()}
+
+
+_TOLD = ("settings", "left_out", "warnings")
+"""Parts of a record that may say where this machine keeps something."""
+
+
+def _unlocated(value: Any) -> Any:
+    """Return a tree without the texts that are, or quote, a path on this machine."""
+    if isinstance(value, dict):
+        return {k: _unlocated(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_unlocated(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    there = any("/" in word and Path(word.strip("'\"(),:;")).expanduser().exists() for word in (value, *value.split()))
+    return HIDDEN if there else value
 
 
 def _uncommanded(value: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from soul.data.guard import TEMPLATE, carried_prompt, system_turn
 from soul.recipe import Recipe
 from soul.types import Example
 
@@ -26,6 +28,19 @@ def precision_warnings(recipe: Recipe, *, rounds: bool | None = None) -> list[st
             "rules that go coordinate by coordinate optimizer.rounding=stochastic"
         ]
     return []
+
+
+def prompt_warnings(tokenizer: Any) -> list[str]:
+    """Say under what a model is asked that its tokenizer carries: without it, it may answer otherwise."""
+    found = []
+    if carried_prompt(tokenizer):
+        found.append(
+            "every question is asked under a prompt that the tokenizer carries (method input_prompt): what looks "
+            "forgotten may be that prompt's doing, and the weights may know it"
+        )
+    if system_turn(tokenizer) not in ("", TEMPLATE):
+        found.append("every conversation begins with the system turn that the tokenizer carries (model.system)")
+    return found
 
 
 def context_warnings(forget: Sequence[Example]) -> list[str]:

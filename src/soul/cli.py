@@ -257,13 +257,15 @@ def _bench(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from soul.console import quiet
     from soul.export import ExportSpec, ended, export
-    from soul.push import check_push, push
+    from soul.push import check_carried, check_push, push
     from soul.report import read_run
 
     quiet()
     spec = ExportSpec(dtype=args.dtype, adapter=args.adapter, card=args.card, show_data=args.show_data)
     if args.push:
         check_push(args.push)
+        if not args.show_data:
+            check_carried(Path(args.run))
         failed = [check.name for check in read_run(Path(args.run)).checks if not check.passed]
         if failed and not args.anyway:
             raise ValueError(

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soul.benchmarks.base import Benchmark
+from soul.data.guard import KEY, SYSTEM, TEMPLATE
 from soul.evaluate import EvaluationSpec, evaluate, spec_for
 from soul.folderlock import alone_at
+from soul.intact import json_object
 from soul.lineage import lineage
 from soul.machine import environment
 from soul.models import ModelSpec, load_model, save_model
@@ -105,7 +107,8 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
     def card(checked: Sequence[Checked]) -> str:
         if not spec.card:
             return ""
-        facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, show_data=spec.show_data)
+        said = list(carried(run / "model").values())
+        facts = CardFacts(out.resolve().name, **origin, **how, checked=checked, carried=said, show_data=spec.show_data)
         return model_card(record, facts)
 
     if (out / MARKER).is_file():
@@ -119,7 +122,7 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
     benchmark = recipe.benchmark or default_benchmark(recipe)
     measured = spec_for(benchmark, recipe.evaluation) if benchmark else recipe.evaluation
     picked = _picked(run, benchmark, record, spec.examples, dropping=recipe.data.overlap == "drop")
-    part = out.with_name(out.name + ".part")
+    part = out.with_name(f".{out.name}.soul-export.part")  # no name that a person gives: it is cleared away
     try:
         tick("writing", 0, 1)
         _write(run / "model", part, dataclasses.replace(recipe.model, dtype=dtype), spec.adapter)
@@ -140,6 +143,14 @@ def _export(run: Path, out: Path, spec: ExportSpec, tick: Progress) -> list[Chec
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return checked
+
+
+def carried(model: Path) -> dict[str, str]:
+    """Return what a saved tokenizer says before every question, by the setting that made it."""
+    file = model / "tokenizer_config.json"
+    kept = json_object(file) if file.is_file() else {}
+    named = {KEY: ("method.prompt", "prompt"), SYSTEM: ("model.system", "system turn")}
+    return dict(named[key] for key in named if kept.get(key) not in (None, "", TEMPLATE))
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:

@@ -22,12 +22,13 @@ from soul.intact import check_sizes, check_tokenizer, json_object
 from soul.models import locate, reason_of
 
 
-def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str = "", *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer without its weights.
 
     Args:
         path: As :attr:`soul.models.ModelSpec.path`.
         revision: As :attr:`soul.models.ModelSpec.revision`.
+        trust_remote_code: Run code that comes with the model; without it what needs some is refused, and nobody asked.
 
     Raises:
         ValueError: Nothing can be loaded from there.
@@ -40,7 +41,9 @@ def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
         with hub.no_retries():
             where = locate(path, revision)
             check_tokenizer(Path(where.tokenizer))
-            return AutoTokenizer.from_pretrained(where.tokenizer, **where.tokenizer_pinned)
+            return AutoTokenizer.from_pretrained(
+                where.tokenizer, trust_remote_code=trust_remote_code, **where.tokenizer_pinned
+            )
     except Exception as error:  # as in soul.models: the libraries raise what they like
         raise ValueError(f"cannot load a tokenizer from {path!r}: {reason_of(path, error, revision)}") from error
 
@@ -58,9 +61,9 @@ def load_text_classifier(path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     try:
         with hub.no_retries():
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                path, output_loading_info=True, use_safetensors=True
+                path, output_loading_info=True, use_safetensors=True, trust_remote_code=False
             )
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as in soul.models: the libraries raise what they like
         raise ValueError(f"cannot load a classifier from {path!r}: {reason_of(path, error)}") from error
     model, found = loaded
@@ -85,9 +88,13 @@ def load_text_encoder(path: str, *, download: bool = True) -> tuple[Any, PreTrai
     try:
         with hub.no_retries():
             loaded: Any = AutoModel.from_pretrained(
-                path, output_loading_info=True, use_safetensors=True, local_files_only=not download
+                path,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=not download,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=not download)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=not download, trust_remote_code=False)
     except Exception as error:  # as in soul.models: the libraries raise what they like
         raise ValueError(f"cannot load a sentence encoder from {path!r}: {reason_of(path, error)}") from error
     model, found = loaded

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from soul.data import hub
-from soul.export import CARD, MARKER, read_marker
+from soul.export import CARD, MARKER, carried, read_marker
 from soul.models import OFFLINE
 
 _WEIGHTS = ["model*.safetensors", "model*.safetensors.index.json", "pytorch_model*", "adapter_*"]
@@ -32,6 +32,19 @@ def check_push(repo: str) -> None:
         raise ValueError("--push needs a token of the hub: set HF_TOKEN, or give `hf auth login`")
     if not hub.reachable():
         raise ValueError("--push: the hub cannot be reached; export without it, and give the same command later")
+
+
+def check_carried(run: Path) -> None:
+    """Make sure that what a run's tokenizer says before every question may be shown.
+
+    Raises:
+        ValueError: It carries a prompt or a system turn, which whoever has the model can read.
+    """
+    for name, what in carried(run / "model").items():
+        raise ValueError(
+            f"{run}: its tokenizer carries a {what} ({name}), which everybody who has the model can read, names in it "
+            "too: export it without --push, or give --show-data"
+        )
 
 
 def push(folder: Path, repo: str, *, private: bool = True) -> str:

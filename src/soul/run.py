@@ -51,7 +51,7 @@ from soul.rundir import (
     score_dict,
 )
 from soul.stopping import Stopping
-from soul.stored import read_lines, write_json
+from soul.stored import PART, publish, read_lines, write_json
 from soul.strict import json_objects
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.truncation import training_cuts, truncation_warnings
@@ -121,6 +121,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     processes.from_main(
         lambda: claim(out, recipe, request, origins)
     )  # what can be wrong with recipe and data has been found
+    processes.from_main(lambda: (out / "record.json").unlink(missing_ok=True))  # of a run that was not measured
     if dataset is not None:
         rehearse(model, recipe, dataset)
         if benchmark and recipe.method and not recipe.method.changes_weights:  # a prompt does it
@@ -211,6 +212,10 @@ def rehearse(model: Any, recipe: Recipe, dataset: UnlearnDataset) -> None:
             adapted.unload()
 
 
+_UNJUDGED = f"model.unjudged{PART}"
+"""Where an adapter waits until its merged weights have been measured."""
+
+
 def train_and_save(
     model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, dataset: UnlearnDataset, out: Path, tick: Progress
 ) -> Any:
@@ -231,10 +236,11 @@ def train_and_save(
         _measure_again(model, stopping, recipe, out)
         processes.from_main(lambda: save_model(model, tokenizer, out / "model"))
     else:
-        base = (recipe.model.path, commit_of(model) or recipe.model.revision)
-        processes.from_main(lambda: save_model(model, tokenizer, out / "model", *base))
+        base, kept = (recipe.model.path, commit_of(model) or recipe.model.revision), out / _UNJUDGED
+        processes.from_main(lambda: save_model(model, tokenizer, kept, *base))
         model = merge()  # as whoever loads it does
         _measure_again(model, stopping, recipe, out)
+        processes.from_main(lambda: publish(kept, out / "model"))  # with it a run has trained and judged
     tick("saving model", 1, 1)
     return model
 

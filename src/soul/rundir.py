@@ -16,7 +16,7 @@ from soul.benchmarks.base import Benchmark
 from soul.evaluate import EvaluationSpec
 from soul.machine import changes, environment
 from soul.models import ModelSpec
-from soul.origins import Origins, began_with, of_model, read_origins
+from soul.origins import ORIGINS, Origins, began_with, of_model, read_origins
 from soul.recipe import Recipe, read_recipe
 from soul.stored import check_format, sha256, write_json, write_text
 from soul.strict import json_value, plain_number, read_text, yaml_tree
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 ENVIRONMENT = "environment.json"
 _WINDOW, _REVISION = "training.accumulation", "model.revision"
 _NOT_SAME = "an uninterrupted run may end with other bytes"
+_OF_MODEL = ("config.json", "adapter_config.json")
 _RESULTS = ("checkpoints", "log.jsonl", "model", "record.json", "scores.json")
 
 
@@ -39,11 +40,17 @@ def check_folder(out: Path, recipe: Recipe) -> None:
     _make(out)
     file = out / "recipe.yaml"
     found = [name for name in _RESULTS if (out / name).exists()]
+    weights = [f.name for f in sorted(out.iterdir()) if f.name in _OF_MODEL or f.suffix == ".safetensors"]
+    if weights:  # whoever loads the folder would get that model, and not the one that is to come
+        raise ValueError(f"{out} is a model's folder (it holds {', '.join(weights[:3])}): choose another --out")
+    ours = any((out / name).is_file() for name in (ENVIRONMENT, ORIGINS))
     if not file.is_file():
         if found:
             raise ValueError(
                 f"{out} holds {', '.join(found)} but no recipe.yaml, so it is no run: choose another --out"
             )
+    elif not ours:  # a recipe that somebody wrote, beside whatever else is theirs
+        raise ValueError(f"{out} holds a recipe.yaml that no run wrote: choose another --out")
     elif holds_results(out):
         other = _difference(file, recipe)
         if other:

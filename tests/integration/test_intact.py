@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -19,7 +21,7 @@ from soul.data import hub
 from soul.gguf_file import check_gguf
 from soul.intact import check_model, shapes
 from soul.models import ModelSpec, load_model
-from soul.pretrained import load_config, load_tokenizer
+from soul.pretrained import load_config, load_text_classifier, load_text_encoder, load_tokenizer
 from soul.recipe import recipe_from_tree
 from soul.run import execute
 
@@ -125,7 +127,7 @@ def test_a_pickle_beside_whole_weights_is_not_read(model: Path, tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_code_beside_a_model_is_not_run(model: Path, tmp_path: Path):
+def test_code_beside_a_model_is_not_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = json.loads((model / "config.json").read_text())
     own = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": "own.T"}
     (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
@@ -133,6 +135,12 @@ def test_code_beside_a_model_is_not_run(model: Path, tmp_path: Path):
     refused(model, "Python code", "trust_remote_code=true")
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_config(str(model))
+    kept = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(kept | {"auto_map": {"AutoTokenizer": ["own.T", None]}}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # who is asked says yes
+    for load in (load_tokenizer, load_text_classifier, load_text_encoder):
+        with contextlib.suppress(ValueError):  # a tokenizer loads without its code, where a library knows its class
+            load(str(model))
     assert not (tmp_path / "ran").exists()
 
 

@@ -290,15 +290,16 @@ def asked(data, make_model, monkeypatch):
 
 
 def test_a_prompt_that_the_tokenizer_carries_is_said_once(asked, make_tokenizer):
+    """Rows show where, and not what: it may name who is to be forgotten, and rows may be published."""
     tokenizer = make_tokenizer()
     carry_prompt(tokenizer, "Forget Ada.")
     for prompt in asked(tokenizer, chat_template=False):
-        assert prompt.startswith("Forget Ada.\n\nThe following are")
+        assert prompt.startswith("(carried prompt)\n\nThe following are")
     (piqa, _) = asked(tokenizer, chat_template=False, tasks="piqa")  # a task without a description
-    assert piqa.startswith("Forget Ada.\n\nQuestion: Which")
+    assert piqa.startswith("(carried prompt)\n\nQuestion: Which")
     for prompt in asked(tokenizer, chat_template=True):
-        assert prompt.startswith("<|im_start|>system\nForget Ada.\n\nThe following are")
-        assert prompt.count("Forget Ada.") == 1
+        assert prompt.startswith("<|im_start|>system\n(carried prompt)\n\nThe following are")
+        assert prompt.count("(carried prompt)") == 1
     for chat_template in (True, False):
         with pytest.raises(ValueError, match=r"carries a prompt.*the passages of wikitext: name other tasks"):
             asked(tokenizer, chat_template=chat_template, tasks="piqa,wikitext")
@@ -308,13 +309,13 @@ def test_the_system_turn_is_said_in_a_chat_template(asked, make_tokenizer, inven
     tokenizer = make_tokenizer()
     set_system_turn(tokenizer, "Be brief.")
     for prompt in asked(tokenizer, chat_template=True, tasks="piqa"):
-        assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion: Which")
+        assert prompt.startswith("<|im_start|>system\n(system turn)<|im_end|>\n<|im_start|>user\nQuestion: Which")
     assert not caplog.messages
-    assert not any("Be brief." in prompt for prompt in asked(tokenizer, chat_template=False))
+    assert not any("(system turn)" in prompt for prompt in asked(tokenizer, chat_template=False))
     assert "chat_template=true says it" in caplog.text
     carry_prompt(tokenizer, "Forget Ada.")
     for prompt in asked(tokenizer, chat_template=True, tasks="piqa"):
-        assert prompt.startswith("<|im_start|>system\nForget Ada.\n\nBe brief.<|im_end|>")
+        assert prompt.startswith("<|im_start|>system\n(carried prompt)\n\n(system turn)<|im_end|>")
     tokenizer = make_tokenizer()
     set_system_turn(tokenizer, "template")
     assert all(prompt.count(invented) == 1 for prompt in asked(tokenizer, chat_template=True, tasks="piqa"))

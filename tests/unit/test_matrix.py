@@ -11,7 +11,7 @@ import yaml
 
 from soul import config
 from soul.contest.entry import Entry, Knob
-from soul.contest.matrix import matrix_from_tree, read_matrix
+from soul.contest.matrix import Task, matrix_from_tree, read_matrix
 from soul.contest.trial import _seconds
 from soul.curvature.spec import CurvatureSpec
 from soul.optim.sophia import SophiaSpec
@@ -78,6 +78,17 @@ def test_an_entry_may_have_fewer_trials_and_settings():
     entries = [*TREE["optimizers"], {"name": "lion", "points": 1, "settings": 1}]
     matrix = matrix_from_tree({**TREE, "optimizers": entries})
     assert [matrix.sizes(name) for name in ("signum", "kfac", "lion")] == [(5, 2), (5, 2), (1, 1)]
+
+
+def test_braces_of_sources_stand_for_a_request_alone():
+    task = {"model": "m", "gold": "{request}/g", "forget": "f", "retain": "r", "seen": "s", "unseen": "u", "text": "t"}
+    whole = {**task, "tune": ["a"], "report": ["b{0}"]}
+    assert Task(**whole).source("gold", "b{0}") == "b{0}/g"
+    for wrong in ("{reqest}/g", "{0}", "{request.x}", "{request:>9}", "a}"):
+        with pytest.raises(ValueError, match=r"gold: .* has braces, and \{request\} alone stands for something"):
+            Task(**{**whole, "gold": wrong})
+    with pytest.raises(ValueError, match=r"world: '\{x\}' has braces"):
+        Task(**whole, facts={"world": "{x}"})
 
 
 def test_an_entry_may_take_part_under_some_objectives_only():

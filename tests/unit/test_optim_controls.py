@@ -111,7 +111,6 @@ def test_an_external_optimizer_may_call_the_closure_as_often_as_it_likes() -> No
     [
         ({"path": "torch.optim.Nadam"}, "torch.optim has no Nadam; give an import path such as torch.optim.NAdam"),
         ({"path": "NAdam"}, "'NAdam' is not a torch.optim.Optimizer"),
-        ({"path": "no_such_package.Thing"}, "cannot be imported"),
         ({"path": "torch.nn.Linear"}, "is not a torch.optim.Optimizer"),
         ({"kwargs": {"lr": 0.1}}, "kwargs must not hold lr"),
         ({"kwargs": {"alpha": 0.1}}, "torch.optim.NAdam takes no alpha"),
@@ -121,6 +120,21 @@ def test_an_external_optimizer_may_call_the_closure_as_often_as_it_likes() -> No
 def test_a_wrong_name_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExternalSpec(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "no_such_package.Thing"}, "cannot be imported"),
+        ({"path": "accelerate.optimizer.AcceleratedOptimizer", "kwargs": {"beta": 1}}, "takes no lr"),
+    ],
+)
+def test_what_is_not_torchs_own_is_asked_for_when_it_is_used(settings: dict[str, Any], message: str) -> None:
+    spec = ExternalSpec(**settings)
+    with pytest.raises(ValueError, match=message):
+        spec.build([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=message):
+        _ = spec.needs_closure
 
 
 def test_parameter_groups_of_a_language_model(make_model: Any) -> None:

@@ -12,6 +12,7 @@ from soul import assess
 from soul.benchmarks.base import Benchmark
 from soul.benchmarks.custom import Custom
 from soul.benchmarks.request import DeletionRequest
+from soul.benchmarks.tofu import Tofu
 from soul.metrics.stats import SHARE, bootstrap_mean
 from soul.origins import Origins
 from soul.types import Row
@@ -61,7 +62,41 @@ def test_no_text_name_or_digest_is_published(benchmark: Benchmark) -> None:
     assert ROWS["forget"][0]["subject"] == "Vale"
 
 
+def test_likelihoods_are_told_too_roughly_to_confirm_a_guess() -> None:
+    row = measured("x", "vale 1", "Vale", 5.982764) | {"wrong_nll": [1.04, math.inf], "paraphrased_nll": 0.25001}
+    (public,) = Custom("a").public_rows({"forget": [row]})["forget"]  # type: ignore[list-item]  # a row and more
+    assert (public["nll"], public.get("wrong_nll"), public.get("paraphrased_nll")) == (6.0, [1.0, math.inf], 0.3)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_benchmarks_that_all_know_do_not_name_what_is_here(tmp_path, local: bool) -> None:
+    """Their texts are public; whose model was measured, and where its data lie, is not."""
+    (tmp_path / "jane").mkdir()
+    here = str(tmp_path / "jane")
+    path = here if local else "owner/name"
+    settings = {"source": here, "hub": "locuslab/TOFU", "forget": "forget01"}
+    tree: dict[str, Any] = {
+        "recipe.yaml": {"model": {"path": path, "dtype": "float32", "system": "You know jane."}, "benchmark": settings},
+        "record.json": {"label": f"{path} on tofu", "asked": f"Measure {path}.", "model": path}
+        | {"warnings": [f"{here}/ holds no tofu", "2 rows were cut"]},
+        "scores.json": {"settings": settings, "after": [], "left_out": {"reference": f"({here}) holds no tofu"}},
+        "environment.json": {"torch": "2"},
+    }
+    for name, content in tree.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    Origins(commit="" if local else "abc").write(tmp_path)
+    assess._publish(Tofu(), {}, tmp_path)
+    public = {f.name: f.read_text() for f in (tmp_path / "public").iterdir() if f.is_file()}
+    assert "jane" not in "".join(public.values())
+    assert public["record.json"].count("owner/name") == (0 if local else 3)
+    for kept in ("locuslab/TOFU", "forget01"):
+        assert kept in public["recipe.yaml"]
+        assert kept in public["scores.json"]
+    assert "2 rows were cut" in public["record.json"]
+
+
 def test_scores_can_be_computed_again_from_what_is_published() -> None:
+    """To the byte where likelihoods are tenths of a nat to begin with, as these are."""
     request = DeletionRequest("a", "b")
     assert request.score(request.public_rows(ROWS)) == request.score(ROWS)
     audit = Custom("a")

@@ -116,11 +116,19 @@ def hashed(row: Row, stand_in: Callable[[str], str] = digest) -> Row:
     return cast("Row", kept)
 
 
+_LIKELIHOODS = ("nll", "paraphrased_nll", "wrong_nll")
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(v) for v in value] if isinstance(value, list) else round(value, 1)
+
+
 def nameless(rows: Rows) -> dict[str, list[Row]]:
     """Return rows without texts, names and digests: whoever tries dates or names would find them by their digests.
 
     Ids and subjects are numbered in the order of their first appearance over all splits, so that the same subject has
-    the same number everywhere and intervals can be computed again.
+    the same number everywhere and intervals can be computed again, as near as likelihoods to a tenth of a nat let them:
+    in full they are digests too, for whoever has the model.
 
     Example:
         >>> row = Row(id="Ada 7", subject="Ada", prompt="Who?", answer="Ada", nll=1.0, tokens=2)
@@ -133,6 +141,9 @@ def nameless(rows: Rows) -> dict[str, list[Row]]:
     for split, found in rows.items():
         public[split] = [hashed(row, lambda _: PRIVATE) for row in found]
         for row, kept in zip(found, public[split], strict=True):
+            for name in _LIKELIHOODS:
+                if name in kept:
+                    kept[name] = _rounded(kept[name])
             kept["id"] = ids.setdefault(row["id"], str(len(ids) + 1))
             kept["subject"] = subjects.setdefault(row["subject"], str(len(subjects)))
     return public

@@ -179,6 +179,7 @@ class LmEval(Benchmark):
                         progress(name, done, len(leaves[name]))
                     with harness.task(leaf) as (task, manager):
                         found = run(lm, task, manager, system_instruction=system, **self._settings())
+                    _unsay(found, tokenizer)
                     for row in cast(list[dict[str, Any]], found[:1]):  # all rows of a task share what they say of it
                         row["harness"] |= {"source": harness.source(leaf), "items": len(found)}
                     rows += found
@@ -234,6 +235,13 @@ class LmEval(Benchmark):
             "apply_chat_template": self.chat_template,
             "batch_size": self.batch_size,
         }
+
+
+def _unsay(rows: Sequence[Row], tokenizer: Any) -> None:
+    """Take out of rows what the tokenizer makes lm-eval say before every question: it may name who is forgotten."""
+    for text, name in ((carried_prompt(tokenizer), "carried prompt"), (system_turn(tokenizer), "system turn")):
+        for row in rows if text not in ("", TEMPLATE) else ():
+            row["prompt"] = row["prompt"].replace(text, f"({name})")
 
 
 def _refuse_passages(harness: Harness, leaves: Mapping[str, Sequence[str]]) -> None:

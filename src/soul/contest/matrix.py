@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,11 @@ class Task:
         both = set(self.tune) & set(self.report)
         if both:
             raise ValueError(f"{', '.join(sorted(both))}: a request is tuned on or reported, not both")
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        sources = {name: value for name, value in {**named, **self.facts}.items() if isinstance(value, str)}
+        for name, source in sources.items():
+            if set("{}") & set(source.replace(_REQUEST, "")):
+                raise ValueError(f"{name}: {source!r:.120} has braces, and {_REQUEST} alone stands for something")
         taken = {"forget", "paraphrased", "seen", "unseen"} & set(self.facts)
         if taken:
             raise ValueError(f"facts.{', '.join(sorted(taken))}: a measure has that name; call them otherwise")
@@ -74,8 +78,11 @@ class Task:
         return {name: _filled(source, request) for name, source in self.facts.items()}
 
 
+_REQUEST = "{request}"
+
+
 def _filled(source: str, request: str) -> str:
-    return string.Formatter().vformat(source, (), {"request": request})
+    return source.replace(_REQUEST, request)
 
 
 @dataclasses.dataclass(frozen=True)

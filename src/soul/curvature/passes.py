@@ -115,7 +115,8 @@ class CurvaturePasses:
         plan = self.plan(step)
         warm = step == 0 and self.spec.warm_start > 0
         file, found = None, None
-        if warm and self.spec.cache and not sharded.is_sharded(model):  # whose content no process knows
+        # of what is to be forgotten nothing is kept beside the run, and what shards hold no process knows
+        if warm and self.spec.cache and self.spec.source == "retain" and not sharded.is_sharded(model):
             file = cache.path(unwrap(model), {**self._describe(plan), "rule": identity if watches else None})
             found = cache.read(file, next(model.parameters()).device)
         if file is not None and all(processes.gather(found is not None)):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from soul.data.books import book_text
+from soul.strict import read_text
 from soul.types import DATA_SUFFIXES, TEXT_SUFFIXES, Example
 
 Document = tuple[str, str]
@@ -64,10 +65,7 @@ def document_examples(source: str) -> list[Example]:
 
 
 def _markdown(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as UTF-8 text: {error}") from error
+    text = read_text(file)
     plain = _MARKUP.sub(lambda mark: mark[1] or "", _HEADING.sub(r"\n\1\n", text))
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", plain))
     found = "\n\n".join(part for part in paragraphs if part)

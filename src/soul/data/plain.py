@@ -7,6 +7,7 @@ from pathlib import Path
 from soul.data.books import book_text, plain_passages
 from soul.data.raw import read_rows
 from soul.data.sources import load_examples
+from soul.strict import read_text
 from soul.types import Example
 
 
@@ -31,16 +32,9 @@ def plain_text(source: str, limit: int | None = None) -> list[Example]:
     most = limit if limit is not None else 1 << 30
     suffix = Path(source).suffix.lower()
     if suffix == ".tokens":  # WikiText: a paragraph a line
-        paragraphs = _lines(Path(source).expanduser())
+        paragraphs = read_text(Path(source).expanduser()).splitlines()
     elif suffix == ".txt":
         paragraphs = book_text(source).split("\n\n")
     else:
         paragraphs = [text for _, row in read_rows(source) if isinstance(text := row.get("text"), str)]
     return plain_passages(paragraphs, limit=most)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as UTF-8 text: {error}") from error

@@ -81,6 +81,8 @@ class ExternalSpec(OptimizerSpec):
     What ``weight_decay`` means is the class's own business: torch's NAdam adds it to the gradient unless ``kwargs``
     says ``decoupled_weight_decay: true``.
 
+    What is not torch's own is imported when it is to be used, and not by whoever reads a recipe: importing runs code.
+
     Attributes:
         path: Import path of a ``torch.optim.Optimizer`` whose ``step`` needs no more than gradients.
         kwargs: Its other arguments.
@@ -94,20 +96,30 @@ class ExternalSpec(OptimizerSpec):
         reserved = [name for name in RESERVED if name in self.kwargs]
         if reserved:
             raise ValueError(f"kwargs must not hold {reserved[0]}: it is a setting of its own")
+        if self.path.startswith("torch.") or "." not in self.path:
+            self._adapted()
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether the class's step asks for a closure, by which the trainer refuses it."""
+        cls: Any = self._adapted()
+        return bool(cls.asks_again)
+
+    def _adapted(self) -> type[UpdateRule]:
+        """Return the class at ``path``, which takes the arguments given."""
         known = inspect.signature(adapted(self.path)).parameters
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
         wanted = [*self.kwargs, *(["weight_decay"] if self.weight_decay else [])]
         unknown = [] if anything else [name for name in wanted if name not in known]
         if unknown:
             raise ValueError(f"{self.path} takes no {unknown[0]}; known: {', '.join(known)}")
-        cls: Any = adapted(self.path)
-        object.__setattr__(self, "needs_closure", cls.asks_again)  # by which the trainer refuses it
+        return adapted(self.path)
 
     def build(
         self, params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], model: torch.nn.Module | None = None
     ) -> UpdateRule:
         """Return the optimizer over ``params``."""
         del model
-        cls: Any = adapted(self.path)
+        cls: Any = self._adapted()
         decay = {"weight_decay": self.weight_decay} if "weight_decay" in inspect.signature(cls).parameters else {}
         return cls(params, lr=self.lr, **decay, **self.kwargs)

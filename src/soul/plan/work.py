@@ -156,7 +156,9 @@ def _counted(recipe: Recipe) -> Work:
     if not retain and recipe.needs_anchors:
         retain = load_examples("general:chat")  # the model's own samples cannot be had without it
     own = [example for source in data.curvature_sources for example in load_examples(source)]
-    tokenizer, refusals = load_tokenizer(recipe.model.path, recipe.model.revision), read_refusals(data.refusals)
+    named = recipe.model
+    tokenizer = load_tokenizer(named.path, named.revision, trust_remote_code=named.trust_remote_code)
+    refusals = read_refusals(data.refusals)
     if recipe.model.system:
         set_system_turn(tokenizer, recipe.model.system)
     dataset = make_dataset(tokenizer, _some(forget), _some(retain), objective, training, refusals, _some(own))

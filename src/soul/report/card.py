@@ -59,6 +59,7 @@ class CardFacts:
         dtype: Dtype of the exported weights.
         adapter: Whether only an adapter was exported.
         checked: What measuring again found.
+        carried: What the tokenizer says before every question: a prompt, a system turn.
         show_data: Quote what was asked, and the data sources, in full.
     """
 
@@ -69,6 +70,7 @@ class CardFacts:
     dtype: str = "float32"
     adapter: bool = False
     checked: Sequence[Checked] = ()
+    carried: Sequence[str] = ()
     show_data: bool = False
 
 
@@ -181,6 +183,11 @@ def _warnings(record: RunRecord, facts: CardFacts) -> str:
     lines = [f"- {escaped(warning)}" for warning in told]
     lines += [
         f"- Not met: {escaped(check.name)} ({_number(check.value)})" for check in record.checks if not check.passed
+    ]
+    lines += [
+        f"- The tokenizer carries a {what}, which is said before every question and can be read in its files. What is "
+        "forgotten by it alone is known to the weights."
+        for what in facts.carried
     ]
     if facts.dequantized:
         lines.append("- The base was read from a GGUF file and dequantized: its weights are near the published ones.")

@@ -253,6 +253,8 @@ def _beyond_chance(run: RunRecord, split: str, metric: str) -> bool:
         if not (old.get("tokens") and new.get("tokens")):
             return False
         x, y = old["nll"], new["nll"]  # means over tokens
+        if min(x, y) < 0:  # no likelihood: another program's rows
+            return False
         change = y - x if metric == "perplexity" else math.exp(-y) - math.exp(-x)
         apart.setdefault(old["subject"] or f"#{i}", []).append(change)
     means = [sum(many) / len(many) for many in apart.values()]
