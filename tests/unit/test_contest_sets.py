@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def task(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "The river runs by the house."}\n')
     (tmp_path / "one").mkdir()
     names = ("forget", "forgotten", "retain", "unseen")
-    sources = {name: str(tmp_path / "{request}" / ".." / f"{name}.jsonl") for name in names}
+    sources: dict[str, Any] = {name: str(tmp_path / "{request}" / ".." / f"{name}.jsonl") for name in names}
     sources |= {"seen": sources["retain"], "text": str(tmp_path / "text.jsonl")}
     return Task(model="m", gold="g", tune=["one"], report=["two"], **sources)
 

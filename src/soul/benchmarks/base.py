@@ -141,9 +141,8 @@ def nameless(rows: Rows) -> dict[str, list[Row]]:
     for split, found in rows.items():
         public[split] = [hashed(row, lambda _: PRIVATE) for row in found]
         for row, kept in zip(found, public[split], strict=True):
-            for name in _LIKELIHOODS:
-                if name in kept:
-                    kept[name] = _rounded(kept[name])
+            told: dict[str, Any] = kept  # pyright: ignore[reportAssignmentType]  # of a row whichever it has
+            told |= {name: _rounded(told[name]) for name in _LIKELIHOODS if name in told}
             kept["id"] = ids.setdefault(row["id"], str(len(ids) + 1))
             kept["subject"] = subjects.setdefault(row["subject"], str(len(subjects)))
     return public

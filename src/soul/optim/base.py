@@ -108,8 +108,11 @@ class OptimizerSpec(abc.ABC):
     """``build`` must be given the model, whose modules the rule watches."""
     needs_whole: ClassVar[bool] = False
     """``step`` couples the coordinates of a parameter, so that a process which has a shard of it cannot make one."""
-    needs_closure: ClassVar[bool] = False
-    """``step`` must be given a closure that computes the loss again; the trainer has none and refuses such a rule."""
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether ``step`` must be given a closure that computes the loss again; the trainer refuses it."""
+        return False
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
