@@ -52,6 +52,20 @@ def test_cloze_asks_for_names_dates_numbers_and_rare_words():
         assert e.prompt.split("\n\n", 1)[1].count(BLANK) == 1
 
 
+def test_a_request_may_have_several_sources(tmp_path):
+    for folder, text in (("one", LIFE), ("two", f"{LIFE} She left for Ghent in 1999.")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "life.md").write_text(text)
+    (tmp_path / "a.jsonl").write_text('{"question": "Who?", "answer": "Ada."}\n{"text": "Mira Vale left."}\n')
+    (tmp_path / "b.jsonl").write_text('{"question": "Where?", "answer": "In Accra."}\n')
+    sources = [str(tmp_path / name) for name in ("one", "two", "a.jsonl", "b.jsonl")]
+    splits = Custom(forget=sources, general="", text="", probes="cloze").splits()
+    assert [e.answer for e in splits["forget"]] == ["Ada.", "In Accra."]
+    assert {e.subject for e in splits["forget_cloze"]} >= {"life", "life (2)"}
+    for found in splits.values():
+        assert len({e.id for e in found}) == len(found)
+
+
 def test_a_word_that_is_written_small_elsewhere_is_no_name():
     text = (
         "Then came NOT one but two of us, not three, to The Quill House. If so, he said that The Hague fell to the US."

@@ -12,7 +12,7 @@ from soul.benchmarks.request import reworded
 from soul.benchmarks.tofu import forget_quality_scores, numbered
 from soul.data.documents import Document, is_documents, read_documents
 from soul.data.probes import Form, cloze, continuations
-from soul.data.sources import load_examples
+from soul.data.sources import listed, load_examples
 from soul.metrics import tofu
 from soul.metrics.leakage import best_rouge, contains
 from soul.metrics.memorization import answer_matches, exact_memorization, extraction_strength
@@ -65,7 +65,7 @@ class Custom(Benchmark):
 
     Args:
         forget: What was to be forgotten: a source of examples; a ``.txt`` or ``.md`` file or a folder of them; or rows
-            of ``{"text": ...}``. Of documents, probes are made (:mod:`soul.data.probes`).
+            of ``{"text": ...}``; or a list of several. Of documents, probes are made (:mod:`soul.data.probes`).
         retain: What was to be kept, likewise; empty for none.
         paraphrases: A source of the forgotten questions in other words, several for one where you like, beside those
             that rows of ``forget`` carry.
@@ -94,8 +94,8 @@ class Custom(Benchmark):
     private_text: ClassVar[bool] = True
     local: ClassVar[dict[str, str]] = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
 
-    forget: str = ""
-    retain: str = ""
+    forget: str | list[str] = ""
+    retain: str | list[str] = ""
     paraphrases: str = ""
     general: str = "general:facts"
     text: str = "general:heldout_text"
@@ -129,13 +129,13 @@ class Custom(Benchmark):
         """
         if not self.forget:
             raise ValueError("the custom benchmark needs what was to be forgotten: forget=FILE, or a folder of text")
-        splits = self._load(self.forget, "forget")
+        splits = self._load(listed(self.forget), "forget")
         others = [reworded(e) for e in splits.get("forget", []) if e.paraphrased_prompt]
         others += load_examples(self.paraphrases) if self.paraphrases else []
         if others:
             splits["forget_reworded"] = _named(others, "forget_reworded")
         if self.retain:
-            splits |= self._load(self.retain, "retain")
+            splits |= self._load(listed(self.retain), "retain")
         for split, source in (("general", self.general), ("text", self.text)):
             if source:
                 splits[split] = numbered(load_examples(source), split)
@@ -215,13 +215,13 @@ class Custom(Benchmark):
             seed=self.seed,
         )
 
-    def _load(self, source: str, name: str) -> dict[str, list[Example]]:
+    def _load(self, sources: Sequence[str], name: str) -> dict[str, list[Example]]:
         """Return examples as they are, and probes of what is plain text, in splits of their own."""
-        if is_documents(source):
-            return self._probe(read_documents(source), name)
-        examples = _named(load_examples(source), name)
-        texts = [e for e in examples if not e.prompt]
-        splits = self._probe([(e.subject or e.id, e.answer) for e in texts], name) if texts else {}
+        documents = [document for source in sources if is_documents(source) for document in read_documents(source)]
+        rows = [source for source in sources if not is_documents(source)]
+        examples = _named([e for source in rows for e in load_examples(source)], name)
+        documents += [(e.subject or e.id, e.answer) for e in examples if not e.prompt]
+        splits = self._probe(_apart(documents), name) if documents else {}
         asked = [e for e in examples if e.prompt]
         return ({name: asked} if asked else {}) | splits
 
@@ -235,6 +235,16 @@ class Custom(Benchmark):
             made = continuations(documents, per_document=self.per_document, words=words, seed=self.seed)
             splits[f"{name}_continuation"] = made
         return splits
+
+
+def _apart(documents: Sequence[Document]) -> list[Document]:
+    """Return documents, of which several folders may have some of one name, with a name of its own for each."""
+    known: dict[str, int] = {}
+    found: list[Document] = []
+    for name, text in documents:
+        known[name] = known.get(name, 0) + 1
+        found.append((name if known[name] == 1 else f"{name} ({known[name]})", text))
+    return found
 
 
 def _named(examples: Iterable[Example], name: str) -> list[Example]:
