@@ -342,8 +342,15 @@ def _unlocated(value: Any) -> Any:
         return [_unlocated(v) for v in value]
     if not isinstance(value, str):
         return value
-    there = any("/" in word and Path(word.strip("'\"(),:;")).expanduser().exists() for word in (value, *value.split()))
-    return HIDDEN if there else value
+    return HIDDEN if any(map(_is_here, (value, *value.split()))) else value
+
+
+def _is_here(text: str) -> bool:
+    name = text.strip("'\"(),:;/")
+    try:
+        return "/" in text and len(name) > 1 and any(Path(p).expanduser().exists() for p in (name, f"/{name}"))
+    except (OSError, RuntimeError, ValueError):  # too long for a path, or of nobody's home
+        return False
 
 
 def _uncommanded(value: Any) -> Any:

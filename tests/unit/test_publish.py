@@ -78,7 +78,7 @@ def test_benchmarks_that_all_know_do_not_name_what_is_here(tmp_path, local: bool
     tree: dict[str, Any] = {
         "recipe.yaml": {"model": {"path": path, "dtype": "float32", "system": "You know jane."}, "benchmark": settings},
         "record.json": {"label": f"{path} on tofu", "asked": f"Measure {path}.", "model": path}
-        | {"warnings": [f"{here}/ holds no tofu", "2 rows were cut"]},
+        | {"warnings": [f"{here}/ holds no tofu", "2 / 3 rows were cut", f"~nobody/{'x' * 5000}/y was cut"]},
         "scores.json": {"settings": settings, "after": [], "left_out": {"reference": f"({here}) holds no tofu"}},
         "environment.json": {"torch": "2"},
     }
@@ -92,7 +92,8 @@ def test_benchmarks_that_all_know_do_not_name_what_is_here(tmp_path, local: bool
     for kept in ("locuslab/TOFU", "forget01"):
         assert kept in public["recipe.yaml"]
         assert kept in public["scores.json"]
-    assert "2 rows were cut" in public["record.json"]
+    assert "2 / 3 rows were cut" in public["record.json"]
+    assert "~nobody" in public["record.json"]
 
 
 def test_scores_can_be_computed_again_from_what_is_published() -> None:
