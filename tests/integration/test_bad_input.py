@@ -276,6 +276,7 @@ def test_a_folder_that_is_no_run_is_refused(folder, capsys, name):
 def test_the_difference_between_two_recipes_is_named(folder, capsys):
     (folder / "out/rows").mkdir(parents=True)
     (folder / "out/log.jsonl").touch()
+    (folder / "out/environment.json").write_text('{"format": 1}')
     earlier = (folder / "recipe.yaml").read_text() + "training: {epochs: 3}\n"
     (folder / "out/recipe.yaml").write_text(earlier)
     assert run("unlearn {d}/recipe.yaml training.epochs=7 --out {d}/out", folder) == 2
@@ -296,6 +297,7 @@ def test_a_folder_of_another_recipe_is_refused(folder, capsys):
     (folder / "out").mkdir()
     (folder / "out/recipe.yaml").write_text("label: mine\n")
     (folder / "out/record.json").write_text(json.dumps({"format": 1, "label": "mine"}))
+    (folder / "out/environment.json").write_text('{"format": 1}')
     assert run("unlearn {d}/recipe.yaml --out {d}/out", folder) == 2
     assert "another recipe" in capsys.readouterr().err
     assert (folder / "out/recipe.yaml").read_text() == "label: mine\n"
