@@ -123,7 +123,6 @@ def test_all_that_an_estimate_depends_on_names_it(run: Any, passes: list[int], f
         {"seed": 1},
         {"model": 1},
         {"estimator": "gnb"},
-        {"source": "retain+forget"},
         {"warm_start": 3},
         {"batch": 2},
         {"general_text": 1},
@@ -134,6 +133,11 @@ def test_all_that_an_estimate_depends_on_names_it(run: Any, passes: list[int], f
         run(**other)
         assert len(passes) == other.get("warm_start", 4) + 1
         assert len(kept(folder)) == i + 2
+    for source in ("forget", "retain+forget"):  # of what is to be forgotten nothing is kept
+        passes.clear()
+        run(source=source)
+        assert len(passes) == 5
+        assert len(kept(folder)) == len(others) + 1
 
 
 def test_what_an_estimate_does_not_depend_on_does_not(

@@ -264,8 +264,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             "whole",
             r"kfac: 100\.0 % of .*: 2 of 3 linear layers \(the first is 1\) are wider than 16384\. To move",
         ),
-        ("ekfac", "whole", r"ekfac: .* raise optimizer\.max_dim, or set optimizer\.others to diagonal, or use sophia"),
-        ("whiten", "whole", r"whiten: 40\.0 % .* 1 of 3 .*first is 2\) .* raise optimizer\.max_dim, or use sophia"),
+        ("ekfac", "whole", r"ekfac: .* raise optimizer\.max_dim, or set optimizer\.others to diagonal, or use lion"),
+        ("whiten", "whole", r"whiten: 40\.0 % .* 1 of 3 .*first is 2\) .* raise optimizer\.max_dim, or use lion"),
         ("kfac", "lora", r"2 of 6 .*first is up\.lora_B\.default\) .*LoRA pairs among them, .* moves alone: 2\)"),
         ("whiten", "lora", r"1 of 6 .*first is down\.lora_A\.default\) .*LoRA pairs among them, .* moves alone: 1\)"),
         (
