@@ -46,7 +46,7 @@ def allocators() -> dict[str, dict[str, str]]:
 def teach(name: str, environment: dict[str, str], steps: int, folder: Path) -> dict[str, float | str]:
     """Run one process and return what its steps took."""
     out = folder / "run"
-    words = [sys.executable, "-m", "soul", "finetune", "--model", "smollm2-135m", "--retain", "people:n=20,facts=20"]
+    words = [sys.executable, "-m", "soul", "finetune", "--model", "smollm2-135m", "--retain", "people:n=50,facts=8"]
     words += ["--no-evaluate", "--out", str(out), "training.batch_size=8", f"training.max_steps={steps}"]
     words += ["training.epochs=50", "training.save_steps=0", "optimizer.lr=2e-4"]
     given = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}

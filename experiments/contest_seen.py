@@ -38,13 +38,14 @@ def visited(matrix: Matrix, task: Task, tokenizer: Any, optimizer: str, objectiv
     sampler = PairSampler(dataset, training.batch_size)
     found: set[int] = set()
     left = (entry.steps or training.max_steps) * training.accumulation
-    for epoch in itertools.count():
+    epoch = 0
+    while left:
         sampler.set_epoch(epoch)
         for batch in itertools.islice(sampler, left):
             found.update(anchor for _, anchor, _ in batch)
             left -= 1
-        if not left:
-            return found
+        epoch += 1
+    return found
 
 
 def main() -> None:
