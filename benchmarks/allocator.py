@@ -50,7 +50,9 @@ def teach(name: str, environment: dict[str, str], steps: int, folder: Path) -> d
     words += ["--no-evaluate", "--out", str(out), "training.batch_size=8", f"training.max_steps={steps}"]
     words += ["training.epochs=50", "training.save_steps=0", "optimizer.lr=2e-4"]
     given = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
-    subprocess.run(words, env=given, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603 - this interpreter
+    done = subprocess.run(words, env=given, capture_output=True, text=True, check=False)  # noqa: S603 - this interpreter
+    if done.returncode:
+        raise ValueError(f"{name}: soul finetune ended with {done.returncode}: {done.stderr.strip()[-400:]}")
     took = [json.loads(line)["seconds"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     early, late = statistics.median(took[2 : 2 + WINDOW]), statistics.median(took[-WINDOW:])

@@ -346,9 +346,9 @@ def _unlocated(value: Any) -> Any:
 
 
 def _is_here(text: str) -> bool:
-    name = text.strip("'\"(),:;/")
+    name = text.strip("'\"(),:;").rstrip("/")
     try:
-        return "/" in text and len(name) > 1 and any(Path(p).expanduser().exists() for p in (name, f"/{name}"))
+        return "/" in text and name != "" and Path(name).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long for a path, or of nobody's home
         return False
 

@@ -40,10 +40,11 @@ def check_carried(run: Path) -> None:
     Raises:
         ValueError: It carries a prompt or a system turn, which whoever has the model can read.
     """
-    for name, what in carried(run / "model").items():
+    found = " and ".join(f"a {what} ({name})" for name, what in carried(run / "model").items())
+    if found:
         raise ValueError(
-            f"{run}: its tokenizer carries a {what} ({name}), which everybody who has the model can read, names in it "
-            "too: export it without --push, or give --show-data"
+            f"{run}: its tokenizer carries {found}, which everybody who has the model can read, names in it too: "
+            "export it without --push, or give --show-data"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from soul import config
-from soul.contest.matrix import Matrix, read_matrix
+from soul.contest.matrix import Matrix, Task, read_matrix
 
 
 def check_line(file: Path, line: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
@@ -57,7 +57,7 @@ def check_same(file: Path, matrix: Matrix, remedy: str) -> None:
         (f"tasks.{n}.{k}", getattr(t, k), getattr(matrix.tasks[n], k))
         for n, t in earlier.tasks.items()
         if n in matrix.tasks
-        for k in ("model", "gold", "forget", "retain", "curvature", "forgotten", "seen", "unseen", "facts", "text")
+        for k in (f.name for f in dataclasses.fields(Task) if f.name not in ("tune", "report"))
     ]
     pairs.append(("evaluation", earlier.evaluation, matrix.evaluation))
     pairs += [
