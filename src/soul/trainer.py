@@ -58,6 +58,15 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
 
     Raises:
         ValueError: The data lack what the objective needs.
+
+    Example:
+        >>> data = make_dataset(tokenizer, forget, retain, objective, TrainingSpec())  # doctest: +SKIP
+        >>> trainer = UnlearnTrainer(  # doctest: +SKIP
+        ...     model, TrainingArguments("out", max_steps=20), dataset=data, objective=objective, optimizer=optimizer
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+
+        ``examples/the_trainer_itself.py`` is the whole of it.
     """
 
     loss_is_scaled_for_ga = True
