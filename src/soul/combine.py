@@ -188,7 +188,7 @@ class DualRule(UpdateRule):
             raise ValueError("two steps on two gradients cannot share a closure: set training.combine to sum")
         self.forget.step()
         for ours, theirs in zip(self.retain.param_groups, self.forget.param_groups, strict=True):
-            ours["lr"] = self.ratio * theirs["lr"]
+            ours |= {name: self.ratio * theirs[name] for name in ("lr", "initial_lr") if name in theirs}
         if self.retain_gradients:
             with self._on_retain_gradients():
                 self.retain.step()

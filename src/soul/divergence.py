@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from soul.finite import all_finite
 from soul.types import LostModelError
 
 if TYPE_CHECKING:
@@ -40,6 +41,30 @@ def check_step(trainer: UnlearnTrainer, records: Sequence[Mapping[str, float]], 
             f"the retain loss {grown} {step}{perplexity} and may be at most {limit:.4g} nats a token: the model is "
             f"losing what it is to keep; {_advice(trainer)}, or raise training.max_retain_loss if this is meant to be"
         )
+
+
+def finite_gradients(trainer: UnlearnTrainer) -> bool:
+    """Say whether all gradients that the coming step takes are numbers, in all processes.
+
+    Averages of gradients keep what is not for ever, and rules that divide by the length of a step or take signs hide
+    it: losses and weights stay finite, and nothing is learned any more. ZeRO keeps its gradients to itself.
+    """
+    rule = trainer.update_rule
+    gradients = [p.grad for group in rule.param_groups for p in group["params"] if p.grad is not None]
+    gradients += (getattr(rule, "retain_gradients", None) or {}).values()
+    return not trainer.over_processes({"bad": float(not all_finite(gradients))})["bad"]
+
+
+def refuse_gradients(trainer: UnlearnTrainer, step: int) -> None:
+    """Stop a run before a step whose gradients are no numbers.
+
+    Raises:
+        LostModelError: Always.
+    """
+    raise LostModelError(
+        f"a gradient of step {step} is no finite number, and the step is not taken: {_advice(trainer)}, or set "
+        "training.precision=float32 where it is lower"
+    )
 
 
 def retain_limit(trainer: UnlearnTrainer, first: Mapping[str, float]) -> float:

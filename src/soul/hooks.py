@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from soul.curvature.estimators import ESTIMATORS
+from soul.divergence import finite_gradients, refuse_gradients
 
 if TYPE_CHECKING:
     from soul.trainer import UnlearnTrainer
@@ -36,6 +38,30 @@ class ObjectiveCallback(TrainerCallback, ExportableState):
         """Let the objective learn from what the step said."""
         progress = (state.global_step - 1) / max(1, state.max_steps)
         self.learned = self.base.learn(self.learned, self.trainer.last_terms, progress)
+
+
+class GradientCallback(TrainerCallback):
+    """Takes no step whose gradients are no numbers: the run ends, or a stopping rule gives back what it kept.
+
+    Under fp16 such steps are common, and accelerate's scaler, which leaves them out, is left to it.
+    """
+
+    def __init__(self, trainer: UnlearnTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - the hook's shape
+        """Look at the gradients, clipped as they are."""
+        trainer = self.trainer
+        trainer.broken = ""
+        if trainer.accelerator.scaler is not None or finite_gradients(trainer):
+            return
+        told = not all(map(math.isfinite, trainer.last_terms.values()))  # the step's losses say more, at its end
+        if not told and trainer.stopping is None:
+            refuse_gradients(trainer, state.global_step + 1)
+        trainer.broken = "" if told else "a gradient"
+        for group in trainer.update_rule.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
 
 class CurvatureCallback(TrainerCallback):

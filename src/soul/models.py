@@ -188,6 +188,24 @@ def left_as_it_was(model: Any) -> Iterator[None]:
             p.requires_grad_(wanted)
 
 
+@contextlib.contextmanager
+def same_config(model: Any) -> Iterator[None]:
+    """Put back what transformers' trainer sets in a model's configuration.
+
+    It turns the cache of keys and values off for good, and writes the tokenizer's special tokens over the model's.
+    """
+    whole, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
+    inner = whole.get_text_config() if whole is not None else None
+    kept = [(holder, dict(vars(holder))) for holder in (whole, inner, generation) if holder is not None]
+    try:
+        yield
+    finally:
+        for holder, values in kept:
+            for name in ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"):
+                if name in values:
+                    setattr(holder, name, values[name])
+
+
 def checkpointing_of(model: Any) -> dict[Any, bool]:
     """Return the modules that can run again in a backward pass in place of being kept, and which of them do."""
     modules: Any = model.modules()

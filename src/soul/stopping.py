@@ -215,7 +215,9 @@ class Stopping(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
         """Look, and stop where it is time to."""
         self.last = {}
-        lost = "" if all(map(math.isfinite, self.trainer.last_terms.values())) else "the loss"
+        lost = self.trainer.broken
+        if not all(map(math.isfinite, self.trainer.last_terms.values())):
+            lost = "the loss"
         ends = state.global_step >= state.max_steps
         self._due = self._due or control.should_save
         if not (lost or ends or state.global_step % self.spec.every == 0):

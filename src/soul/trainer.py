@@ -26,8 +26,8 @@ from soul.data.batches import Item, PairSampler, UnlearnDataset, collate_items
 from soul.data.pieces import pieces
 from soul.data.templates import ChatTemplate
 from soul.forward import unwrap
-from soul.hooks import CurvatureCallback, ObjectiveCallback
-from soul.models import checkpointing_of, freeze_embeddings
+from soul.hooks import CurvatureCallback, GradientCallback, ObjectiveCallback
+from soul.models import checkpointing_of, freeze_embeddings, same_config
 from soul.objectives.base import Objective
 from soul.optim.base import OptimizerSpec
 from soul.optim.groups import parameter_groups
@@ -106,6 +106,7 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         self.last_terms: dict[str, float] = {}
         self.term_weights: dict[str, float] = {}
         self._window: dict[str, float] = {}
+        self.broken = ""  # what of this step was no finite number and is not in its losses
         spec = self.training_spec
         self.combination = make_combination(spec.combine, objective.name, optimizer, spec.retain_lr, args.world_size)
         self.stopping = Stopping(self, stop) if stop and stop.when != "never" else None
@@ -114,15 +115,16 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
             steps = -(-batches // args.gradient_accumulation_steps)
             args.num_train_epochs = self.stopping.spec.epochs(steps, args.num_train_epochs)
         bounds = [callback for callback in (self.trust, self.stopping) if callback]
-        own = [ObjectiveCallback(self), CurvatureCallback(self), *bounds]
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            data_collator=functools.partial(collate_items, pad_id=self.pad_id),
-            processing_class=dataset.template.tokenizer,
-            callbacks=[*own, *callbacks],
-        )
+        own = [ObjectiveCallback(self), GradientCallback(self), CurvatureCallback(self), *bounds]
+        with same_config(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=dataset,
+                data_collator=functools.partial(collate_items, pad_id=self.pad_id),
+                processing_class=dataset.template.tokenizer,
+                callbacks=[*own, *callbacks],
+            )
         self.remove_callback(PrinterCallback)  # it prints raw dicts; the log and the bars say the same
         self.curvature_seconds: float | None = None
         check_parallel(self, optimizer)
@@ -134,7 +136,8 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         self.reference = self._build_reference()
         if self.stopping:
             self.stopping.prepare()
-        return super().train(*args, **kwargs)
+        with same_config(self.model):
+            return super().train(*args, **kwargs)
 
     def _build_reference(self) -> Reference:
         epochs = int(np.ceil(self.args.num_train_epochs))
@@ -168,7 +171,7 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         for batch in batches:
             for name, count in self.objective.counts(batch).items():
                 counts[name] = counts.get(name, 0) + (0 if "idle" in batch else count)
-        counts = {name: int(value) for name, value in self._over_processes(counts).items()}
+        counts = {name: int(value) for name, value in self.over_processes(counts).items()}
         self._window = {}
         return batches, counts
 
@@ -198,7 +201,7 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
         with self._attention(), self._compiled:
             loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            self.last_terms = self._over_processes(self.last_terms)
+            self.last_terms = self.over_processes(self.last_terms)
             self.combination.finish(self.update_rule, self.args.max_grad_norm)
         return loss
 
@@ -218,7 +221,7 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
             )
         return CompiledBlocks(unwrap(self.model))  # type: ignore[arg-type]  # as above
 
-    def _over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
+    def over_processes(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return, by name, the sums over processes."""
         if self.args.world_size == 1 or not values:
             return dict(values)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from soul.choices import check_choices
 from soul.combine import Combine
 from soul.machine import has_bf16
 
@@ -70,6 +71,7 @@ class TrainingSpec:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self, "training")
         for name in ("batch_size", "accumulation", "epochs", "max_length", "trust_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be 1 or more, not {getattr(self, name)}")

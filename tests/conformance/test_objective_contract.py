@@ -133,7 +133,8 @@ def test_defaults_are_valid(name):
     ("settings", "message"),
     [
         ({"retain_weight": -0.1}, "retain_weight must be 0 or more"),
-        ({"retain": "l2"}, "retain must be nll, kl, hidden or none"),
+        ({"retain": "l2"}, "objective.retain must be one of nll, kl, hidden, none, not 'l2'"),
+        ({"retain": "none", "retain_weight": 2.0}, "retain_weight 2 weighs nothing, since retain is none"),
         ({"forget_weight": float("nan")}, "forget_weight must be 0 or more"),
         ({"compat": "nobody"}, "compat must be empty or one of"),
         ({"retain": "kl", "retain_schedule": RetainSchedule("dual")}, "needs retain_schedule.epsilon"),

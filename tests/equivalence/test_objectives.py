@@ -216,7 +216,8 @@ def bench(tokenizer, make_model, forget_set, retain_set, refusals):
 
 @pytest.mark.parametrize(("name", "retain"), CASES)
 def test_formula(bench, name, retain):
-    objective = make(name, retain, retain_weight=1.7, forget_weight=0.3)
+    weights = {"forget_weight": 0.3} | ({} if retain == "none" else {"retain_weight": 1.7})
+    objective = make(name, retain, **weights)
     out = objective(bench.model, bench.batch(objective), bench.reference(objective))
     terms = {} if name == "pdu" and retain != "nll" else bench.further(name)
     if name not in WITHOUT_FORGET:

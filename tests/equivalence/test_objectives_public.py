@@ -172,15 +172,19 @@ def test_rmu_of_public_code(bench, code):
     u = OBJECTIVES.get("rmu")(steering=2.0).vector(32).tolist()
 
     def mean(view, target):
-        rows = []
+        sums, lengths = [], []
         for i, (states, labels) in enumerate(zip(bench.states(bench.model, view), bench.padded(view)[2], strict=True)):
             goals = target[i] if target is not None else [u] * len(states)
             errors = [
                 sum((a - b) ** 2 for a, b in zip(h, g, strict=True)) / 32 for h, g in zip(states, goals, strict=True)
             ]
             kept = [e for e, y in zip(errors, labels, strict=True) if code == "wmdp" or y != -100]
-            rows.append(sum(kept) / len(kept))
-        return sum(rows) / len(rows)  # rows are of one width, so that wmdp's mean over all positions is this too
+            sums.append(sum(kept))
+            lengths.append(len(kept))
+        if code == "wmdp":
+            return sum(sums) / sum(lengths)
+        assert len(set(lengths)) > 1  # or the mean of each row's own mean would be the same
+        return sum(s / n for s in sums for n in lengths) / len(sums) ** 2  # (B,) / (B, 1): each sum by all lengths
 
     terms = bench.terms("rmu", steering=2.0, compat=code)
     assert terms["forget"] == close(mean("forget", None))

@@ -165,6 +165,21 @@ def test_a_loss_that_is_no_number_between_two_looks_ends_within_the_budget(train
         train({"when": "never"}, callbacks=[Lose()], folder="unruled")
 
 
+def test_a_gradient_that_is_no_number_ends_with_what_was_kept(train):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                p = kwargs["model"].model.layers[1].mlp.up_proj.weight
+                hook = p.register_hook(lambda g: (hook.remove(), g * math.inf)[1])
+
+    for curvature in ({}, {"estimator": "objective_squared", "warm_start": 0}):  # one that is made of that gradient
+        rule = {"name": "sophia", "curvature": curvature} if curvature else {"name": "kfac"}
+        trainer, _, end = train({"kl_budget": 100.0}, rule, callbacks=[Poison()], max_steps=100, folder=rule["name"])
+        assert (end.why, end.lost, end.step) == ("lost", "a gradient", 3)
+        assert "where a gradient was no finite number" in end.sentence()
+        assert all(bool(v.isfinite().all()) for v in trainer.model.state_dict().values())
+
+
 def test_a_loss_alone_that_is_no_number_is_no_end_of_the_steps(make_trainer):
     trainer, _ = make_trainer({"kl_budget": 100.0}, max_steps=100)
 

@@ -13,9 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 import soul
+from soul.curvature.spec import CurvatureSpec
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.objectives.npo import NPO
 from soul.optim.sophia import SophiaSpec
+from soul.optim.whiten import WhitenSpec
 
 SHORT = {"max_steps": 3, "precision": "float32", "save_steps": 0}
 
@@ -157,6 +159,33 @@ def test_the_same_item_in_both_sets_is_refused(tokenizer, make_model, forget_set
         soul.unlearn(
             make_model(), tokenizer, forget=forget_set, retain=[*retain_set, dataclasses.replace(forget_set[3])]
         )
+
+
+def test_a_models_configuration_stays(tokenizer, make_model, forget_set, retain_set):
+    """Transformers' trainer turns the cache off, and writes the tokenizer's special tokens over the model's."""
+    model = make_model()
+    model.generation_config.eos_token_id, model.config.pad_token_id = [7, 9], None
+    before = model.config.to_dict(), model.generation_config.to_dict()
+    soul.unlearn(model, tokenizer, forget=forget_set, retain=retain_set, training={"max_steps": 1})
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == before
+    assert model.config.use_cache is True
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: soul.TrainingSpec(precision="bf16"),
+            r"training.precision must be one of auto, float32, bfloat16, not",
+        ),
+        (lambda: soul.TrainingSpec(frozen="embedding"), "training.frozen must be one of nothing, embeddings"),
+        (lambda: CurvatureSpec(estimator="hutchison"), "curvature.estimator must be one of ggn, gnb, hutchinson"),
+        (lambda: WhitenSpec(others="diagonal"), "optimizer.others must be one of frozen"),
+    ],
+)
+def test_settings_made_in_python_are_looked_at(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_sophia_is_a_plain_optimizer_in_a_loop_of_ones_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -296,8 +297,10 @@ def test_what_curvature_is_made_of_comes_beside_the_retain_examples(matrix_file)
     assert len(set(more)) == len(more) == 12  # three epochs, and none of it twice
     retained = {data[key]["retain"].key for key in keys} | set(more)
     assert {row.key for row in data.rows("retain", 3)} == retained  # what a reference has to know
-    with pytest.raises(ValueError, match="extra_batches is not for"):
-        data.rows("retain_refusal", 3)
+    pairing = copy.copy(data)
+    pairing.views = (*data.views, "retain_refusal")
+    with pytest.raises(ValueError, match="extra_batches is not for objectives that pair"):
+        trial._Besides(pairing)
     with pytest.raises(ValueError, match="extra_batches"):
         Entry({"name": "signum"}, extra_batches=True, extra_retain=True)
 

@@ -144,6 +144,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_did_it(train, tmp_
     assert read_lines(tmp_path / "log.jsonl")[-1]["step"] == 4
 
 
+@pytest.mark.parametrize("rule", ["kfac", "lion", "signum", "adamw"])
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(train, tmp_path, rule):
+    """Averages would keep it, and signs and K-FAC's length hide it: nothing would be learned any more."""
+
+    def poison(model):
+        p = model.model.layers[1].mlp.up_proj.weight
+        hook = p.register_hook(lambda g: (hook.remove(), g.clone().fill_(float("inf")))[1])
+
+    with pytest.raises(LostModelError, match=r"a gradient of step 4 is no finite number.*lower optimizer.lr"):
+        train(At(3, poison), optimizer={"name": rule})
+    assert names(tmp_path / "checkpoints") == ["checkpoint-2"]
+    assert read_lines(tmp_path / "log.jsonl")[-1]["step"] == 3
+
+
 @pytest.mark.parametrize("retain", ["nll", "kl"])
 def test_a_retain_loss_that_explodes_stops_the_run(train, tmp_path, retain):
     with pytest.raises(LostModelError, match=r"retain loss was .* at step 1, is .* at step \d.* at most .*lower optim"):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from soul.adapters import AdapterSpec, add_adapter
-from soul.curvature.inverses import damped
+from soul.curvature.inverses import EigenInverse, damped
 from soul.curvature.kronecker import KroneckerFactors
 from soul.curvature.passes import CurvaturePasses
 from soul.curvature.seen import Seen
@@ -135,7 +135,24 @@ def test_a_bias_that_does_not_move_leaves_its_weight_to(left_out: str) -> None:
     assert not torch.equal(layer.weight, weight)
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-30, torch.inf, torch.nan])
+@pytest.mark.parametrize("size", [torch.inf, torch.nan])
+def test_a_gradient_that_is_no_number_is_refused_before_the_average_has_it(size: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2))
+    rule = watched(model, model.parameters())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, size)
+    with pytest.raises(LostModelError, match="a gradient is no finite number"):
+        rule.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    rule.step()
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e38])
 def test_a_direction_of_no_length_is_no_step(size: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2))
@@ -149,3 +166,28 @@ def test_a_direction_of_no_length_is_no_step(size: float) -> None:
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert rule.metrics() == {}
     assert [("skips a step" in str(w.message)) for w in told] == [True] * (not 0 <= size < 1)
+
+
+def test_what_a_pass_says_nothing_of_is_nothing_in_its_sum() -> None:
+    """A layer that one pass of four sees, as an expert may be: ``G`` is a sum over each pass, ``A`` a mean."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"always": nn.Linear(3, 2), "seldom": nn.Linear(2, 2)})
+    factors = KroneckerFactors(model)
+    eigen = EigenInverse(factors, 0.1)
+    passes = (["always", "seldom"], ["always"], ["always"], ["always"])
+    for n, names in enumerate(passes, 1):
+        with factors.observing():
+            for name in names:
+                model[name](torch.ones(4, model[name].in_features)).sum().backward()
+        if n > 1:
+            eigen.add("always", torch.ones(2, 4))
+            eigen.absorb(1 / n)
+        factors.absorb(1 / n)
+        if n == 1:
+            g = {name: factors.outputs(name).clone() for name in model}
+            assert eigen.basis("seldom")  # whose moments begin as K-FAC's own
+            moments = eigen.moments["seldom"].clone()
+    assert torch.allclose(factors.outputs("always"), g["always"])
+    assert torch.allclose(factors.outputs("seldom"), g["seldom"] / 4)
+    assert torch.allclose(factors.inputs("seldom"), torch.ones(3, 3))
+    assert torch.allclose(eigen.moments["seldom"], moments / 4)

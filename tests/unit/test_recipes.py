@@ -7,6 +7,7 @@ import yaml
 
 from soul import config
 from soul.recipe import read_recipe, recipe_from_tree
+from soul.registry import OBJECTIVES
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if p.parent.name != "contests")
@@ -114,3 +115,25 @@ def test_a_recipe_that_knew_turns_is_read_where_they_changed_nothing():
     assert recipe_from_tree({"optimizer": {"name": "kfac", "damping": 0.2, "turns": 1}}).optimizer == kfac
     with pytest.raises(ValueError, match=r"optimizer\.turns is gone: optimizer\.every"):
         recipe_from_tree({"optimizer": {"name": "kfac", "turns": 6}})
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"name": "npo", "layer": 1}, "layer 1 is looked at by nobody"),
+        ({"name": "npo", "retain_schedule": {"end": 2.0}}, "retain_schedule.end is not read by the kind constant"),
+        ({"name": "npo", "retain_schedule": {"kind": "dual", "end": 2.0}}, "end is not read by the kind dual"),
+        (
+            {"name": "npo", "retain_schedule": {"kind": "linear", "warmup": 0.1}},
+            "warmup is not read by the kind linear",
+        ),
+        ({"name": "ap", "retain_weight": 5.0}, "preserve_weight is what weighs the retained answers"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(tree, message):
+    with pytest.raises(ValueError, match=message):
+        config.component(OBJECTIVES, tree, "")
+
+
+def test_a_schedule_can_be_taken_off():
+    assert config.component(OBJECTIVES, {"name": "pdu", "retain_schedule": {"kind": "constant"}}, "")

@@ -260,12 +260,13 @@ class Matrix:
         return self.trials(name), self.entry(name).settings or self.budget.settings
 
     def objective(self, name: str, settings: Mapping[str, float]) -> Objective:
-        """Return the objective that tables call so, with the tuned retain weight."""
+        """Return the objective that tables call so, with the tuned retain weight where it has a retain term."""
         tree = dict(self.objectives[self.objective_names.index(name)])
         tree.pop("label", None)
-        if "retain_weight" in settings:
-            tree["retain_weight"] = settings["retain_weight"]
-        return config.component(OBJECTIVES, tree, "")
+        plain: Objective = config.component(OBJECTIVES, tree, "")
+        if "retain_weight" not in settings or plain.retain == "none":
+            return plain
+        return config.component(OBJECTIVES, tree | {"retain_weight": settings["retain_weight"]}, "")
 
     def points(self) -> np.ndarray:
         """Return the points of the unit cube that all cells share, [points, 3]: the head of a scrambled Sobol sequence.

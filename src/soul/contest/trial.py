@@ -281,13 +281,13 @@ class _Besides(UnlearnDataset):
         vars(self).update(vars(dataset))
         if "retain" not in self.views:
             raise ValueError("extra_batches is for objectives that look at retain examples")
+        if "retain_refusal" in self.views:
+            raise ValueError("extra_batches is not for objectives that pair retain questions with refusals")
         more = [*self.curvature, *text_rows(self)]
         self.more = [more[i] for i in np.random.default_rng([self.seed, 8]).permutation(len(more))]
 
     def rows(self, view: str, epochs: int) -> list[Encoded]:
         """Return what a reference has to know: the further rows among those to retain."""
-        if view == "retain_refusal":
-            raise ValueError("extra_batches is not for objectives that pair retain questions with refusals")
         more = self.more[: epochs * len(self)] if view == "retain" else []
         return list({row.key: row for row in (*super().rows(view, epochs), *more)}.values())
 

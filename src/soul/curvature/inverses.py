@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from soul import processes
-from soul.curvature.kronecker import KroneckerFactors, blend
+from soul.curvature.kronecker import KroneckerFactors, blend, fade
 from soul.types import LostModelError
 
 WIDE = 256
@@ -231,11 +231,14 @@ class EigenInverse:
 
         To be called before the factors take in theirs: a process that saw nothing of a layer finds its basis here.
         """
-        for name in sorted(set().union(*processes.gather(list(self._squares)))):  # in the same order everywhere
+        seen = sorted(set().union(*processes.gather(list(self._squares))))  # in the same order everywhere
+        for name in seen:
             squared = self._squares[name] if name in self._squares else torch.zeros_like(self._moments_of(name))
             if processes.count() > 1:
                 dist.all_reduce(squared)
             blend(self.moments, name, squared, share)
+        if seen:
+            fade({n: m for n, m in self.moments.items() if n not in self.factors.through}, seen, share)
         self._squares = {}
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -296,7 +296,8 @@ class KroneckerFactors:
         """Take in what was watched: ``A <- A + share (A_new - A)``, likewise ``G``; share 1 replaces the old.
 
         Micro-batches watched since the last call, in all processes, count as one pass: ``A`` is the mean over their
-        positions and ``G`` the sum, whose weights are to sum to 1 over the pass. All processes call it together.
+        positions and ``G`` the sum, whose weights are to sum to 1 over the pass. So a layer that saw nothing of a pass
+        keeps its ``A``, and its ``G`` of that pass is 0. All processes call it together.
 
         Raises:
             ValueError: Nothing was watched.
@@ -317,6 +318,7 @@ class KroneckerFactors:
         for name, found in self._g_sums.items():
             assert found.total is not None
             blend(self._g, name, found.total, share)
+        fade(self._g, self._g_sums, share)
         self._a_sums, self._g_sums = {}, {}
         self.version += 1
 
@@ -391,6 +393,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _real(rows_TD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return the rows that are no padding; all of a layer that sees other positions than the batch's."""
     return rows_TD if mask is None or len(mask) != len(rows_TD) else rows_TD[mask]
+
+
+def fade(kept: Mapping[str, torch.Tensor], seen: Collection[str], share: float) -> None:
+    """Move by ``share`` of the way to 0, in place, what a pass said nothing of and is a sum over passes."""
+    for name, value in kept.items():
+        if name not in seen and share < 1:
+            value.mul_(1 - share)
 
 
 def blend(kept: dict[str, torch.Tensor], name: str, new: torch.Tensor, share: float) -> None:

@@ -23,7 +23,9 @@ from soul.curvature.quiet import full_precision, without_noise
 from soul.curvature.spec import CurvatureSpec
 from soul.data.batches import collate_rows
 from soul.data.templates import Encoded
+from soul.finite import all_finite
 from soul.forward import Answers, forward_answers, unwrap
+from soul.types import LostModelError
 
 Estimate = dict[torch.Tensor, torch.Tensor]
 
@@ -126,6 +128,8 @@ class CurvaturePasses:
             return
         with _gradients_left_empty(model):
             estimate = self.estimate(model, rule, plan, explicit=warm)
+            if not watches:  # Kronecker factors look at themselves
+                _check_finite(model, estimate)
             keep = file if processes.is_main() else None
             if keep and not watches:  # before the rule gets it, which may compute in place
                 cache.write(keep, _named(model, estimate or {}), self._describe(plan))
@@ -321,6 +325,21 @@ class CurvaturePasses:
         return [
             torch.zeros_like(p) if g is None else g.to(_wide(p)).square() for p, g in zip(params, found, strict=True)
         ]
+
+
+def _check_finite(model: nn.Module, estimate: Estimate | None) -> None:
+    """Make sure that a diagonal, or the gradients that are its root, are numbers: one that is none stops all weights.
+
+    Raises:
+        LostModelError: They are not.
+    """
+    roots = [p.grad for p in _trainable(model).values() if p.grad is not None]
+    found = roots if estimate is None else estimate.values()
+    if not all(processes.gather(all_finite(found))):
+        raise LostModelError(
+            "the curvature's diagonal is not finite: the weights are lost (lower optimizer.lr), or what the model says "
+            "to the curvature's examples overflows (compute in fp32)"
+        )
 
 
 def _loss(model: nn.Module, batch: Mapping[str, torch.Tensor], weight: float) -> torch.Tensor:

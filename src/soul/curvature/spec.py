@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from soul.choices import check_choices
+
 
 @dataclasses.dataclass(frozen=True)
 class CurvatureSpec:
@@ -34,6 +36,7 @@ class CurvatureSpec:
     shuffled: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self, "curvature")
         for name in ("batch", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"curvature.{name} must be 1 or more, not {getattr(self, name)}")

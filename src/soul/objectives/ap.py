@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -32,6 +33,8 @@ class AnswerPreservation(PO):
     retain: Retain = "none"
     beta: float = 0.1
     preserve_weight: float = 1.0
+
+    hint: ClassVar[str] = ": preserve_weight is what weighs the retained answers here"
 
     def __post_init__(self) -> None:
         super().__post_init__()

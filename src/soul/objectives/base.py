@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from soul.choices import check_choices
 from soul.data.batches import VIEWS
 from soul.data.templates import Encoded
 from soul.forward import Answers, decoder_blocks, forward_answers, wide
@@ -67,18 +68,23 @@ class Objective(abc.ABC):
     logps_views: ClassVar[tuple[str, ...]] = ()
     distribution_views: ClassVar[tuple[str, ...]] = ()
     codes: ClassVar[tuple[str, ...]] = ()
-    needs_whole: ClassVar[bool] = False
     """Public code whose forget term differs; ``compat`` takes those of the retain term (``kl``) besides."""
+    needs_whole: ClassVar[bool] = False
+    hint: ClassVar[str] = ": leave it out"
+    """What to do instead, where a retain weight without a retain term is given."""
 
     def __post_init__(self) -> None:
-        if self.retain not in RETAIN_TERMS:
-            raise ValueError(f"retain must be nll, kl, hidden or none, not {self.retain!r}")
+        check_choices(self, "objective")
         for name in ("retain_weight", "forget_weight"):
             if not getattr(self, name) >= 0:  # refuses nan too
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         known = tuple(dict.fromkeys((*self.codes, *CODES)))
         if self.compat and self.compat not in known:
             raise ValueError(f"compat must be empty or one of {', '.join(known)}, not {self.compat!r}")
+        if self.retain == "none" and self.retain_weight != type(self).retain_weight:
+            raise ValueError(f"retain_weight {self.retain_weight:g} weighs nothing, since retain is none{self.hint}")
+        if self.layer is not None and not self.looks_inside:
+            raise ValueError(f"layer {self.layer} is looked at by nobody with retain {self.retain}: leave it out")
         if self.retain_schedule.kind != "constant" and self.retain == "none":
             raise ValueError(f"retain_schedule {self.retain_schedule.kind} needs a retain term, and retain is none")
         if self.retain_schedule.compares and self.retain != "nll":

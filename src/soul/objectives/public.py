@@ -100,7 +100,8 @@ def public_margin(model: nn.Module, batch: Batch) -> Term:
 def public_states(code: str, model: nn.Module, batch: Batch, view: str, layer: int, target: torch.Tensor) -> Term:
     """Return RMU's mean squared error as code has it: divided by the width of the states.
 
-    ``open-unlearning``: at answer tokens, not at the positions before them; mean over a row, then over rows. ``wmdp``:
+    ``open-unlearning``: at answer tokens, not at the positions before them; the mean over rows of their sums ``S``
+    times the mean of ``1/n`` over rows, since sums (B,) are divided by lengths (B, 1) and each row by all. ``wmdp``:
     mean over all positions, padding too.
 
     Args:
@@ -117,4 +118,4 @@ def public_states(code: str, model: nn.Module, batch: Batch, view: str, layer: i
     if code == "wmdp":
         return Term(errors.mean(), 1)
     mask = rows["answer_mask"]
-    return Term(((errors * mask).sum(dim=1) / mask.sum(dim=1)).mean(), 1)
+    return Term(((errors * mask).sum(dim=1) / mask.sum(dim=1, keepdim=True)).mean(), 1)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from soul.choices import check_choices
 from soul.curvature.estimators import ESTIMATORS
 from soul.curvature.spec import CurvatureSpec
 from soul.optim.cost import RuleCost, probed_cost
@@ -115,6 +116,7 @@ class OptimizerSpec(abc.ABC):
         return False
 
     def __post_init__(self) -> None:
+        check_choices(self, "optimizer")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, not {self.lr}")
         if self.weight_decay < 0:

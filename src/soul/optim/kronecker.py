@@ -14,10 +14,12 @@ from torch import nn
 
 from soul.curvature.inverses import EigenInverse, KroneckerInverse
 from soul.curvature.kronecker import KroneckerFactors, Layer, pack, unpack
+from soul.finite import all_finite
 from soul.optim._checks import check_between, check_common, check_last_group
 from soul.optim._metrics import systematic_views
 from soul.optim._storage import NOTICEABLE, drops_updates, lost_updates, moved_share
 from soul.optim.base import UpdateRule
+from soul.types import LostModelError
 
 Others = Literal["frozen", "diagonal"]
 Preconditioner = KroneckerInverse | EigenInverse
@@ -178,6 +180,7 @@ class KroneckerRule(UpdateRule):
 
         Raises:
             ValueError: There is no curvature yet, or a gradient is sparse.
+            LostModelError: A gradient is no number, which the average would keep for ever; nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -188,6 +191,8 @@ class KroneckerRule(UpdateRule):
                 f"{type(self).__name__} has no curvature yet: run a pass inside observing(), then update_curvature()"
             )
         self._last = None
+        if not all_finite(p.grad for group in self.param_groups for p in group["params"] if p.grad is not None):
+            raise LostModelError("a gradient is no finite number, and the step is not taken: lower the learning rate")
         for group in self.param_groups:
             group["calls"] += 1
         first = self.param_groups[0]
