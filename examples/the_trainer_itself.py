@@ -29,8 +29,8 @@ class Printed(TrainerCallback):
 def main(path: str, forget: str, retain: str, out: str, steps: int = 20) -> list[float]:
     """Train for ``steps``, save to ``out``, and return the losses."""
     model, tokenizer = soul.load_model(soul.ModelSpec(path))
-    objective, optimizer = NPO(beta=0.1), KFACSpec(lr=0.1, damping=0.1)
-    training = soul.TrainingSpec()  # its lengths, references and frozen weights; batches and steps are the arguments'
+    objective, optimizer = NPO(beta=0.1), KFACSpec(lr=1e-3)
+    training = soul.TrainingSpec(seed=0)  # which examples meet; batches and steps are the arguments'
     dataset = make_dataset(
         tokenizer, soul.load_examples(forget), soul.load_examples(retain), objective=objective, training=training
     )

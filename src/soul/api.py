@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from soul import config
 from soul.anchors import stand_in
-from soul.cautions import context_warnings, precision_warnings
+from soul.cautions import forget_warnings, precision_warnings
 from soul.checkpoints import check_weights
 from soul.data.general import refusals as builtin_refusals
 from soul.data.rows import to_examples
 from soul.data.sources import check_disjoint, load_examples
+from soul.inputs import read_refusals
 from soul.methods.base import Method
 from soul.models import left_as_it_was
 from soul.objectives.base import Objective
@@ -63,7 +64,7 @@ def unlearn(
     method: str | Mapping[str, Any] | Method | None = None,
     training: TrainingSpec | Mapping[str, Any] | None = None,
     stop: str | Mapping[str, Any] | StopSpec | None = None,
-    refusals: Sequence[str] | None = None,
+    refusals: Sequence[str] | str | Path | None = None,
     data: DataSpec | Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> UnlearnResult:
@@ -83,7 +84,7 @@ def unlearn(
             run directory to go on from (:func:`soul.run.execute` has).
         stop: ``"forgotten"`` ends training when it has forgotten or has spent its budget of KL
             (:class:`soul.stopping.StopSpec`, whose settings may be given as a mapping); by default it takes all steps.
-        refusals: Phrasings for ``po`` and ``dpo``; the built-in ones by default.
+        refusals: Phrasings for ``po`` and ``dpo``, or a text file with one a line; the built-in ones by default.
         data: How to stand in for a retain set and what to do about one that holds what is to be forgotten
             (:class:`soul.recipe.DataSpec`; its sources are not looked at).
         callbacks: ``transformers`` callbacks.
@@ -95,6 +96,10 @@ def unlearn(
         >>> result = soul.unlearn(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl")  # doctest: +SKIP
         >>> result.log[-1]["step_length"]  # doctest: +SKIP
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"model must be a loaded model, not {model!r:.80}: load it with soul.load_model({model!r:.80})"
+        )
     loss, rule = objective, optimizer
     if not isinstance(loss, Objective):
         loss = config.component(OBJECTIVES, loss, DEFAULT_OBJECTIVE)
@@ -110,8 +115,9 @@ def unlearn(
     recipe = Recipe(objective=loss, optimizer=rule, method=do, training=settings, stop=rests)
     sets, warnings = _sets(model, tokenizer, forget, retain, ways, recipe)
     rounds = any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
-    warnings += [*precision_warnings(recipe, rounds=rounds), *context_warnings(sets[0])]
-    dataset = make_dataset(tokenizer, *sets, do or loss, settings, refusals or builtin_refusals())
+    warnings += [*precision_warnings(recipe, rounds=rounds), *forget_warnings(sets[0])]
+    phrasings = read_refusals(str(refusals)) if isinstance(refusals, (str, Path)) else refusals or builtin_refusals()
+    dataset = make_dataset(tokenizer, *sets, do or loss, settings, phrasings)
     warnings += training_cuts({name: [row.lost for row in rows] for name, rows in dataset.encoded.items()})
     if do is not None:
         records: list[dict[str, float]] = []

@@ -43,8 +43,22 @@ def prompt_warnings(tokenizer: Any) -> list[str]:
     return found
 
 
-def context_warnings(forget: Sequence[Example]) -> list[str]:
-    """Say how many answers stand in the context of what is to be forgotten and are not among it."""
+def forget_warnings(forget: Sequence[Example]) -> list[str]:
+    """Say how many items repeat others, and how many answers stand in the context of items and are none themselves."""
+    return [*_repeats(forget), *_contexts(forget)]
+
+
+def _repeats(forget: Sequence[Example]) -> list[str]:
+    times = len(forget) - len({(e.history, e.prompt, e.answer) for e in forget})
+    if not times:
+        return []
+    return [
+        f"{times} of {len(forget)} items to forget repeat others: they count again in training and in every mean, and "
+        "intervals take them for further ones; give each once"
+    ]
+
+
+def _contexts(forget: Sequence[Example]) -> list[str]:
     own = {(e.history, e.prompt, e.answer) for e in forget}
     earlier = sum(
         role == "assistant" and (e.history[: max(0, i - 1)], e.history[i - 1][1], said) not in own

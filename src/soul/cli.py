@@ -330,7 +330,7 @@ def _plan(args: argparse.Namespace) -> int:
     plan = make_plan(recipe, find_machine(recipe, **given), find_work(recipe, args.length, args.answer))
     for line in lines(plan):
         Console(highlight=False).print(Text(clean(line)), soft_wrap=True)
-    return 0
+    return 0 if plan.fits else 3
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -100,6 +100,23 @@ _NUMERIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 """Numbers that YAML 1.1 reads as text, such as 1e-4; a person means a number."""
 
 
+ELSEWHERE = {
+    "trainer": "objective",
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "beta": "objective.beta",
+    "gamma": "objective.forget_weight",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.accumulation",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "forget_split": "data.forget",
+    "retain_split": "data.retain",
+}
+"""What settings of transformers, TOFU and OpenUnlearning are called here."""
+
+
 def parse(cls: type[T], tree: Any, where: str) -> T:
     """Return an instance of the dataclass ``cls`` from a mapping.
 
@@ -121,7 +138,8 @@ def parse(cls: type[T], tree: Any, where: str) -> T:
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            meant = ELSEWHERE.get(str(key)) or (near[0] if near else "")
+            hint = f" Did you mean {meant!r}?" if meant else ""
             raise ValueError(f"unknown setting {where}.{key!s:.80}.{hint} Known: {', '.join(known)}.")
     for key, value in tree.items():
         _check(value, f"{where}.{key}")
@@ -178,7 +196,8 @@ def component(registry: Registry, tree: Any, default: str) -> Any:
     if isinstance(tree, str):
         tree = {"name": tree}
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{registry.kind} must be a name or a mapping with a name, not {_short(tree)}")
+        ways = "a name, a mapping with a name, or (in Python) an instance"
+        raise ValueError(f"{registry.kind} must be {ways}, not {_short(tree)}")
     cls = registry.get(str(tree.get("name", default)))
     return parse(cls, {k: v for k, v in tree.items() if k != "name"}, registry.kind)
 

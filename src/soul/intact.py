@@ -37,6 +37,8 @@ def json_object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: It is missing, too long, or holds no JSON object.
     """
+    if not file.exists():
+        raise BrokenModelError(f"there is no {file.name} in {file.parent}: is it a model's folder, and whole?")
     try:
         value = json_value(read_text(file, JSON_BYTES), str(file), lenient=True)
     except ValueError as error:

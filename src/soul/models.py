@@ -17,6 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from soul.choices import check_choices
 from soul.data import hub
 from soul.data.guard import set_system_turn
 from soul.folderlock import attempt
@@ -53,13 +54,16 @@ class ModelSpec:
     quantize: Quantized = "none"
     system: str = ""
 
+    def __post_init__(self) -> None:
+        check_choices(self, "model")
+
     def at(self, folder: Path) -> ModelSpec:
         """Return the same settings for a folder on this machine, which has no revisions."""
         return dataclasses.replace(self, path=str(folder), revision="")
 
 
-def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer.
+def load_model(spec: ModelSpec | str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer; a path alone stands for a :class:`ModelSpec` with defaults.
 
     Raises:
         ValueError: Nothing can be loaded from ``spec.path``, weights are missing there, there is no such device or
@@ -68,6 +72,8 @@ def load_model(spec: ModelSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     Example:
         >>> model, tokenizer = load_model(ModelSpec("smollm2-135m"))  # doctest: +SKIP
     """
+    if not isinstance(spec, ModelSpec):
+        spec = ModelSpec(str(spec))
     hf_logging.disable_progress_bar()
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("model.device is cuda, and no CUDA device is there: leave it at auto, or set it to cpu")

@@ -12,13 +12,15 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import logging
 import pkgutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TypeVar
 
 C = TypeVar("C", bound=type)
+log = logging.getLogger(__name__)
 
 
 class Registry:
@@ -38,13 +40,15 @@ class Registry:
         self.package = package
         self._classes: dict[str, type] = {}
         self._loaded = False
+        self._broken: set[str] = set()
 
     def register(self, name: str) -> Callable[[C], C]:
         """Return a class decorator that files the class under ``name`` and stores the name on it."""
 
         def decorate(cls: C) -> C:
-            if name in self._classes:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            there = self._classes.get(name)
+            if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"{self.kind} {name!r} is registered twice: give yours another name")
             self._classes[name] = cls
             cls.name = name  # type: ignore[attr-defined]  # a class attribute that every component carries
             return cls
@@ -83,8 +87,24 @@ class Registry:
             found.setdefault(name, (inspect.getdoc(cls) or "").split("\n", 1)[0])
         for point in entry_points(group=self.package):
             if point.name not in found:
-                found[point.name] = (inspect.getdoc(point.load()) or "").split("\n", 1)[0]
+                cls = self._from(point)
+                if cls is not None:
+                    found[point.name] = (inspect.getdoc(cls) or "").split("\n", 1)[0]
         return dict(sorted(found.items()))
+
+    def _from(self, point: EntryPoint) -> type | None:
+        """Return the class of an installed distribution; None, with a warning, where that cannot be imported."""
+        try:
+            return point.load()
+        except Exception as error:  # noqa: BLE001 - code of others raises what it likes
+            if point.name not in self._broken:
+                self._broken.add(point.name)
+                of = point.dist.name if point.dist else "?"
+                log.warning(
+                    "the %s %s of the package %s (%s) cannot be imported and is left out: %s: %s",
+                    self.kind, point.name, of, point.value, type(error).__name__, error,
+                )  # fmt: skip
+            return None
 
     def _sources(self) -> list[Path]:
         spec = importlib.util.find_spec(self.package)
@@ -100,8 +120,8 @@ class Registry:
             importlib.import_module(f"{self.package}.{module.name}")
         for point in entry_points(group=self.package):
             if point.name not in self._classes:
-                cls = point.load()  # which may register itself, as the library's own do
-                if self._classes.get(point.name) is not cls:
+                cls = self._from(point)  # which may register itself, as the library's own do
+                if cls is not None and self._classes.get(point.name) is not cls:
                     self.register(point.name)(cls)
         self._loaded = True  # last: where a module fails, the next look fails too, and does not find half of them
 

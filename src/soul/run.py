@@ -7,7 +7,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from soul import processes
 from soul.adapters import add_adapter, check_adapter, check_kept
 from soul.benchmarks.base import Benchmark, Rows
 from soul.benchmarks.request import DeletionRequest
-from soul.cautions import context_warnings, precision_warnings
+from soul.cautions import forget_warnings, precision_warnings
 from soul.checkpoints import check_weights, last_checkpoint
 from soul.data import hub
 from soul.data.batches import UnlearnDataset
@@ -55,6 +55,7 @@ from soul.stored import PART, publish, read_lines, write_json
 from soul.strict import json_objects
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.truncation import training_cuts, truncation_warnings
+from soul.types import Example
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     splits = benchmark.splits() if benchmark else {}
     if recipe.benchmark is None and "kept" in splits:  # what was dropped from the retain set is not to be kept
         splits["kept"] = [e for e in splits["kept"] if (e.prompt, e.answer) not in request.dropped]
+    check_forgotten(benchmark, splits, request.retain)
     tick("loading model", 0, 1)
     model, tokenizer = load_model(recipe.model)
     tick("loading model", 1, 1)
@@ -115,7 +117,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     done = processes.from_main((out / "model").is_dir)
     tokenised = tokenise(tokenizer, recipe, request)
     lost = training_cuts({name: [row.lost for row in rows] for name, rows in tokenised.encoded.items()})
-    for line in (*lost, *context_warnings(request.forget)) if processes.is_main() else ():
+    for line in (*lost, *forget_warnings(request.forget)) if processes.is_main() else ():
         log.warning("%s", line)  # now, and not when all is done
     dataset = None if done else tokenised
     processes.from_main(
@@ -167,6 +169,24 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
 
     processes.from_main(keep_record)
     return out
+
+
+def check_forgotten(
+    benchmark: Benchmark | None, splits: Mapping[str, Sequence[Example]], kept: Sequence[Example]
+) -> None:
+    """Make sure that a benchmark does not measure as forgotten what the run keeps.
+
+    Raises:
+        ValueError: An item of the benchmark's forget set is in the retain set.
+    """
+    keep = {(e.history, e.prompt, e.answer) for e in kept}
+    forgotten = splits.get("forget", ())
+    shared = sum((e.history, e.prompt, e.answer) in keep for e in forgotten)
+    if benchmark is not None and shared:
+        raise ValueError(
+            f"the benchmark {benchmark.name} would measure as forgotten {shared} of {len(forgotten)} items that "
+            "data.retain keeps: set benchmark.forget to what data.forget holds, or benchmark to another"
+        )
 
 
 def claim(out: Path, recipe: Recipe, request: Request, origins: Origins) -> None:
@@ -319,7 +339,7 @@ def _one_or_all(sources: list[str]) -> str | list[str]:
 def warnings_of(recipe: Recipe, request: Request, benchmark: Benchmark | None) -> list[str]:
     """Say what a reader of the record should know."""
     found = [request.overlaps.summary(), request.stand_in.summary() if request.stand_in else ""]
-    found += context_warnings(request.forget)
+    found += forget_warnings(request.forget)
     found += [f"not measured: {part} ({reason})" for part, reason in (benchmark.missing() if benchmark else {}).items()]
     return [*precision_warnings(recipe), *filter(None, found), *(recipe.method.warnings() if recipe.method else [])]
 

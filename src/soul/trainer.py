@@ -29,7 +29,7 @@ from soul.forward import unwrap
 from soul.hooks import CurvatureCallback, GradientCallback, ObjectiveCallback
 from soul.models import checkpointing_of, freeze_embeddings, same_config
 from soul.objectives.base import Objective
-from soul.optim.base import OptimizerSpec
+from soul.optim.base import OptimizerSpec, UpdateRule
 from soul.optim.groups import parameter_groups
 from soul.parallel import ParallelTrainer, check_parallel
 from soul.reference import Reference
@@ -49,11 +49,14 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
 
     Args:
         model: A causal language model, with or without adapters.
-        args: As for the stock trainer.
+        args: As for the stock trainer: lengths, batches, schedule, clipping, precision of training, where it goes. What
+            they say of optimizer, learning rate, weight decay and seed is not looked at: ``optimizer`` has the first
+            three, and ``training.seed``, which ``dataset`` was made with, decides which examples meet.
         dataset: Forget, retain and refusals, tokenised.
         objective: The loss.
         optimizer: The update rule's hyper-parameters.
-        training: The remaining settings (reference mode, curvature pass).
+        training: The remaining settings: reference, frozen weights, trust region, bound of the retain loss, seed. What
+            it says of lengths, batches and precision is not looked at.
         stop: When training ends before its steps do; never by default.
 
     Raises:
@@ -96,6 +99,16 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
             raise ValueError(
                 f"{optimizer.name} asks for the loss again and again within a step (a closure), and a step here has "
                 "one: choose another optimizer"
+            )
+        if missing := [view for view in objective.views if view not in dataset.views]:
+            raise ValueError(
+                f"{objective.name} looks at {', '.join(objective.views)}, and this dataset was made for "
+                f"{', '.join(dataset.views)}, without {', '.join(missing)}: make it for this objective"
+            )
+        if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+            raise ValueError(
+                "the weights to be trained are fp16, in which small steps and squares of small gradients are 0: load "
+                "the model in float32, or in bfloat16"
             )
         if self.trust and not dataset.encoded["retain"]:
             raise ValueError("training.trust_kl measures KL on retained answers, and no retain set is in use")
@@ -244,9 +257,19 @@ class UnlearnTrainer(WholeCheckpoints, ParallelTrainer):
             assert target is not None
             decayed = self.get_decay_parameter_names(target)
             self.optimizer = self.combination.build(
-                lambda: self.rule.build(parameter_groups(target, self.rule.weight_decay, decayed), target)
+                lambda: self._rule_of(parameter_groups(target, self.rule.weight_decay, decayed), target)
             )
         return self.optimizer
+
+    def _rule_of(self, groups: list[dict[str, Any]], model: nn.Module) -> UpdateRule:
+        built = self.rule.build(groups, model)
+        if not isinstance(built, UpdateRule):
+            raise ValueError(
+                f"the optimizer {self.rule.name} builds a {type(built).__name__}, which is no "
+                "soul.optim.base.UpdateRule: derive it from that too, or name a torch optimizer's import path as "
+                "optimizer.path of external"
+            )
+        return built
 
     def _make_passes(self) -> CurvaturePasses | None:
         spec = self.curvature

@@ -16,8 +16,11 @@ import soul
 from soul.curvature.spec import CurvatureSpec
 from soul.evaluate import EvaluationSpec, evaluate
 from soul.objectives.npo import NPO
+from soul.objectives.po import PO
+from soul.optim.base import OptimizerSpec
 from soul.optim.sophia import SophiaSpec
 from soul.optim.whiten import WhitenSpec
+from soul.trainer import make_dataset
 
 SHORT = {"max_steps": 3, "precision": "float32", "save_steps": 0}
 
@@ -180,12 +183,65 @@ def test_a_models_configuration_stays(tokenizer, make_model, forget_set, retain_
         ),
         (lambda: soul.TrainingSpec(frozen="embedding"), "training.frozen must be one of nothing, embeddings"),
         (lambda: CurvatureSpec(estimator="hutchison"), "curvature.estimator must be one of ggn, gnb, hutchinson"),
+        (lambda: soul.ModelSpec("m", dtype="float16"), "model.dtype must be one of float32, bfloat16, not 'float16'"),
         (lambda: WhitenSpec(others="diagonal"), "optimizer.others must be one of frozen"),
     ],
 )
 def test_settings_made_in_python_are_looked_at(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_a_person_types_first_is_understood_or_refused(place, tokenizer, make_model, forget_set, retain_set):
+    model, _ = soul.load_model("model")
+    assert isinstance(model, torch.nn.Module)
+    with pytest.raises(ValueError, match=r"model must be a loaded model, not 'model': load it with soul.load_model"):
+        soul.unlearn("model", tokenizer, forget=forget_set, retain=retain_set)
+    half = make_model(dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"weights to be trained are fp16.*load the model in float32"):
+        soul.unlearn(half, tokenizer, forget=forget_set, retain=retain_set, training=SHORT)
+    result = soul.unlearn(
+        model, tokenizer, forget=[*forget_set, forget_set[0]], retain=retain_set, training=SHORT | {"max_steps": 1}
+    )
+    assert any("1 of 9 items to forget repeat others" in line for line in result.warnings)
+
+
+def test_refusals_are_a_file_or_sentences_and_no_letters(place, tokenizer, make_model, forget_set, retain_set):
+    (place / "refusals.txt").write_text("Nothing to say.\n", encoding="utf-8")
+    common = {"forget": forget_set, "retain": retain_set, "objective": "po", "training": SHORT}
+    from_file = soul.unlearn(make_model(), tokenizer, refusals="refusals.txt", **common)
+    from_list = soul.unlearn(make_model(), tokenizer, refusals=["Nothing to say."], **common)
+    assert from_file.log[-1]["forget"] == from_list.log[-1]["forget"]
+    with pytest.raises(ValueError, match="no such file of refusals: I do not know"):
+        soul.unlearn(make_model(), tokenizer, refusals="I do not know.", **common)
+
+
+def test_a_dataset_of_another_objective_is_refused(tmp_path, tokenizer, make_model, forget_set, retain_set, refusals):
+    training = soul.TrainingSpec()
+    data = make_dataset(tokenizer, forget_set, retain_set, NPO(), training, refusals)
+    with pytest.raises(ValueError, match=r"po looks at refusal, retain, and this dataset was made for forget, retain,"):
+        soul.UnlearnTrainer(
+            make_model(), training.arguments(tmp_path), dataset=data, objective=PO(), optimizer=SophiaSpec()
+        )
+
+
+def test_an_objective_and_an_optimizer_of_ones_own(tokenizer, make_model, forget_set, retain_set):
+    """Written in a notebook's cell, and run again: neither is registered."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Twice(NPO):
+        beta: float = 0.2
+
+    @dataclasses.dataclass(frozen=True)
+    class Plain(OptimizerSpec):
+        def build(self, params, model=None):
+            return torch.optim.SGD(params, lr=self.lr)
+
+    common = {"forget": forget_set, "retain": retain_set, "training": SHORT}
+    assert (Twice().name, Plain().name) == ("Twice", "Plain")
+    assert len(soul.unlearn(make_model(), tokenizer, objective=Twice(), **common).log) == 3
+    with pytest.raises(ValueError, match=r"the optimizer Plain builds a SGD, which is no soul.optim.base.UpdateRule"):
+        soul.unlearn(make_model(), tokenizer, optimizer=Plain(), **common)
 
 
 def test_sophia_is_a_plain_optimizer_in_a_loop_of_ones_own():

@@ -266,6 +266,9 @@ def test_the_command_prints_a_plan(folder: Path, capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     for expected in ("8.00 bytes a trained parameter", "a curvature pass", "s a step", "fits"):
         assert expected in text
+    words[words.index("24")] = "0.001"
+    assert main(words) == 3  # so that a script can tell
+    assert "does not fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 
@@ -45,6 +46,34 @@ def test_a_component_of_another_distribution_is_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr("soul.registry.entry_points", lambda group: [Point])
     assert registry.get("theirs") is Theirs
     assert "theirs" in registry.names()
+
+
+def test_one_that_cannot_be_imported_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    point = EntryPoint("broken", "nosuchmodule:Mine", "soul.attacks")
+    monkeypatch.setattr("soul.registry.entry_points", lambda group: [point])
+    registry = Registry("attack", "soul.attacks")
+    assert "broken" not in registry.summaries()
+    assert "broken" not in registry.names()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1  # and not again
+    assert "the attack broken of the package ? (nosuchmodule:Mine) cannot be imported and is left out" in said[0]
+
+
+def test_the_same_class_may_be_registered_again_and_no_other() -> None:
+    def cell() -> type:
+        class Mine:
+            """One's own, in a notebook."""
+
+        return Mine
+
+    registry = Registry("attack", "soul.attacks")
+    registry.register("mine")(cell())
+    again = registry.register("mine")(cell())
+    assert registry.get("mine") is again
+    with pytest.raises(ValueError, match="'mine' is registered twice: give yours another name"):
+        registry.register("mine")(type("Other", (), {}))
 
 
 def test_listing_imports_no_torch() -> None:

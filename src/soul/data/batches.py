@@ -146,6 +146,8 @@ class UnlearnDataset(Dataset[Item]):
         seed: int = 0,
         curvature: Sequence[Example] = (),
     ) -> None:
+        if isinstance(refusals, str):
+            raise ValueError(f"refusals must be a list of sentences, not the text {refusals!r:.60}")
         _check_views(views, forget, retain, refusals)
         self.template, self.views, self.refusals, self.seed = template, tuple(views), tuple(refusals), seed
         self.examples = {"forget": list(forget), "retain": list(retain)}

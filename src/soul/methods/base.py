@@ -54,6 +54,10 @@ class Method(abc.ABC):
     replaces_weights: ClassVar[bool] = False
     """Whether it begins from weights other than the model's, which then say nothing about the result."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = vars(cls).get("name", cls.__name__)  # until it is registered under another
+
     def warnings(self) -> list[str]:
         """Return what a reader of the result must know; nothing by default."""
         return []

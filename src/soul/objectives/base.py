@@ -73,6 +73,10 @@ class Objective(abc.ABC):
     hint: ClassVar[str] = ": leave it out"
     """What to do instead, where a retain weight without a retain term is given."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = vars(cls).get("name", cls.__name__)  # until it is registered under another
+
     def __post_init__(self) -> None:
         check_choices(self, "objective")
         for name in ("retain_weight", "forget_weight"):

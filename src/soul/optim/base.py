@@ -110,6 +110,10 @@ class OptimizerSpec(abc.ABC):
     needs_whole: ClassVar[bool] = False
     """``step`` couples the coordinates of a parameter, so that a process which has a shard of it cannot make one."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = vars(cls).get("name", cls.__name__)  # until it is registered under another
+
     @property
     def needs_closure(self) -> bool:
         """Whether ``step`` must be given a closure that computes the loss again; the trainer refuses it."""
