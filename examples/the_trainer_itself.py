@@ -65,4 +65,5 @@ def main(path: str, forget: str, retain: str, out: str, steps: int = 20) -> list
 if __name__ == "__main__":
     if len(sys.argv) not in (5, 6):
         raise SystemExit(__doc__)
-    main(*sys.argv[1:5], *map(int, sys.argv[5:]))
+    steps = int(sys.argv[5]) if len(sys.argv) == 6 else 20
+    main(*sys.argv[1:5], steps=steps)

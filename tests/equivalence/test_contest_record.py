@@ -54,7 +54,9 @@ class Again:
         return 1 - area / 0.5
 
 
-@pytest.mark.parametrize(("folder", "cells"), [("contest-twelve", 10), ("contest-fresh", 10), ("contest-four", 4)])
+@pytest.mark.parametrize(
+    ("folder", "cells"), [("contest-twelve", 10), ("contest-fresh", 10), ("contest-four", 4), ("contest-controls", 8)]
+)
 @pytest.mark.parametrize("relative", [False, True])
 def test_lost_areas_are_those_of_the_rules(folder, cells, relative):
     record, again = ContestRecord(RESULTS / folder), Again(RESULTS / folder)

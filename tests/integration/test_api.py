@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import datasets
 import pytest
@@ -175,21 +176,22 @@ def test_a_models_configuration_stays(tokenizer, make_model, forget_set, retain_
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("settings", "cls", "message"),
     [
         (
-            lambda: soul.TrainingSpec(precision="bf16"),
+            {"precision": "bf16"},
+            soul.TrainingSpec,
             r"training.precision must be one of auto, float32, bfloat16, not",
         ),
-        (lambda: soul.TrainingSpec(frozen="embedding"), "training.frozen must be one of nothing, embeddings"),
-        (lambda: CurvatureSpec(estimator="hutchison"), "curvature.estimator must be one of ggn, gnb, hutchinson"),
-        (lambda: soul.ModelSpec("m", dtype="float16"), "model.dtype must be one of float32, bfloat16, not 'float16'"),
-        (lambda: WhitenSpec(others="diagonal"), "optimizer.others must be one of frozen"),
+        ({"frozen": "embedding"}, soul.TrainingSpec, "training.frozen must be one of nothing, embeddings"),
+        ({"estimator": "hutchison"}, CurvatureSpec, "curvature.estimator must be one of ggn, gnb, hutchinson"),
+        ({"dtype": "float16"}, soul.ModelSpec, "model.dtype must be one of float32, bfloat16, not 'float16'"),
+        ({"others": "diagonal"}, WhitenSpec, "optimizer.others must be one of frozen"),
     ],
 )
-def test_settings_made_in_python_are_looked_at(make, message):
+def test_settings_made_in_python_are_looked_at(settings, cls, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        cls(**settings)
 
 
 def test_what_a_person_types_first_is_understood_or_refused(place, tokenizer, make_model, forget_set, retain_set):
@@ -234,7 +236,7 @@ def test_an_objective_and_an_optimizer_of_ones_own(tokenizer, make_model, forget
 
     @dataclasses.dataclass(frozen=True)
     class Plain(OptimizerSpec):
-        def build(self, params, model=None):
+        def build(self, params: Any, model: Any = None) -> Any:
             return torch.optim.SGD(params, lr=self.lr)
 
     common = {"forget": forget_set, "retain": retain_set, "training": SHORT}

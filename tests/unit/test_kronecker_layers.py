@@ -171,22 +171,25 @@ def test_a_direction_of_no_length_is_no_step(size: float) -> None:
 def test_what_a_pass_says_nothing_of_is_nothing_in_its_sum() -> None:
     """A layer that one pass of four sees, as an expert may be: ``G`` is a sum over each pass, ``A`` a mean."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"always": nn.Linear(3, 2), "seldom": nn.Linear(2, 2)})
-    factors = KroneckerFactors(model)
+    layers = {"always": nn.Linear(3, 2), "seldom": nn.Linear(2, 2)}
+    factors = KroneckerFactors(nn.ModuleDict(layers))
     eigen = EigenInverse(factors, 0.1)
-    passes = (["always", "seldom"], ["always"], ["always"], ["always"])
-    for n, names in enumerate(passes, 1):
+
+    def see(*names: str) -> None:
         with factors.observing():
             for name in names:
-                model[name](torch.ones(4, model[name].in_features)).sum().backward()
-        if n > 1:
-            eigen.add("always", torch.ones(2, 4))
-            eigen.absorb(1 / n)
+                layers[name](torch.ones(4, layers[name].in_features)).sum().backward()
+
+    see("always", "seldom")
+    factors.absorb()
+    g = {name: factors.outputs(name).clone() for name in layers}
+    eigen.basis("seldom")  # whose moments begin as K-FAC's own
+    moments = eigen.moments["seldom"].clone()
+    for n in (2, 3, 4):
+        see("always")
+        eigen.add("always", torch.ones(2, 4))
+        eigen.absorb(1 / n)
         factors.absorb(1 / n)
-        if n == 1:
-            g = {name: factors.outputs(name).clone() for name in model}
-            assert eigen.basis("seldom")  # whose moments begin as K-FAC's own
-            moments = eigen.moments["seldom"].clone()
     assert torch.allclose(factors.outputs("always"), g["always"])
     assert torch.allclose(factors.outputs("seldom"), g["seldom"] / 4)
     assert torch.allclose(factors.inputs("seldom"), torch.ones(3, 3))
