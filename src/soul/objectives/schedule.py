@@ -42,10 +42,6 @@ class RetainSchedule:
     def __post_init__(self) -> None:
         if self.kind not in ("constant", "linear", "dual"):
             raise ValueError(f"retain_schedule.kind must be constant, linear or dual, not {self.kind!r}")
-        read = {"constant": (), "linear": ("end",), "dual": ("tolerance", "epsilon", "warmup")}[self.kind]
-        for field in dataclasses.fields(self):  # a rate may be what an objective has by default
-            if field.name not in ("kind", "rate", *read) and getattr(self, field.name) != field.default:
-                raise ValueError(f"retain_schedule.{field.name} is not read by the kind {self.kind}: leave it out")
         if not self.rate > 0:
             raise ValueError(f"retain_schedule.rate must be above 0, not {self.rate}")
         for name in ("end", "tolerance", "epsilon"):
@@ -54,6 +50,10 @@ class RetainSchedule:
                 raise ValueError(f"retain_schedule.{name} must be 0 or more, not {value}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"retain_schedule.warmup is a share of the steps in [0, 1), not {self.warmup}")
+        read = {"constant": (), "linear": ("end",), "dual": ("tolerance", "epsilon", "warmup")}[self.kind]
+        for field in dataclasses.fields(self):  # a rate may be what an objective has by default
+            if field.name not in ("kind", "rate", *read) and getattr(self, field.name) != field.default:
+                raise ValueError(f"retain_schedule.{field.name} is not read by the kind {self.kind}: leave it out")
 
     @property
     def compares(self) -> bool:
