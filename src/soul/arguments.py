@@ -67,9 +67,9 @@ PLAN = """examples:
   soul plan recipe.yaml --gpus 8 --memory 80 --flops 989 --link 300
 
 Nothing is loaded but a configuration, and a sample of local data for its lengths (a .gguf model is converted, once,
-into the cache); data of the hub are taken to be as long as training.max_length allows, or as --length says. Given --memory,
---flops or --gpus, a GPU that is not here is planned for; else this machine is, whose speed is measured for half a
-second. Where a run does not fit, settings are named under which it does, and the exit code is 3."""
+into the cache); data of the hub are taken to be as long as training.max_length allows, or as --length says. Given
+--memory, --flops or --gpus, a GPU that is not here is planned for; else this machine is, whose speed is measured for
+half a second. Where a run does not fit, settings are named under which it does, and the exit code is 3."""
 EXPLAIN = """examples:
   soul explain kfac              # what it is, and each of its settings; `soul list` has the names
   soul explain training stop     # parts of a recipe
