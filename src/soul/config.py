@@ -105,8 +105,6 @@ ELSEWHERE = {
     "lr": "optimizer.lr",
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
-    "beta": "objective.beta",
-    "gamma": "objective.forget_weight",
     "per_device_train_batch_size": "training.batch_size",
     "gradient_accumulation_steps": "training.accumulation",
     "num_train_epochs": "training.epochs",

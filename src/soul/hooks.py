@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from soul.combine import DualRule
 from soul.curvature.estimators import ESTIMATORS
 from soul.divergence import finite_gradients, refuse_gradients
 
@@ -59,9 +60,12 @@ class GradientCallback(TrainerCallback):
         if not told and trainer.stopping is None:
             refuse_gradients(trainer, state.global_step + 1)
         trainer.broken = "" if told else "a gradient"
-        for group in trainer.update_rule.param_groups:
+        rule = trainer.update_rule
+        for group in rule.param_groups:
             for p in group["params"]:
                 p.grad = None
+        if isinstance(rule, DualRule):
+            rule.retain_gradients = {}
 
 
 class CurvatureCallback(TrainerCallback):

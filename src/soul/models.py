@@ -210,6 +210,8 @@ def same_config(model: Any) -> Iterator[None]:
             for name in ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"):
                 if name in values:
                     setattr(holder, name, values[name])
+                elif name in vars(holder):
+                    delattr(holder, name)
 
 
 def checkpointing_of(model: Any) -> dict[Any, bool]:

@@ -17,10 +17,20 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 C = TypeVar("C", bound=type)
 log = logging.getLogger(__name__)
+
+
+class Named:
+    """What has a name: the one it is registered under, until then that of its class."""
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = vars(cls).get("name", cls.__name__)
 
 
 class Registry:

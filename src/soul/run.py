@@ -7,7 +7,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from soul.cautions import forget_warnings, precision_warnings
 from soul.checkpoints import check_weights, last_checkpoint
 from soul.data import hub
 from soul.data.batches import UnlearnDataset
+from soul.data.sources import check_disjoint
 from soul.ended import checks_of, read_stopped, write_stopped
 from soul.evaluate import measure as measure_benchmark
 from soul.folderlock import alone_in
@@ -55,7 +56,6 @@ from soul.stored import PART, publish, read_lines, write_json
 from soul.strict import json_objects
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.truncation import training_cuts, truncation_warnings
-from soul.types import Example
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
     splits = benchmark.splits() if benchmark else {}
     if recipe.benchmark is None and "kept" in splits:  # what was dropped from the retain set is not to be kept
         splits["kept"] = [e for e in splits["kept"] if (e.prompt, e.answer) not in request.dropped]
-    check_forgotten(benchmark, splits, request.retain)
+    check_disjoint(splits.get("forget", ()), request.retain, ("benchmark.forget", "data.retain"))
     tick("loading model", 0, 1)
     model, tokenizer = load_model(recipe.model)
     tick("loading model", 1, 1)
@@ -169,24 +169,6 @@ def _execute(recipe: Recipe, out: Path, tick: Progress, *, evaluate_it: bool) ->
 
     processes.from_main(keep_record)
     return out
-
-
-def check_forgotten(
-    benchmark: Benchmark | None, splits: Mapping[str, Sequence[Example]], kept: Sequence[Example]
-) -> None:
-    """Make sure that a benchmark does not measure as forgotten what the run keeps.
-
-    Raises:
-        ValueError: An item of the benchmark's forget set is in the retain set.
-    """
-    keep = {(e.history, e.prompt, e.answer) for e in kept}
-    forgotten = splits.get("forget", ())
-    shared = sum((e.history, e.prompt, e.answer) in keep for e in forgotten)
-    if benchmark is not None and shared:
-        raise ValueError(
-            f"the benchmark {benchmark.name} would measure as forgotten {shared} of {len(forgotten)} items that "
-            "data.retain keeps: set benchmark.forget to what data.forget holds, or benchmark to another"
-        )
 
 
 def claim(out: Path, recipe: Recipe, request: Request, origins: Origins) -> None:

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from soul import processes
+from soul.choices import check_choices
 from soul.gauge import Gauge, Known, worst
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class StopSpec:
     answers: int = 16
 
     def __post_init__(self) -> None:
-        if self.when not in ("forgotten", "never"):
-            raise ValueError(f"stop.when must be forgotten or never, not {self.when!r}")
+        check_choices(self, "stop")
         if not 0 < self.kl_budget < math.inf:
             raise ValueError(f"stop.kl_budget is a KL above 0 in nats a token, not {self.kl_budget}")
         for name in ("known", "recited"):

@@ -197,3 +197,14 @@ def test_settings_that_do_not_go_together_or_are_misread_are_refused():
     with pytest.raises(ValueError, match=r"training\.projected must be true or false"):
         TrainingSpec.upgraded({"projected": "yes"})
     assert TrainingSpec.upgraded({"projected": True}) == {"combine": "projected"}
+
+
+def test_the_retain_rule_knows_the_peak_of_the_schedule():
+    """By which rules see whether a step is of the full learning rate, and worth looking at for what rounding drops."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    rule = DualRule(*(OPTIMIZERS.get("sgd")(lr=1.0).build([p]) for _ in range(2)), ratio=0.5)
+    torch.optim.lr_scheduler.LambdaLR(rule, lambda step: (step + 1) / 10)
+    p.grad, rule.retain_gradients = torch.ones(1), {p: torch.ones(1)}
+    rule.step()
+    (group,) = rule.retain.param_groups
+    assert (group["lr"], group["initial_lr"]) == (pytest.approx(0.05), 0.5)

@@ -124,7 +124,7 @@ def test_finite_differences(name, retain, tokenizer, forget_set, retain_set, ref
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "cosine"}, "kind must be constant, linear or dual"),
+        ({"kind": "cosine"}, "kind must be one of constant, linear, dual"),
         ({"rate": 0.0}, "rate must be above 0"),
         ({"tolerance": -0.1}, "tolerance must be 0 or more"),
         ({"epsilon": -0.1}, "epsilon must be 0 or more"),

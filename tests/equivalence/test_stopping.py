@@ -172,9 +172,10 @@ def test_a_gradient_that_is_no_number_ends_with_what_was_kept(train):
                 p = kwargs["model"].model.layers[1].mlp.up_proj.weight
                 hook = p.register_hook(lambda g: (hook.remove(), g * math.inf)[1])
 
-    for curvature in ({}, {"estimator": "objective_squared", "warm_start": 0}):  # one that is made of that gradient
-        rule = {"name": "sophia", "curvature": curvature} if curvature else {"name": "kfac"}
-        trainer, _, end = train({"kl_budget": 100.0}, rule, callbacks=[Poison()], max_steps=100, folder=rule["name"])
+    of_gradients = {"name": "sophia", "curvature": {"estimator": "objective_squared", "warm_start": 0}}
+    for i, (rule, combine) in enumerate([({"name": "kfac"}, "sum"), (of_gradients, "sum"), ({"name": "kfac"}, "dual")]):
+        settings = {"max_steps": 100, "combine": combine, "folder": f"run{i}"}
+        trainer, _, end = train({"kl_budget": 100.0}, rule, callbacks=[Poison()], **settings)
         assert (end.why, end.lost, end.step) == ("lost", "a gradient", 3)
         assert "where a gradient was no finite number" in end.sentence()
         assert all(bool(v.isfinite().all()) for v in trainer.model.state_dict().values())
@@ -384,7 +385,7 @@ def test_an_interrupted_run_ends_the_same(tmp_path, make_trainer, name, lr, lora
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"when": "done"}, "stop.when must be forgotten or never"),
+        ({"when": "done"}, "stop.when must be one of forgotten, never, not 'done'"),
         ({"kl_budget": 0.0}, "stop.kl_budget is a KL above 0"),
         ({"kl_budget": math.nan}, "stop.kl_budget is a KL above 0"),
         ({"known": 1.0}, "stop.known is a share"),

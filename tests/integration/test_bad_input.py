@@ -109,6 +109,9 @@ CASES = [
     ("evaluate {d}/nomodel forgett=forget01", ["unknown setting benchmark.forgett", "Did you mean 'forget'?"]),
     (SHOW + "training.epoch=3", ["unknown setting training.epoch", "Did you mean 'epochs'?"]),
     (SHOW + "objective.betta=1", ["unknown setting objective.betta", "Did you mean 'beta'?"]),
+    (SHOW + "training.learning_rate=1e-3", ["unknown setting training.learning_rate", "Did you mean 'optimizer.lr'?"]),
+    (SHOW + "trainer=NPO", ["unknown setting recipe.trainer", "Did you mean 'objective'?"]),
+    (SHOW + "optimizer.beta=0.9", ["unknown setting optimizer.beta"]),
     (SHOW + "training.epochs", ["cannot read 'training.epochs'", "key.sub=value"]),
     (SHOW + "training.epochs.more=1 training.epochs=2 training.epochs.more=1", ["cannot set", "'epochs' holds 2"]),
     (SHOW + "training.epochs=many", ["training.epochs", "'many'"]),
@@ -194,6 +197,10 @@ MODEL_CASES = [
     ("finetune --model {d}/coded --retain {d}/keep.jsonl --out {d}/out", ["Python code", "trust_remote_code=true"]),
     (TINY + "model.device=cuda", ["model.device is cuda", "auto"]),
     (TINY + "reference_run={d}/folder", ["no rows/after"]),
+    (
+        TINY + "benchmark.name=request benchmark.forget={d}/keep.jsonl benchmark.kept={d}/forget.jsonl benchmark.text=",
+        ["1 of 1 benchmark.forget items are also in the data.retain set", "set benchmark.forget to what data.forget"],
+    ),
     (
         TINY + "training.max_length=12",
         [

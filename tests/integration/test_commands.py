@@ -358,16 +358,6 @@ def test_an_evaluation_continues_but_never_mixes(place, capsys):
     assert "model model (model.safetensors) changed since" in capsys.readouterr().err
 
 
-def test_a_benchmark_that_counts_what_is_kept_as_forgotten_is_refused(place, capsys):
-    """As TOFU's does, where data.forget is another split than benchmark.forget."""
-    benchmark = "benchmark.name=request benchmark.forget=retain.jsonl benchmark.kept=forget.jsonl benchmark.text= "
-    assert main((UNLEARN + benchmark + "--out run").split()) == 2
-    said = capsys.readouterr().err
-    assert "the benchmark request would measure as forgotten 10 of 10 items that data.retain keeps" in said
-    assert "set benchmark.forget to what data.forget holds" in said
-    assert not (place / "run/rows").exists()
-
-
 def test_a_report_replaces_no_file_but_a_page(place, capsys):
     run(UNLEARN + "--out run")
     before = (place / "run/record.json").read_bytes()
@@ -376,15 +366,6 @@ def test_a_report_replaces_no_file_but_a_page(place, capsys):
     assert (place / "run/record.json").read_bytes() == before
     for _ in range(2):
         run("report run --out page.html")
-
-
-@pytest.mark.parametrize(
-    ("setting", "meant"),
-    [("training.learning_rate=1e-3", "optimizer.lr"), ("trainer=NPO", "objective"), ("lr=1e-3", "optimizer.lr")],
-)
-def test_names_of_other_software_are_translated(place, capsys, setting, meant):
-    assert main((UNLEARN + f"--out run {setting}").split()) == 2
-    assert f"Did you mean '{meant}'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("adapter", ["", "adapter.r=2", "adapter.r=2 adapter.merge=false"])

@@ -23,6 +23,7 @@ from soul.data.templates import Encoded
 from soul.registry import OBJECTIVES, OPTIMIZERS
 from soul.trainer import LogCallback, UnlearnTrainer, make_dataset
 from soul.training import TrainingSpec
+from soul.types import LostModelError
 
 WATCHING = [name for name in OPTIMIZERS.names() if OPTIMIZERS.get(name).needs_curvature]
 
@@ -339,3 +340,18 @@ def test_shuffled_curvature_is_a_control_and_the_cache_keeps_the_true_one(
     assert not same(true, warm)
     cold = run(optimizer=optimizer, interval=0, shuffled=True, cache=False)
     assert same(cold, warm)
+
+
+def test_a_diagonal_that_is_no_number_is_refused_and_not_kept(run, folder, monkeypatch) -> None:
+    inner = CurvaturePasses.estimate
+
+    def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = inner(self, *args, **kwargs)
+        assert found is not None
+        next(iter(found.values())).view(-1)[3] = torch.inf
+        return found
+
+    monkeypatch.setattr(CurvaturePasses, "estimate", spoilt)
+    with pytest.raises(LostModelError, match="the curvature's diagonal is not finite"):
+        run()
+    assert not list(folder.glob("*.safetensors"))

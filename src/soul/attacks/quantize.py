@@ -31,7 +31,7 @@ class Quantize(Attack):
     8 bits are the mild case. The paper's recovery, of 83 % of what was to be forgotten on average after 21 % in full
     precision, is at 4 bits, in bitsandbytes' blocks of 64 weights. (Its 4-bit numbers, FP4 and NF4, are spaced
     unevenly; these here are not.) With one scale for a whole row, 4 bits nearly double the perplexity of
-    SmolLM2-135M, whatever was unlearned (74 to 140 on eight held-out passages; in groups of 64 to 102).
+    SmolLM2-135M, whatever was unlearned (74 to 140 on eight held-out passages, in groups of 64 to 102; by hand).
 
     Attributes:
         bits: Bits of a weight.

@@ -168,6 +168,8 @@ def check_disjoint(
         why = {
             ("forget", "retain"): "the model is asked to forget and to keep the same",
             ("forget", "curvature"): "steps spare what they are to forget",
+            ("benchmark.forget", "data.retain"): "set benchmark.forget to what data.forget holds: it would measure as "
+            "forgotten what is kept",
         }.get(names, f"the {names[0]} set is not what its name says")
         raise ValueError(
             f"{len(shared)} of {len(forget)} {names[0]} items are also in the {names[1]} set, the first is "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from soul.data.batches import UnlearnDataset
+from soul.registry import Named
 from soul.stored import append_line, write_lines
 
 Progress = Callable[[str, int, int], None]
@@ -34,7 +35,7 @@ def json_lines(path: Path) -> Log:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(abc.ABC):
+class Method(Named, abc.ABC):
     """Hyper-parameters of a method, with one verb: ``method(model, data) -> model``.
 
     It replaces objective, optimizer and training loop; data, adapters, saving and evaluation stay as they are.
@@ -45,7 +46,6 @@ class Method(abc.ABC):
         >>> model = method(model, data, log=records.append)  # doctest: +SKIP
     """
 
-    name: ClassVar[str]
     views: ClassVar[tuple[str, ...]] = ("forget", "retain")
     """The sets it looks at, and so cannot do without."""
     changes_weights: ClassVar[bool] = True
@@ -54,15 +54,11 @@ class Method(abc.ABC):
     replaces_weights: ClassVar[bool] = False
     """Whether it begins from weights other than the model's, which then say nothing about the result."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.name = vars(cls).get("name", cls.__name__)  # until it is registered under another
-
     def warnings(self) -> list[str]:
         """Return what a reader of the result must know; nothing by default."""
         return []
 
-    def check(self, model: Any) -> None:  # noqa: B027 - most methods have nothing to say before they begin
+    def check(self, model: Any) -> None:
         """Find out what would make the method fail, before anything is measured; nothing by default.
 
         Raises:

@@ -17,6 +17,7 @@ from soul.forward import Answers, decoder_blocks, forward_answers, wide
 from soul.objectives.public import CODES, public_kl
 from soul.objectives.schedule import RetainSchedule
 from soul.reference import Reference, build_reference
+from soul.registry import Named
 from soul.types import LossOut, Term
 
 Batch = dict[str, torch.Tensor]
@@ -35,7 +36,7 @@ def count_rows(batch: Batch, view: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective(abc.ABC):
+class Objective(Named, abc.ABC):
     """Hyper-parameters of a loss, with one verb: ``objective(model, batch, reference) -> LossOut``.
 
     A subclass says which roles it looks at, what it needs to know of the reference, how its forget term is counted
@@ -62,7 +63,6 @@ class Objective(abc.ABC):
     layer: int | None = None
     compat: str = ""
 
-    name: ClassVar[str]
     forget_views: ClassVar[tuple[str, ...]] = ("forget",)
     counted_in: ClassVar[Literal["tokens", "rows"]] = "tokens"
     logps_views: ClassVar[tuple[str, ...]] = ()
@@ -72,10 +72,6 @@ class Objective(abc.ABC):
     needs_whole: ClassVar[bool] = False
     hint: ClassVar[str] = ": leave it out"
     """What to do instead, where a retain weight without a retain term is given."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.name = vars(cls).get("name", cls.__name__)  # until it is registered under another
 
     def __post_init__(self) -> None:
         check_choices(self, "objective")
@@ -140,7 +136,7 @@ class Objective(abc.ABC):
             raise ValueError(f"layer must be from 0 to {depth - 1} in this model, not {self.layer}")
         return round(depth * 7 / 32) if self.layer is None else self.layer
 
-    def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most objectives train whatever there is
+    def prepare(self, model: nn.Module) -> None:
         """Freeze what this objective leaves alone; called once, before the optimizer is built."""
 
     def at(self, progress: float, state: Mapping[str, float]) -> Objective:

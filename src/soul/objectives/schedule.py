@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from soul.choices import check_choices
+
 
 @dataclasses.dataclass(frozen=True)
 class RetainSchedule:
@@ -40,8 +42,7 @@ class RetainSchedule:
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "linear", "dual"):
-            raise ValueError(f"retain_schedule.kind must be constant, linear or dual, not {self.kind!r}")
+        check_choices(self, "retain_schedule")
         if not self.rate > 0:
             raise ValueError(f"retain_schedule.rate must be above 0, not {self.rate}")
         for name in ("end", "tolerance", "epsilon"):

@@ -15,6 +15,7 @@ from soul.choices import check_choices
 from soul.curvature.estimators import ESTIMATORS
 from soul.curvature.spec import CurvatureSpec
 from soul.optim.cost import RuleCost, probed_cost
+from soul.registry import Named
 
 
 class UpdateRule(torch.optim.Optimizer):
@@ -91,7 +92,7 @@ class UpdateRule(torch.optim.Optimizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerSpec(abc.ABC):
+class OptimizerSpec(Named, abc.ABC):
     """Hyper-parameters of an update rule; its fields are the schema of recipes, command line and record.
 
     Attributes:
@@ -102,17 +103,12 @@ class OptimizerSpec(abc.ABC):
     lr: float = 1e-5
     weight_decay: float = 0.0
 
-    name: ClassVar[str]
     needs_curvature: ClassVar[bool] = False
     """The rule has a field ``curvature`` and wants passes as it says."""
     needs_modules: ClassVar[bool] = False
     """``build`` must be given the model, whose modules the rule watches."""
     needs_whole: ClassVar[bool] = False
     """``step`` couples the coordinates of a parameter, so that a process which has a shard of it cannot make one."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.name = vars(cls).get("name", cls.__name__)  # until it is registered under another
 
     @property
     def needs_closure(self) -> bool:
